@@ -1,0 +1,180 @@
+"""The command lines of `train.py` and `sample.py`: typed, and quick (nothing here imports jax).
+
+tyro makes the flags from the dataclasses; what it reports about a bad one becomes one line.
+"""
+
+import contextlib
+import difflib
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from gptjax import runs
+from gptjax.config import PRESETS, Config
+from gptjax.errors import UserError
+from gptjax.tokenizer import Unknown
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a GPT on a text. Any field of the preset can be set."""
+
+    config: str
+    """Preset to start from."""
+    run: str | None
+    """Name of the run's folder in runs/ (default: made from the preset)."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff]
+    """Continue that run, or the newest, from its last checkpoint."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Let a trained run speak. The run's folder is all it needs."""
+
+    run: str | None = None
+    """Name in runs/, or path of a run's folder (default: the newest)."""
+    checkpoint: str = "best"
+    """best (by validation loss), last, or a step."""
+    prompt: str = "\n"
+    """Text to go on from, or file:PATH."""
+    unknown: Unknown = "error"
+    """What to do with characters of the prompt that the tokenizer lacks."""
+    max_new_tokens: int = 500
+    """Length of each sample."""
+    num_samples: int = 1
+    """Samples, drawn side by side."""
+    temperature: float = 0.8
+    """Below 1 is safer, above 1 wilder; 0 takes the likeliest token each time."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the fewest tokens that hold this much probability."""
+    seed: int = 1337
+    """The same seed, prompt and settings give the same text."""
+
+
+def parse_train(argv: list[str]) -> TrainCommand:
+    """Read `train.py`'s arguments; the defaults are the preset's or, resuming, the run's own.
+
+    Raises:
+        UserError: an unknown preset, flag or value, or no run to resume.
+    """
+    preset, name = _peek(argv, "--config"), _peek(argv, "--run")
+    if preset is not None and preset not in PRESETS:
+        close = difflib.get_close_matches(preset, PRESETS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown preset {preset!r}; {hint}presets: {', '.join(PRESETS)}")
+    resume = "--resume" in argv
+    if resume and not _wants_help(argv):
+        directory = runs.find(name, like=preset)
+        settings, name = runs.read_config(directory), str(directory)
+        argv = _without(argv, "--run")
+    else:
+        settings = PRESETS[preset or "small"]
+    default = TrainCommand(preset or "small", name, resume, settings)
+    return _parse(TrainCommand, default, argv, "train.py", f"presets: {', '.join(PRESETS)}")
+
+
+def parse_sample(argv: list[str]) -> SampleCommand:
+    """Read `sample.py`'s arguments.
+
+    Raises:
+        UserError: an unknown flag or a bad value.
+    """
+    command = _parse(SampleCommand, SampleCommand(), argv, "sample.py", "")
+    for name, value in (
+        ("max-new-tokens", command.max_new_tokens),
+        ("num-samples", command.num_samples),
+    ):
+        if value < 1:
+            raise UserError(f"--{name} {value} is too small; give 1 or more")
+    if not 0 <= command.temperature < float("inf"):
+        raise UserError(f"--temperature {command.temperature} is out of range; give 0 or more")
+    if command.top_k is not None and command.top_k < 1:
+        raise UserError(f"--top-k {command.top_k} is too small; give 1 or more")
+    if command.top_p is not None and not 0 < command.top_p <= 1:
+        raise UserError(f"--top-p {command.top_p} is out of range; give 0 < top-p <= 1")
+    if not 0 <= command.seed < 2**32:
+        raise UserError(f"--seed {command.seed} is out of range; give 0 <= seed < 2**32")
+    return command
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or the text of `file:PATH`.
+
+    Raises:
+        UserError: no such file, or not UTF-8, or nothing in it.
+    """
+    if prompt.startswith("file:"):
+        path = Path(prompt.removeprefix("file:"))
+        try:
+            prompt = path.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise UserError(f"prompt file {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"prompt file {path} is not UTF-8 (byte {error.start})") from None
+    if not prompt:
+        raise UserError("the prompt has no characters; give one or more, or leave --prompt out")
+    return prompt
+
+
+def _wants_help(argv: list[str]) -> bool:
+    return "-h" in argv or "--help" in argv
+
+
+def _peek(argv: list[str], flag: str) -> str | None:
+    """The value of `--flag VALUE` or `--flag=VALUE`; a flag without one is left to tyro."""
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word.removeprefix(flag + "=")
+    return None
+
+
+def _without(argv: list[str], flag: str) -> list[str]:
+    """`argv` without `--flag VALUE` and `--flag=VALUE`."""
+    kept = [w for w in argv if not w.startswith(flag + "=")]
+    if flag in kept:
+        i = kept.index(flag)
+        kept = kept[:i] + kept[i + 2 :]
+    return kept
+
+
+def _parse(cls: type[T], default: T, argv: list[str], prog: str, description: str) -> T:
+    text = f"{(cls.__doc__ or '').strip()} {description}".strip()
+    if _wants_help(argv):
+        return tyro.cli(cls, default=default, args=argv, prog=prog, description=text)
+    printed, columns = io.StringIO(), os.environ.get("COLUMNS")
+    try:
+        os.environ["COLUMNS"] = "2000"  # so that no message is wrapped
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(cls, default=default, args=argv, prog=prog, description=text)
+    except SystemExit:
+        raise UserError(f"{_first_message(printed.getvalue())}; see {prog} --help") from None
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _first_message(box: str) -> str:
+    """The message of a tyro error box, and its first suggestion, on one line."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    message = lines[0] if lines else "bad arguments"
+    for noise in ("Error parsing settings.", "Error parsing "):
+        if message.startswith(noise):
+            _, _, rest = message.removeprefix(noise).partition(": ")
+            message = rest if noise == "Error parsing settings." else message.removeprefix(noise)
+            break
+    for i, line in enumerate(lines[:-1]):
+        if line.startswith("Perhaps you meant"):
+            return f"{message} (did you mean {lines[i + 1].split()[0].rstrip(',')}?)"
+    return message

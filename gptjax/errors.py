@@ -1,0 +1,19 @@
+"""The one error a user can cause, and how a command reports it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Bad input: the message is one line saying what was expected, what was given, what to do."""
+
+
+@contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Turn a `UserError` into one line on stderr and exit code 2; everything else is a bug."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,191 @@
+"""Sampling: token ids in, token ids out; nothing here knows about text or files.
+
+Two compiled programs serve a whole session: `_read` takes in a context, `_write` draws tokens one
+after the other inside a device loop and returns to the host once per chunk. Past block_size a
+model with a KV cache reads the last half of its window anew and goes on, so its context varies
+between half a window and a whole one; a model without a cache looks at the last block_size tokens
+each time, as the lecture's `generate` does.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CHUNK = 16  # tokens per return to the host: what a terminal shows at a time
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits.
+
+    `temperature` 0 is greedy; `top_k` and `top_p` (nucleus, Holtzman et al. 2020) cut the tail;
+    `vocab_size` leaves out the padding rows of the embedding table.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    vocab_size: int | None = None
+
+
+def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token for each row.
+
+    Args:
+        logits: (B, V) float32.
+        keys: (B,) random keys; rows do not share randomness, so a batch changes no sample.
+        sampling: how.
+
+    Returns:
+        (B,) int32.
+    """
+    logits = logits[:, : sampling.vocab_size]
+    if sampling.temperature == 0:
+        return logits.argmax(axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    V = logits.shape[-1]
+    if sampling.top_k is not None and sampling.top_k < V:
+        kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs  # of the tokens that are likelier
+        least = jnp.where(before < sampling.top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def generate(
+    model: nn.Module,
+    params: Any,
+    prompt: np.ndarray,
+    key: jax.Array,
+    max_new_tokens: int,
+    sampling: Sampling,
+    num_samples: int = 1,
+) -> Iterator[np.ndarray]:
+    """Go on from a prompt.
+
+    Args:
+        model: any module of the contract in `model.py`.
+        params: its parameters.
+        prompt: (T,) ids, T >= 1; only the last block_size are read.
+        key: sample i's t-th token is drawn with this key folded with i, then t.
+        max_new_tokens: of each sample.
+        sampling: how tokens are drawn.
+        num_samples: B, drawn side by side.
+
+    Yields:
+        (B, n) int32 of new ids, n <= CHUNK, as they come; max_new_tokens in all.
+    """
+    S = model.config.block_size
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_samples))
+    text = np.tile(np.asarray(prompt, np.int32)[-S:], (num_samples, 1))
+    drawn, state = _take_in(model, params, text, keys, 0, sampling)
+    made, new = 1, np.asarray(drawn)[:, None]
+    while True:
+        yield new
+        text = np.concatenate([text, new], axis=1)[:, -S:]
+        if made == max_new_tokens:
+            return
+        room = CHUNK if isinstance(state, Window) else S - int(state.length)
+        if room == 0:  # the cache is full: its positions cannot move, so read half of them anew
+            drawn, state = _take_in(model, params, text[:, -max(1, S // 2) :], keys, made, sampling)
+            made, new = made + 1, np.asarray(drawn)[:, None]
+        else:
+            n = min(CHUNK, max_new_tokens - made, room)
+            drawn, state, chunk = _write(model, params, drawn, state, keys, made, n, sampling)
+            made, new = made + n, np.asarray(chunk)[:, :n]
+
+
+class Window(NamedTuple):
+    """What a model without a cache reads each time: tokens (B, S), of which `length` are real."""
+
+    tokens: jax.Array
+    length: jax.Array
+
+
+def _take_in(
+    model: nn.Module,
+    params: Any,
+    text: np.ndarray,
+    keys: jax.Array,
+    made: int,
+    sampling: Sampling,
+) -> tuple[jax.Array, Any]:
+    """Read (B, T) ids, padded to half a window or a whole one: two shapes to compile, no more."""
+    S, T = model.config.block_size, text.shape[1]
+    width = S if T > S // 2 else S // 2
+    padded = np.pad(text, ((0, 0), (0, width - T)))
+    return _read(model, params, padded, T, keys, made, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"))
+def _read(
+    model: nn.Module,
+    params: Any,
+    text: jax.Array,
+    length: jax.Array,
+    keys: jax.Array,
+    made: jax.Array,
+    sampling: Sampling,
+) -> tuple[jax.Array, Any]:
+    """Take in the first `length` of (B, P) ids; the (B,) token drawn after them, and the state."""
+    B, P = text.shape
+    cache = model.init_cache(B)
+    logits, cache = model.apply({"params": params}, text, cache)
+    if cache is None:
+        tokens = jnp.pad(text, ((0, 0), (0, model.config.block_size - P)))
+        state = Window(tokens, length)
+    else:
+        # What the padding left in the cache is masked until real tokens overwrite it.
+        state = cache._replace(length=length)
+    return _draw_at(logits, length - 1, keys, made, sampling), state
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+def _write(
+    model: nn.Module,
+    params: Any,
+    token: jax.Array,
+    state: Any,
+    keys: jax.Array,
+    made: jax.Array,
+    n: jax.Array,
+    sampling: Sampling,
+) -> tuple[jax.Array, Any, jax.Array]:
+    """Draw n <= CHUNK tokens after `token` (B,): the last, the state, and all of them (B, CHUNK)."""
+
+    def body(i: jax.Array, carry: tuple[jax.Array, Any, jax.Array]):
+        token, state, drawn = carry
+        if isinstance(state, Window):
+            S = state.tokens.shape[1]
+            full = state.length == S
+            tokens = jnp.where(full, jnp.roll(state.tokens, -1, axis=1), state.tokens)
+            at = jnp.where(full, S - 1, state.length)
+            tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], at, 1)
+            logits, _ = model.apply({"params": params}, tokens)
+            state = Window(tokens, at + 1)
+        else:
+            logits, state = model.apply({"params": params}, token[:, None], state)
+            at = 0
+        token = _draw_at(logits, at, keys, made + i, sampling)
+        return token, state, drawn.at[:, i].set(token)
+
+    drawn = jnp.zeros((len(token), CHUNK), jnp.int32)
+    return jax.lax.fori_loop(0, n, body, (token, state, drawn))
+
+
+def _draw_at(
+    logits: jax.Array, at: jax.Array | int, keys: jax.Array, t: jax.Array, sampling: Sampling
+) -> jax.Array:
+    """Draw from position `at` of (B, T, V) logits, with the keys of each sample's t-th token."""
+    row = jax.lax.dynamic_index_in_dim(logits, at, axis=1, keepdims=False)
+    return draw(row, jax.vmap(jax.random.fold_in, (0, None))(keys, t), sampling)

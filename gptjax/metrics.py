@@ -1,0 +1,44 @@
+"""What a model costs and what the machine can give: parameters, FLOPs, matmul peak."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
+
+
+def count_params(params: Any) -> int:
+    """Number of parameters in a pytree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def flops_per_token(config: ModelConfig, params: Any) -> int:
+    """Floating-point operations of forward and backward, per token of a full window.
+
+    6 for each parameter that is multiplied with, and 12 L C T for attention's two products, the
+    masked half counted too. Lookups (wpe, an untied wte, a bigram's table) cost nothing.
+
+    Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    """
+    if config.kind == "bigram":
+        return 0
+    kernels = count_params({"h": params["h"], "head": params.get("lm_head", {})})
+    tied = params["wte"]["embedding"].size if config.tie_head else 0
+    attention = 12 * config.n_layer * config.n_embd * config.block_size
+    return 6 * (kernels + tied) + attention
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of a large square matmul on one device, the best of a few: about 0.2 s on a CPU."""
+    n = 1024 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), dtype)
+    matmul = jax.jit(jnp.matmul)
+    matmul(a, a).block_until_ready()
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        matmul(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)

@@ -1,0 +1,313 @@
+"""The networks: tokens to logits, with or without a KV cache.
+
+    B  batch      T  positions asked about    S  positions looked at (keys and values)
+    C  n_embd     H  heads    D  head size    L  layers    V  vocabulary
+
+Flax Linen, pure `init`/`apply`. Every model has one contract, so that the train step, the
+sampler and your own module fit together:
+
+    logits, cache = model.apply({"params": params}, tokens, cache=None, train=False)
+    cache = model.init_cache(batch)                      # None: the model has no use for one
+
+Parameter names are GPT-2's (`wte wpe h/{ln_1, attn/{c_attn, c_proj}, ln_2, mlp/{c_fc, c_proj}}
+ln_f`); the leaves below `h` have a leading L axis, for the blocks are one scanned module.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.initializers import Initializer
+
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+
+LN_EPS = 1e-5  # GPT-2's and PyTorch's; Flax's own default is 1e-6
+INIT_STD = 0.02  # GPT-2
+UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the `length` positions read so far: k, v are (L, B, S, H, D)."""
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array  # () int32
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, drop: Any = None
+) -> jax.Array:
+    """Scaled dot-product attention: each query takes the mean of the values it finds relevant.
+
+    Args:
+        q: (B, T, H, D) queries.
+        k: (B, S, H, D) keys.
+        v: (B, S, H, D) values.
+        mask: (1, 1, T, S) bool, true where a query may look; None: everywhere.
+        drop: dropout for the weights, a function of (B, H, T, S); None: none.
+
+    Returns:
+        (B, T, H, D), in v's dtype; the softmax is float32.
+
+    Source: Vaswani et al. 2017, equation 1; lecture, "self-attention".
+    """
+    scores = jnp.einsum("BTHD,BSHD->BHTS", q, k, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if drop is not None:
+        weights = drop(weights)
+    return jnp.einsum("BHTS,BSHD->BTHD", weights.astype(v.dtype), v)
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias` over the last axes of x, as one matmul of a flattened x.
+
+    Flattening (B, T) spares the CPU backend slow transposes in the weight gradient, and a kernel
+    that keeps its head axes can be sharded along them.
+
+    Args:
+        features: shape of the output's last axes.
+        contract: how many of x's last axes are summed over.
+        std: of the normal init; None: PyTorch's uniform(+-1/sqrt(fan in)).
+    """
+
+    features: tuple[int, ...]
+    contract: int = 1
+    bias: bool = True
+    std: float | None = INIT_STD
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        lead, inner = x.shape[: -self.contract], x.shape[-self.contract :]
+        if self.std is None:
+            kernel_init = bias_init = torch_uniform(math.prod(inner))
+        else:
+            kernel_init, bias_init = nn.initializers.normal(self.std), nn.initializers.zeros
+        kernel = self.param("kernel", kernel_init, (*inner, *self.features)).astype(self.dtype)
+        x = x.astype(self.dtype).reshape(-1, *inner)
+        y = jnp.tensordot(x, kernel, self.contract)
+        if self.bias:
+            y = y + self.param("bias", bias_init, self.features).astype(self.dtype)[None]
+        return y.reshape(*lead, *self.features)
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """PyTorch's default for a linear layer's weight and bias: uniform within +-1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class CausalSelfAttention(nn.Module):
+    """Heads of attention side by side, and the projection that mixes what they found.
+
+    `causal=False` deletes the triangular mask (an encoder); `context` gives keys and values
+    another source than the queries (cross-attention, which is never masked).
+    """
+
+    config: ModelConfig
+    train: bool = False
+    causal: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,  # (B, T, C)
+        cache: tuple[jax.Array, jax.Array] | None = None,  # k, v: (B, S, H, D)
+        start: jax.Array | int = 0,  # position of x's first token
+        context: jax.Array | None = None,  # (B, S, C)
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        c = self.config
+        heads = (c.n_head, c.head_size)
+        std, residual_std = init_stds(c)
+        linear = {"dtype": c.dtype, "std": std, "bias": c.bias and c.qkv_bias}
+        if context is None:
+            qkv = Linear((3, *heads), name="c_attn", **linear)(x)
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        else:
+            q = Linear(heads, name="c_q", **linear)(x)
+            kv = Linear((2, *heads), name="c_kv", **linear)(context)
+            k, v = kv[:, :, 0], kv[:, :, 1]
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, 1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, 1)
+            cache = k, v
+        mask = None
+        if self.causal and context is None:
+            mask = causal_mask(x.shape[1], k.shape[1], start)
+        drop = nn.Dropout(c.dropout, deterministic=not self.train)
+        y = attention(q, k, v, mask, drop if c.dropout else None)
+        y = Linear(
+            (c.n_embd,), contract=2, bias=c.bias, std=residual_std, dtype=c.dtype, name="c_proj"
+        )(y)
+        return nn.Dropout(c.dropout, deterministic=not self.train)(y), cache
+
+
+def causal_mask(T: int, S: int, start: jax.Array | int = 0) -> jax.Array:
+    """(1, 1, T, S) bool: query t, at position start + t, sees keys 0..start + t."""
+    return (jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None])[None, None]
+
+
+def init_stds(config: ModelConfig) -> tuple[float | None, float | None]:
+    """Init of a linear layer and of one that ends on the residual stream; None: PyTorch's.
+
+    Source: GPT-2 paper, section 2.3 ("scale the weights of residual layers ... by 1/sqrt(N)").
+    """
+    if config.init == "torch":
+        return None, None
+    return INIT_STD, INIT_STD / math.sqrt(2 * config.n_layer)
+
+
+class MLP(nn.Module):
+    """Each position thinks on its own about what attention brought it."""
+
+    config: ModelConfig
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        std, residual_std = init_stds(c)
+        x = Linear((4 * c.n_embd,), bias=c.bias, std=std, dtype=c.dtype, name="c_fc")(x)
+        x = nn.gelu(x, approximate=True) if c.activation == "gelu" else nn.relu(x)
+        x = Linear((c.n_embd,), bias=c.bias, std=residual_std, dtype=c.dtype, name="c_proj")(x)
+        return nn.Dropout(c.dropout, deterministic=not self.train)(x)
+
+
+def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
+    """GPT-2's layer norm, computed in float32."""
+    return nn.LayerNorm(epsilon=LN_EPS, use_bias=config.bias, dtype=jnp.float32, name=name)
+
+
+class Block(nn.Module):
+    """Communication, then computation, each added to the residual stream (pre-norm)."""
+
+    config: ModelConfig
+    train: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, cache: tuple[jax.Array, jax.Array] | None, start: jax.Array | int
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        c = self.config
+        attn = CausalSelfAttention(c, train=self.train, name="attn")
+        y, cache = attn(layer_norm(c, "ln_1")(x), cache, start)
+        x = x + y
+        x = x + MLP(c, train=self.train, name="mlp")(layer_norm(c, "ln_2")(x))
+        return x, cache
+
+
+class GPT(nn.Module):
+    """The decoder-only transformer: embeddings, L blocks, a last norm, logits."""
+
+    config: ModelConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, cache: KVCache | None = None, train: bool = False
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Logits of the token after each of `tokens`.
+
+        Args:
+            tokens: (B, T) int32 ids, at positions cache.length .. cache.length + T - 1.
+            cache: what came before; None: nothing did, and nothing is kept.
+            train: apply dropout (then `apply` needs `rngs={"dropout": key}`).
+
+        Returns:
+            (B, T, V) float32 logits, and the cache with these tokens in it.
+
+        Raises:
+            UserError: T is more than block_size.
+        """
+        c = self.config
+        T = tokens.shape[1]
+        if T > c.block_size:
+            raise UserError(f"T={T} tokens exceed model.block_size={c.block_size}; give fewer")
+        # The lecture's PyTorch draws embeddings from N(0, 1).
+        normal = nn.initializers.normal(1.0 if c.init == "torch" else INIT_STD)
+        wte = nn.Embed(self.vocab_size, c.n_embd, embedding_init=normal, name="wte")
+        wpe = self.param("wpe", normal, (c.block_size, c.n_embd))
+        start = 0 if cache is None else cache.length
+        positions = jax.lax.dynamic_slice_in_dim(wpe, start, T)
+        x = (wte(tokens) + positions[None]).astype(c.dtype)  # (B, T, C)
+
+        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.n_layer,
+            unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
+        )(c, train=train, name="h")
+        x, kv = blocks(x, None if cache is None else (cache.k, cache.v), start)
+
+        x = layer_norm(c, "ln_f")(x).astype(c.dtype)
+        if c.tie_head:
+            head = wte.embedding.astype(c.dtype)
+            logits = jnp.tensordot(x.reshape(-1, c.n_embd), head.T, 1).reshape(*x.shape[:2], -1)
+        else:
+            head = Linear(
+                (self.vocab_size,), bias=c.bias, std=init_stds(c)[0], dtype=c.dtype, name="lm_head"
+            )
+            logits = head(x)
+        if cache is not None:
+            cache = KVCache(*kv, length=cache.length + T)
+        return logits.astype(jnp.float32), cache
+
+    @nn.nowrap
+    def init_cache(self, batch: int) -> KVCache:
+        """An empty cache for `batch` streams of up to block_size tokens."""
+        c = self.config
+        empty = jnp.zeros((c.n_layer, batch, c.block_size, c.n_head, c.head_size), c.dtype)
+        return KVCache(empty, empty, jnp.zeros((), jnp.int32))
+
+
+class Bigram(nn.Module):
+    """The lecture's first model: a (V, V) table; the row of a token is the logits of the next."""
+
+    config: ModelConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, cache: None = None, train: bool = False
+    ) -> tuple[jax.Array, None]:
+        """(B, T) int32 ids to (B, T, V) float32 logits; T has no limit."""
+        normal = nn.initializers.normal(1.0)
+        wte = nn.Embed(self.vocab_size, self.vocab_size, embedding_init=normal, name="wte")
+        return wte(tokens), None
+
+    @nn.nowrap
+    def init_cache(self, batch: int) -> None:
+        """None: the last token is all it reads."""
+        return None
+
+
+def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
+    """The module that `config` describes.
+
+    Args:
+        config: the network.
+        vocab_size: the tokenizer's; `config.vocab_size` may be larger (padding).
+
+    Raises:
+        UserError: the table has fewer rows than the tokenizer has tokens.
+    """
+    rows = config.vocab_size or vocab_size
+    if rows < vocab_size:
+        raise UserError(
+            f"model.vocab_size={rows} is less than the tokenizer's {vocab_size} tokens; "
+            f"leave it out, or give {vocab_size} or more"
+        )
+    return {"gpt": GPT, "bigram": Bigram}[config.kind](config, rows)

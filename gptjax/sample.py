@@ -1,0 +1,62 @@
+"""Load a run and let it speak: text in, text out. The run's folder is all it reads."""
+
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import runs
+from gptjax.cli import SampleCommand, read_prompt
+from gptjax.generate import Sampling, generate
+from gptjax.model import build_model
+from gptjax.runs import Run
+
+
+def stream(command: SampleCommand) -> Iterator[list[str]]:
+    """The samples, as they grow.
+
+    Args:
+        command: what to load and how to draw.
+
+    Yields:
+        num_samples pieces of new text at a time, one for each sample.
+
+    Raises:
+        UserError: no such run or checkpoint, a damaged one, or a prompt that cannot be encoded.
+    """
+    run = Run(runs.find(command.run))
+    tokenizer = run.tokenizer
+    prompt = tokenizer.encode(read_prompt(command.prompt), command.unknown)
+    if not len(prompt):
+        prompt = tokenizer.encode("\n", "replace")[:1]
+    model = build_model(run.config.model, tokenizer.vocab_size)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    params = run.load(run.choose(command.checkpoint), {"params": target})["params"]
+    sampling = Sampling(command.temperature, command.top_k, command.top_p, tokenizer.vocab_size)
+    key = jax.random.key(command.seed)
+    for chunk in generate(
+        model, params, prompt, key, command.max_new_tokens, sampling, command.num_samples
+    ):
+        yield [tokenizer.decode(row) for row in chunk]
+
+
+def main(command: SampleCommand) -> None:
+    """Print the samples: one as it comes, several one after the other; the rate on stderr."""
+    one = command.num_samples == 1
+    texts = [""] * command.num_samples
+    begun = time.perf_counter()
+    first_piece = 0.0
+    for pieces in stream(command):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        if one:
+            print(pieces[0], end="", flush=True)
+        first_piece = first_piece or time.perf_counter()
+    seconds = time.perf_counter() - first_piece
+    if not one:
+        print("\n---\n".join(texts), end="")
+    print()

