@@ -8,18 +8,14 @@ python sample.py                                            # then let it speak
 """
 
 import sys
-from pathlib import Path
 
-from gptjax import cli, runs
+from gptjax import cli
 from gptjax.errors import one_line_errors
 
 if __name__ == "__main__":
     with one_line_errors("train.py"):
         command = cli.parse_train(sys.argv[1:])
-        if command.resume:
-            directory = Path(command.run)
-        else:
-            directory = runs.new_directory(command.run, command.config)
+        directory = command.directory()
         from gptjax.train import train  # jax is imported here, after the arguments were understood
 
         train(command.settings, directory, resume=command.resume)

@@ -28,10 +28,20 @@ class TrainCommand:
     config: str
     """Preset to start from."""
     run: str | None
-    """Name of the run's folder in runs/ (default: made from the preset)."""
+    """Name of the run's folder in runs/ (None: made from the preset)."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff]
     """Continue that run, or the newest, from its last checkpoint."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
+
+    def directory(self) -> Path:
+        """The folder to work in: the run's when resuming, else a new one.
+
+        Raises:
+            UserError: the folder of a new run holds something already.
+        """
+        if self.resume:
+            return runs.find(self.run, like=self.config)
+        return runs.new_directory(self.run, self.config)
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ def parse_train(argv: list[str]) -> TrainCommand:
     else:
         settings = PRESETS[preset or "small"]
     default = TrainCommand(preset or "small", name, resume, settings)
-    return _parse(TrainCommand, default, argv, "train.py", f"presets: {', '.join(PRESETS)}")
+    return parse(TrainCommand, default, argv, "train.py", f"presets: {', '.join(PRESETS)}")
 
 
 def parse_sample(argv: list[str]) -> SampleCommand:
@@ -88,13 +98,10 @@ def parse_sample(argv: list[str]) -> SampleCommand:
     Raises:
         UserError: an unknown flag or a bad value.
     """
-    command = _parse(SampleCommand, SampleCommand(), argv, "sample.py", "")
-    for name, value in (
-        ("max-new-tokens", command.max_new_tokens),
-        ("num-samples", command.num_samples),
-    ):
-        if value < 1:
-            raise UserError(f"--{name} {value} is too small; give 1 or more")
+    command = parse(SampleCommand, SampleCommand(), argv, "sample.py", "")
+    for name in ("max_new_tokens", "num_samples"):
+        if (value := getattr(command, name)) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} is too small; give 1 or more")
     if not 0 <= command.temperature < float("inf"):
         raise UserError(f"--temperature {command.temperature} is out of range; give 0 or more")
     if command.top_k is not None and command.top_k < 1:
@@ -148,7 +155,12 @@ def _without(argv: list[str], flag: str) -> list[str]:
     return kept
 
 
-def _parse(cls: type[T], default: T, argv: list[str], prog: str, description: str) -> T:
+def parse(cls: type[T], default: T, argv: list[str], prog: str, description: str) -> T:
+    """Read arguments into a dataclass; its docstring and its fields' are the help.
+
+    Raises:
+        UserError: what tyro found wrong, on one line.
+    """
     text = f"{(cls.__doc__ or '').strip()} {description}".strip()
     if _wants_help(argv):
         return tyro.cli(cls, default=default, args=argv, prog=prog, description=text)

@@ -307,12 +307,12 @@ TINY = Config(
 
 # python train.py --config small: the main job.
 SMALL = Config(
-    steps=2000,
+    steps=1000,
     batch_size=32,
     eval_every=250,
-    save_every=500,
+    save_every=250,
     model=ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=64),
-    optim=OptimConfig(learning_rate=3e-3, warmup_steps=100),
+    optim=OptimConfig(learning_rate=6e-3, warmup_steps=50),
 )
 
 # python train.py --config lecture: the lecture's scaled-up model.

@@ -139,7 +139,7 @@ def _read(
 ) -> tuple[jax.Array, Any]:
     """Take in the first `length` of (B, P) ids; the (B,) token drawn after them, and the state."""
     B, P = text.shape
-    cache = model.init_cache(B)
+    cache: Any = model.init_cache(B)
     logits, cache = model.apply({"params": params}, text, cache)
     if cache is None:
         tokens = jnp.pad(text, ((0, 0), (0, model.config.block_size - P)))
@@ -161,7 +161,7 @@ def _write(
     n: jax.Array,
     sampling: Sampling,
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """Draw n <= CHUNK tokens after `token` (B,): the last, the state, and all of them (B, CHUNK)."""
+    """Draw n <= CHUNK tokens after `token` (B,): the last, the state, and all as (B, CHUNK)."""
 
     def body(i: jax.Array, carry: tuple[jax.Array, Any, jax.Array]):
         token, state, drawn = carry

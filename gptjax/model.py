@@ -246,11 +246,12 @@ class GPT(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.n_layer,
             unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
         )(c, train=train, name="h")
-        x, kv = blocks(x, None if cache is None else (cache.k, cache.v), start)
+        kv: Any = None if cache is None else (cache.k, cache.v)
+        x, kv = blocks(x, kv, start)
 
         x = layer_norm(c, "ln_f")(x).astype(c.dtype)
         if c.tie_head:

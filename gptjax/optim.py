@@ -28,7 +28,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for each leaf that weight decay shrinks: by name, for stacked norm scales are 2-D too."""
+    """True for the leaves that decay: by name, for the stacked norm scales have two axes too."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 

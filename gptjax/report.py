@@ -10,6 +10,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -32,7 +33,7 @@ class Report:
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
         self.console = console or Console(quiet=quiet, highlight=False)
-        self._progress: Progress | None = None
+        self._bar: tuple[Progress, TaskID] | None = None
 
     def say(self, text: str) -> None:
         """Lines above the bar."""
@@ -64,12 +65,11 @@ class Report:
             TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s  left"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
-        ) as self._progress:
-            self._task = self._progress.add_task(
-                "", total=config.steps, completed=start, loss="-", rate="-"
-            )
+        ) as progress:
+            task = progress.add_task("", total=config.steps, completed=start, loss="-", rate="-")
+            self._bar = progress, task
             yield
-        self._progress = None
+            self._bar = None
 
     def step(self, step: int, loss: float, seconds: float) -> None:
         """Some steps are made, after `seconds` of training: move the bar, tell the time to go."""
@@ -86,8 +86,9 @@ class Report:
                 f"{per_step * 1e3:.3g} ms a step: about {left / 60:.1f} minutes to go, and the "
                 f"evaluations"
             )
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", rate=rate)
+        if self._bar is not None:
+            progress, task = self._bar
+            progress.update(task, completed=step, loss=f"{loss:.3f}", rate=rate)
         elif time.perf_counter() - self._last_line > PLAIN_EVERY:
             self._last_line = time.perf_counter()
             self.say(

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gptjax import runs
+from gptjax.checkpoint import Checkpoints
 from gptjax.cli import SampleCommand, read_prompt
-from gptjax.generate import Sampling, generate
+from gptjax.generate import CHUNK, Sampling, generate
 from gptjax.model import build_model
 from gptjax.runs import Run
+
+WARM_UP = 1 + CHUNK  # tokens of the first two yields, which both programs are compiled for
 
 
 def stream(command: SampleCommand) -> Iterator[list[str]]:
@@ -36,7 +38,9 @@ def stream(command: SampleCommand) -> Iterator[list[str]]:
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    params = run.load(run.choose(command.checkpoint), {"params": target})["params"]
+    checkpoints = Checkpoints(run.checkpoints_path)
+    step = run.choose(command.checkpoint, checkpoints.steps())
+    params = checkpoints.load(step, {"params": target})["params"]
     sampling = Sampling(command.temperature, command.top_k, command.top_p, tokenizer.vocab_size)
     key = jax.random.key(command.seed)
     for chunk in generate(
@@ -49,14 +53,13 @@ def main(command: SampleCommand) -> None:
     """Print the samples: one as it comes, several one after the other; the rate on stderr."""
     one = command.num_samples == 1
     texts = [""] * command.num_samples
-    begun = time.perf_counter()
-    first_piece = 0.0
+    times: list[float] = []
     for pieces in stream(command):
-        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         if one:
             print(pieces[0], end="", flush=True)
-        first_piece = first_piece or time.perf_counter()
-    seconds = time.perf_counter() - first_piece
-    if not one:
-        print("\n---\n".join(texts), end="")
-    print()
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        times.append(time.perf_counter())
+    print("" if one else "\n---\n".join(texts))
+    if (made := command.max_new_tokens - WARM_UP) > 0:
+        rate = made * command.num_samples / (times[-1] - times[1])
+        print(f"{rate:,.0f} tokens/s, compilation not counted", file=sys.stderr)

@@ -45,9 +45,10 @@ def make_mesh(config: Config) -> Mesh:
     """
     m, available = config.mesh, jax.device_count()
     rows = config.batch_size // config.optim.accumulate
-    data = m.data or max(
-        1, math.gcd(available // (m.fsdp * m.tensor), rows // math.gcd(rows, m.fsdp))
-    )
+    data = m.data
+    if data is None:
+        room = max(1, available // (m.fsdp * m.tensor))
+        data = max(n for n in range(1, room + 1) if n == 1 or rows % (n * m.fsdp) == 0)
     shape = (data, m.fsdp, m.tensor)
     if math.prod(shape) > available:
         raise UserError(
@@ -57,7 +58,7 @@ def make_mesh(config: Config) -> Mesh:
     if rows % (data * m.fsdp):
         raise UserError(
             f"a micro-batch of {rows} rows is not divisible by mesh.data * mesh.fsdp = "
-            f"{data * m.fsdp}; give a batch_size that is, or one of the sizes {_divisors(rows)}"
+            f"{data * m.fsdp}; sizes that divide it: {_divisors(rows)}"
         )
     devices = jax.devices()[: math.prod(shape)]
     # Auto: XLA infers every sharding. The default, Explicit, would ask the model to name them.
@@ -76,10 +77,10 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     """
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        spec = _spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.ndim)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = _spec(name, leaf.ndim)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise UserError(
                     f"{name} has an axis of {size}, not divisible by mesh.{axis}="
                     f"{mesh.shape[axis]}; sizes that divide it: {_divisors(size)}"

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax import metrics, sharding
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
 from gptjax.data import Dataset, open_dataset
 from gptjax.errors import UserError
@@ -80,9 +81,11 @@ def train(
         run = Run.create(directory, config, dataset.tokenizer)
     else:
         run.change_config(config)
-    start = _newest_sound_step(run, report)
+    checkpoints = Checkpoints(run.checkpoints_path, run.keep)
+    checkpoints.clean()
+    start = _newest_sound_step(checkpoints, report)
     if start:
-        state = _restore(run, start, abstract, placed)
+        state = _restore(checkpoints, start, abstract, placed)
     else:
         state = jax.jit(init, out_shardings=placed)(seed_key)
 
@@ -103,7 +106,7 @@ def train(
         """Save, then evaluate, then log: a crash while evaluating loses nothing."""
         last = step == config.steps
         if step and (step % config.save_every == 0 or last or stopped):
-            run.save(step, state.params, state.opt_state, record)
+            checkpoints.save(step, state.params, state.opt_state, record)
         if step % config.eval_every == 0 or last:
             if stopped and not last:
                 return record  # evaluated and logged on resume, from the record in the checkpoint
@@ -120,7 +123,7 @@ def train(
     logged = run.rewind_metrics(start)
     record: Record = logged[-1] if logged else {"step": 0, "seconds": 0.0}
     if start and record["step"] < start:
-        record = run.record_of(start)
+        record = checkpoints.record(start)
     clock = _Clock(record["seconds"])
     step = start
     with _until_signal() as stop_asked, report.progress(start, config):
@@ -137,13 +140,13 @@ def train(
                 if pending:  # read the steps before these while the device makes these
                     records += _records(*pending, clock, report)
                 pending, step = (step, n, out), step + n
-                run.finish_save(wait=False)
+                checkpoints.finish_save(wait=False)
             if pending:
                 records += _records(*pending, clock, report)
             run.log(records[:-1])
             with clock.stopped():
                 record = finish(step, records[-1], stop_asked())
-        run.close()
+        checkpoints.finish_save()
 
     if step < config.steps:
         report.say(
@@ -157,30 +160,32 @@ def train(
     return record
 
 
-def _newest_sound_step(run: Run, report: Report) -> int:
+def _newest_sound_step(checkpoints: Checkpoints, report: Report) -> int:
     """The step to go on from: 0 without a checkpoint; damaged ones are passed over, with a word.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged.
     """
-    steps = run.steps()
+    steps = checkpoints.steps()
     for step in reversed(steps):
         try:
-            run.verify(step)
+            checkpoints.verify(step)
             return step
         except UserError as error:
             report.say(f"passing over: {error}")
     if steps:
-        raise UserError(f"every checkpoint of {run.directory} is damaged; start a new run")
+        raise UserError(f"every checkpoint in {checkpoints.path} is damaged; start a new run")
     return 0
 
 
-def _restore(run: Run, step: int, abstract: TrainState, placed: TrainState) -> TrainState:
+def _restore(
+    checkpoints: Checkpoints, step: int, abstract: TrainState, placed: TrainState
+) -> TrainState:
     """The train state of a checkpoint, on the devices of this run."""
     targets = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
     )
-    parts = run.load(step, {"params": targets.params, "opt_state": targets.opt_state})
+    parts = checkpoints.load(step, {"params": targets.params, "opt_state": targets.opt_state})
     count = jax.device_put(np.int32(step), placed.step)
     return TrainState(count, parts["params"], parts["opt_state"])
 
@@ -280,11 +285,12 @@ def _results(config: Config, run: Run, record: Record, params: Any, mesh: Mesh) 
     """What came of it, with the share of the matmul peak that training used."""
     seconds = record["seconds"]
     tokens_per_second = config.steps * config.batch_size * config.model.block_size / seconds
+    best = run.best_step(Checkpoints(run.checkpoints_path).steps())
     rows = {
         "validation loss": f"{record['val_loss']:.4f} over the whole split",
         "training": f"{seconds / 60:.2f} minutes, {seconds / config.steps * 1e3:.3g} ms a step, "
         f"{tokens_per_second:,.0f} tokens/s, compilation included",
-        "kept": f"{run.directory}, best checkpoint at step {run.best_step()}",
+        "kept": f"{run.directory}, best checkpoint at step {best}",
     }
     if flops := metrics.flops_per_token(config.model, params) * tokens_per_second:
         peak = metrics.matmul_peak(config.model.dtype) * mesh.size
