@@ -14,8 +14,9 @@ from typing import Annotated, TypeVar
 import tyro
 
 from gptjax import runs
-from gptjax.config import PRESETS, Config
+from gptjax.config import Config
 from gptjax.errors import UserError
+from gptjax.presets import PRESETS
 from gptjax.tokenizer import Unknown
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, the presets, and their JSON form.
+"""What a run is: frozen dataclasses and their JSON form.
 
 Standard library only, so that `train.py --help` answers at once. One field has one reader; `None`
 means off; a new field's default must reproduce what was done before it existed, so that the
@@ -8,7 +8,7 @@ means off; a new field's default must reproduce what was done before it existed,
 import json
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from gptjax.errors import UserError
@@ -21,8 +21,7 @@ class ModelConfig:
     """The network: GPT-2's names, GPT-2's meaning."""
 
     kind: Literal["gpt", "bigram"] = "gpt"
-    """gpt: the transformer. bigram: the lecture's (V, V) table, which reads n_* and block_size only
-    to cut batches."""
+    """gpt: the transformer. bigram: the lecture's (V, V) table, which reads only block_size."""
     n_layer: int = 4
     """Transformer blocks."""
     n_head: int = 4
@@ -275,111 +274,3 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
         elif before != after:
             changed[prefix + name] = (before, after)
     return changed
-
-
-# ---------------------------------------------------------------------------------------------
-# Presets. Each comment: command, hardware, time, loss; "cited" is not ours.
-
-# python train.py --config bigram: the lecture's first model.
-BIGRAM = Config(
-    steps=3000,
-    batch_size=32,
-    eval_every=300,
-    eval_batches=200,
-    save_every=1000,
-    model=ModelConfig(kind="bigram", block_size=8),
-    # torch.optim.AdamW as the lecture calls it: its default decay and betas, no clipping.
-    optim=OptimConfig(
-        learning_rate=1e-2, schedule="constant", weight_decay=0.01, beta2=0.999, grad_clip=None
-    ),
-)
-
-# python train.py --config tiny: seconds, for tests and first looks.
-TINY = Config(
-    steps=60,
-    batch_size=8,
-    eval_every=20,
-    eval_batches=4,
-    save_every=20,
-    model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, dropout=0.1),
-    optim=OptimConfig(learning_rate=3e-3, warmup_steps=5),
-)
-
-# python train.py --config small: the main job.
-SMALL = Config(
-    steps=1000,
-    batch_size=32,
-    eval_every=250,
-    save_every=250,
-    model=ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=64),
-    optim=OptimConfig(learning_rate=6e-3, warmup_steps=50),
-)
-
-# python train.py --config lecture: the lecture's scaled-up model.
-# Cited: val 1.4873, from 500-step estimates on random windows; hours on 2 cores, so not run here.
-LECTURE = Config(
-    steps=5000,
-    batch_size=64,
-    eval_every=500,
-    eval_batches=200,
-    save_every=500,
-    model=ModelConfig(
-        n_layer=6,
-        n_head=6,
-        n_embd=384,
-        block_size=256,
-        dropout=0.2,
-        qkv_bias=False,
-        activation="relu",
-        tie_head=False,
-        init="torch",
-    ),
-    optim=OptimConfig(
-        learning_rate=3e-4, schedule="constant", weight_decay=0.01, beta2=0.999, grad_clip=None
-    ),
-)
-
-# python train.py --config shakespeare: nanoGPT's character model.
-# Cited: val 1.4697 on random windows, about 3 minutes on one A100 (nanoGPT's README).
-SHAKESPEARE = Config(
-    steps=5000,
-    batch_size=64,
-    eval_every=250,
-    eval_batches=200,
-    save_every=250,
-    model=ModelConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, bias=False),
-    optim=OptimConfig(learning_rate=1e-3, warmup_steps=100),
-)
-
-# python train.py --config gpt2: GPT-2's four shapes with nanoGPT's recipe (batch of 0.5 M tokens).
-# Cited: nanoGPT reaches 2.85 on OpenWebText in 4 days on 8 A100s. Not run here: no accelerator.
-GPT2 = Config(
-    steps=600_000,
-    batch_size=480,
-    eval_every=1000,
-    eval_batches=200,
-    save_every=1000,
-    steps_per_dispatch=1,
-    model=ModelConfig(
-        n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, dtype="bfloat16"
-    ),
-    optim=OptimConfig(learning_rate=6e-4, warmup_steps=2000, beta2=0.95, accumulate=5),
-)
-
-
-def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Config:
-    shape = replace(GPT2.model, n_layer=n_layer, n_head=n_head, n_embd=n_embd, remat=True)
-    return replace(GPT2, model=shape)
-
-
-PRESETS: dict[str, Config] = {
-    "bigram": BIGRAM,
-    "tiny": TINY,
-    "small": SMALL,
-    "lecture": LECTURE,
-    "shakespeare": SHAKESPEARE,
-    "gpt2": GPT2,
-    "gpt2-medium": _gpt2(24, 16, 1024),
-    "gpt2-large": _gpt2(36, 20, 1280),
-    "gpt2-xl": _gpt2(48, 25, 1600),
-}

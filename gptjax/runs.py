@@ -46,7 +46,7 @@ def find(name: str | None, like: str | None = None) -> Path:
                 f"{', '.join(_names()) or 'none'}"
             )
         return directory
-    pattern = rf"{re.escape(like)}(-\d+)?" if like else r".*"
+    pattern = rf"{re.escape(_base_name(like))}(-\d+)?" if like else r".*"
     found = [RUNS / n for n in _names() if re.fullmatch(pattern, n)]
     if not found:
         kind = f"run of preset {like}" if like else "run"
@@ -61,9 +61,10 @@ def new_directory(name: str | None, preset: str) -> Path:
         UserError: the folder holds something already.
     """
     if name is None:
-        directory, number = RUNS / preset, 2
+        base = _base_name(preset)
+        directory, number = RUNS / base, 2
         while directory.exists():
-            directory, number = RUNS / f"{preset}-{number}", number + 1
+            directory, number = RUNS / f"{base}-{number}", number + 1
         return directory
     directory = Path(name) if os.sep in name else RUNS / name
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -230,6 +231,10 @@ def read_file(path: Path, parse: Callable[[str], Any]) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # a UserError is a ValueError
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _base_name(preset: str) -> str:
+    return preset.replace("/", "-")
 
 
 def _names() -> list[str]:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import runs
+from gptjax.build import build_model
 from gptjax.checkpoint import Checkpoints
 from gptjax.cli import SampleCommand, read_prompt
 from gptjax.generate import CHUNK, Sampling, generate
-from gptjax.model import build_model
 from gptjax.runs import Run
 
 WARM_UP = 1 + CHUNK  # tokens of the first two yields, which both programs are compiled for

@@ -17,12 +17,12 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax import metrics, sharding
+from gptjax.build import build_model
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
 from gptjax.data import Dataset, open_dataset
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, generate
-from gptjax.model import build_model
 from gptjax.optim import make_optimizer
 from gptjax.report import Report
 from gptjax.runs import Record, Run
