@@ -13,6 +13,9 @@ from gptjax.errors import one_line_errors
 if __name__ == "__main__":
     with one_line_errors("sample.py"):
         command = cli.parse_sample(sys.argv[1:])
-        from gptjax.sample import main  # jax is imported here, after the arguments were understood
+        # jax is imported here, after the arguments were understood.
+        from gptjax.cache import use_compilation_cache
+        from gptjax.sample import main
 
+        use_compilation_cache()
         main(command)

@@ -16,6 +16,9 @@ if __name__ == "__main__":
     with one_line_errors("train.py"):
         command = cli.parse_train(sys.argv[1:])
         directory = command.directory()
-        from gptjax.train import train  # jax is imported here, after the arguments were understood
+        # jax is imported here, after the arguments were understood.
+        from gptjax.cache import use_compilation_cache
+        from gptjax.train import train
 
+        use_compilation_cache()
         train(command.settings, directory, resume=command.resume)

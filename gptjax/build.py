@@ -4,9 +4,16 @@ import flax.linen as nn
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.lecture import Attention, Averaging, FeedForward
 from gptjax.model import GPT, Bigram
 
-MODELS = {"gpt": GPT, "bigram": Bigram}
+MODELS = {
+    "gpt": GPT,
+    "bigram": Bigram,
+    "averaging": Averaging,
+    "attention": Attention,
+    "feedforward": FeedForward,
+}
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,12 +63,13 @@ class Checkpoints:
         self.finish_save()
         if step in self.steps():
             return  # it was resumed here
-        items = {"params": params, "opt_state": opt_state}
+        # orbax refuses an item without leaves, such as the state of plain SGD; so the step is one.
+        items = {"params": params, "training": {"step": step, "opt_state": opt_state}}
         with self._reporting(step):
             # Asked beforehand, for orbax takes seconds to find out.
             self.path.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
-                needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+                needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
             if shutil.disk_usage(self.path).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             response = ocp.save_checkpointables_async(
@@ -102,6 +104,20 @@ class Checkpoints:
         for old in set(steps) - self._keep(steps):
             shutil.rmtree(self._folder(old))
 
+    @contextmanager
+    def sealing(self) -> Iterator[None]:
+        """Let no save be left unsealed, unless the program is being torn down."""
+        try:
+            yield
+        except Exception:
+            self.finish_save()
+            raise
+        self.finish_save()
+
+    def set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint, so that its step can be saved again and nothing is lost."""
+        self._folder(step).rename(self._folder(step).with_suffix(f".damaged-{time.time_ns()}"))
+
     def verify(self, step: int) -> None:
         """Compare a checkpoint's files with their checksums.
 
@@ -126,8 +142,8 @@ class Checkpoints:
 
         Args:
             step: of the checkpoint.
-            abstract: {"params": ..., "opt_state": ...} or either; the leaves are
-                `jax.ShapeDtypeStruct` with the sharding to load onto.
+            abstract: {"params": ..., "training": {"step": ..., "opt_state": ...}} or either; the
+                leaves are `jax.ShapeDtypeStruct` with the sharding to load onto.
 
         Raises:
             UserError: damaged, or of other shapes than the model's.

@@ -89,7 +89,7 @@ def parse_train(argv: list[str]) -> TrainCommand:
         argv = _without(argv, "--run")
     else:
         settings = PRESETS[preset or "small"]
-    default = TrainCommand(preset or "small", name, resume, settings)
+    default = TrainCommand(preset or "small", name, False, settings)
     return parse(TrainCommand, default, argv, "train.py", f"presets: {', '.join(PRESETS)}")
 
 

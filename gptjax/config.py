@@ -20,8 +20,9 @@ FORMAT = 1  # of config.json; raised when an old program could misread a new fil
 class ModelConfig:
     """The network: GPT-2's names, GPT-2's meaning."""
 
-    kind: Literal["gpt", "bigram"] = "gpt"
-    """gpt: the transformer. bigram: the lecture's (V, V) table, which reads only block_size."""
+    kind: Literal["gpt", "bigram", "averaging", "attention", "feedforward"] = "gpt"
+    """gpt: the transformer. bigram: the lecture's (V, V) table, which reads only block_size.
+    averaging, attention, feedforward: the lecture's steps between the two, of one layer."""
     n_layer: int = 4
     """Transformer blocks."""
     n_head: int = 4
@@ -38,6 +39,9 @@ class ModelConfig:
     """Biases in linear layers and layer norms, as GPT-2."""
     qkv_bias: bool = True
     """Biases on queries, keys and values too (the lecture has none there)."""
+    norm: Literal["layer", "none"] = "layer"
+    """Before attention, before the MLP and at the end; none: nothing there, as the lecture before
+    it comes to layer norm."""
     activation: Literal["gelu", "relu"] = "gelu"
     """The MLP's non-linearity; gelu is GPT-2's tanh form."""
     tie_head: bool = True

@@ -14,6 +14,7 @@ ln_f`); the leaves below `h` have a leading L axis, for the blocks are one scann
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -111,12 +112,14 @@ class CausalSelfAttention(nn.Module):
     """Heads of attention side by side, and the projection that mixes what they found.
 
     `causal=False` deletes the triangular mask (an encoder); `context` gives keys and values
-    another source than the queries (cross-attention, which is never masked).
+    another source than the queries (cross-attention, which is never masked); `project=False`
+    leaves what the heads found side by side, as the lecture's first heads do.
     """
 
     config: ModelConfig
     train: bool = False
     causal: bool = True
+    project: bool = True
 
     @nn.compact
     def __call__(
@@ -146,6 +149,8 @@ class CausalSelfAttention(nn.Module):
             mask = causal_mask(x.shape[1], k.shape[1], start)
         drop = nn.Dropout(c.dropout, deterministic=not self.train)
         y = attention(q, k, v, mask, drop if c.dropout else None)
+        if not self.project:
+            return y.reshape(x.shape), cache
         y = Linear(
             (c.n_embd,), contract=2, bias=c.bias, std=residual_std, dtype=c.dtype, name="c_proj"
         )(y)
@@ -178,13 +183,20 @@ class MLP(nn.Module):
         c = self.config
         std, residual_std = init_stds(c)
         x = Linear((4 * c.n_embd,), bias=c.bias, std=std, dtype=c.dtype, name="c_fc")(x)
-        x = nn.gelu(x, approximate=True) if c.activation == "gelu" else nn.relu(x)
+        x = activate(c, x)
         x = Linear((c.n_embd,), bias=c.bias, std=residual_std, dtype=c.dtype, name="c_proj")(x)
         return nn.Dropout(c.dropout, deterministic=not self.train)(x)
 
 
-def layer_norm(config: ModelConfig, name: str) -> nn.LayerNorm:
-    """GPT-2's layer norm, computed in float32."""
+def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
+    """The config's non-linearity, value by value."""
+    return nn.gelu(x, approximate=True) if config.activation == "gelu" else nn.relu(x)
+
+
+def norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
+    """GPT-2's layer norm, computed in float32; or nothing, if the config says so."""
+    if config.norm == "none":
+        return lambda x: x
     return nn.LayerNorm(epsilon=LN_EPS, use_bias=config.bias, dtype=jnp.float32, name=name)
 
 
@@ -200,9 +212,9 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
         attn = CausalSelfAttention(c, train=self.train, name="attn")
-        y, cache = attn(layer_norm(c, "ln_1")(x), cache, start)
+        y, cache = attn(norm(c, "ln_1")(x), cache, start)
         x = x + y
-        x = x + MLP(c, train=self.train, name="mlp")(layer_norm(c, "ln_2")(x))
+        x = x + MLP(c, train=self.train, name="mlp")(norm(c, "ln_2")(x))
         return x, cache
 
 
@@ -240,7 +252,23 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         positions = jax.lax.dynamic_slice_in_dim(wpe, start, T)
         x = (wte(tokens) + positions[None]).astype(c.dtype)  # (B, T, C)
+        x, cache = self.blocks(x, cache, train)
+        x = norm(c, "ln_f")(x).astype(c.dtype)
+        if c.tie_head:
+            head = wte.embedding.astype(c.dtype)
+            logits = jnp.tensordot(x.reshape(-1, c.n_embd), head.T, 1).reshape(*x.shape[:2], -1)
+        else:
+            head = Linear(
+                (self.vocab_size,), bias=c.bias, std=init_stds(c)[0], dtype=c.dtype, name="lm_head"
+            )
+            logits = head(x)
+        return logits.astype(jnp.float32), cache
 
+    def blocks(
+        self, x: jax.Array, cache: KVCache | None, train: bool
+    ) -> tuple[jax.Array, KVCache | None]:
+        """What stands between embeddings and logits: (B, T, C) to (B, T, C), and the cache."""
+        c = self.config
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         blocks = nn.scan(
             block,
@@ -251,20 +279,8 @@ class GPT(nn.Module):
             unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
         )(c, train=train, name="h")
         kv: Any = None if cache is None else (cache.k, cache.v)
-        x, kv = blocks(x, kv, start)
-
-        x = layer_norm(c, "ln_f")(x).astype(c.dtype)
-        if c.tie_head:
-            head = wte.embedding.astype(c.dtype)
-            logits = jnp.tensordot(x.reshape(-1, c.n_embd), head.T, 1).reshape(*x.shape[:2], -1)
-        else:
-            head = Linear(
-                (self.vocab_size,), bias=c.bias, std=init_stds(c)[0], dtype=c.dtype, name="lm_head"
-            )
-            logits = head(x)
-        if cache is not None:
-            cache = KVCache(*kv, length=cache.length + T)
-        return logits.astype(jnp.float32), cache
+        x, kv = blocks(x, kv, 0 if cache is None else cache.length)
+        return x, None if cache is None else KVCache(*kv, length=cache.length + x.shape[1])
 
     @nn.nowrap
     def init_cache(self, batch: int) -> KVCache:

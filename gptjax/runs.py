@@ -75,6 +75,11 @@ def new_directory(name: str | None, preset: str) -> Path:
     return directory
 
 
+def run_name(directory: Path) -> str:
+    """What to type for `--run`."""
+    return directory.name if directory.parent == RUNS else str(directory)
+
+
 def read_config(directory: Path) -> Config:
     """The run's config.
 
@@ -116,8 +121,11 @@ class Run:
             ) from None
         return cls(directory)
 
-    def change_config(self, config: Config) -> None:
+    def change_config(self, config: Config) -> dict[str, tuple[Any, Any]]:
         """Go on with other settings.
+
+        Returns:
+            What changed: {"steps": (old, new)}.
 
         Raises:
             UserError: the model or the data would be others.
@@ -132,6 +140,7 @@ class Run:
         if changed:
             write_atomically(self.directory / "config.json", config_module.to_json(config))
         self.config = config
+        return changed
 
     @property
     def checkpoints_path(self) -> Path:

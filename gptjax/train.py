@@ -1,6 +1,7 @@
 """The training run, from a config to a folder that `sample.py` loads: the story, in order."""
 
 import math
+import os
 import signal
 import threading
 import time
@@ -25,7 +26,7 @@ from gptjax.errors import UserError
 from gptjax.generate import Sampling, generate
 from gptjax.optim import make_optimizer
 from gptjax.report import Report
-from gptjax.runs import Record, Run
+from gptjax.runs import Record, Run, run_name
 from gptjax.step import (
     StepMetrics,
     TrainState,
@@ -80,10 +81,15 @@ def train(
     if run is None:
         run = Run.create(directory, config, dataset.tokenizer)
     else:
-        run.change_config(config)
+        for name, (old, new) in run.change_config(config).items():
+            report.say(f"changed: {name} was {old}, is {new}")
     checkpoints = Checkpoints(run.checkpoints_path, run.keep)
     checkpoints.clean()
     start = _newest_sound_step(checkpoints, report)
+    if start > config.steps:
+        raise UserError(
+            f"{directory} is at step {start} already, past steps={config.steps}; give more --steps"
+        )
     if start:
         state = _restore(checkpoints, start, abstract, placed)
     else:
@@ -126,42 +132,38 @@ def train(
         record = checkpoints.record(start)
     clock = _Clock(record["seconds"])
     step = start
-    with _until_signal() as stop_asked, report.progress(start, config):
+    with _until_signal() as stop_asked, report.progress(start, config), checkpoints.sealing():
         if not logged or logged[-1]["step"] < start:
             record = finish(start, record, stopped=False)
         clock.start()
         while step < config.steps and not stop_asked():
             boundary = _next_boundary(config, step)
-            pending: tuple[int, int, StepMetrics] | None = None
             records: list[Record] = []
-            while step < boundary and not stop_asked():
+            pending: tuple[int, int, StepMetrics] | None = None
+            while pending is None or (step < boundary and not stop_asked()):
                 n = min(config.steps_per_dispatch, boundary - step)
                 state, out = train_steps(state, train_tokens, seed_key, n)
                 if pending:  # read the steps before these while the device makes these
                     records += _records(*pending, clock, report)
                 pending, step = (step, n, out), step + n
                 checkpoints.finish_save(wait=False)
-            if pending:
-                records += _records(*pending, clock, report)
+            records += _records(*pending, clock, report)
             run.log(records[:-1])
             with clock.stopped():
                 record = finish(step, records[-1], stop_asked())
-        checkpoints.finish_save()
 
+    name = run_name(directory)
     if step < config.steps:
-        report.say(
-            f"stopped after step {step}; saved: to go on, python train.py --run "
-            f"{directory.name} --resume"
-        )
+        report.say(f"stopped after step {step}; to go on: python train.py --run {name} --resume")
         return record
     report.summary("done", _results(config, run, record, abstract.params, mesh))
     report.say("a sample:\n" + _sample(model, state.params, dataset, config))
-    report.say(f"next: python sample.py --run {directory.name}")
+    report.say(f"next: python sample.py --run {name}")
     return record
 
 
 def _newest_sound_step(checkpoints: Checkpoints, report: Report) -> int:
-    """The step to go on from: 0 without a checkpoint; damaged ones are passed over, with a word.
+    """The step to go on from: 0 without a checkpoint; damaged ones are set aside, with a word.
 
     Raises:
         UserError: there are checkpoints, and every one is damaged.
@@ -172,7 +174,8 @@ def _newest_sound_step(checkpoints: Checkpoints, report: Report) -> int:
             checkpoints.verify(step)
             return step
         except UserError as error:
-            report.say(f"passing over: {error}")
+            report.say(f"set aside: {error}")
+            checkpoints.set_aside(step)
     if steps:
         raise UserError(f"every checkpoint in {checkpoints.path} is damaged; start a new run")
     return 0
@@ -182,12 +185,12 @@ def _restore(
     checkpoints: Checkpoints, step: int, abstract: TrainState, placed: TrainState
 ) -> TrainState:
     """The train state of a checkpoint, on the devices of this run."""
-    targets = jax.tree.map(
+    state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
     )
-    parts = checkpoints.load(step, {"params": targets.params, "opt_state": targets.opt_state})
-    count = jax.device_put(np.int32(step), placed.step)
-    return TrainState(count, parts["params"], parts["opt_state"])
+    training = {"step": state.step, "opt_state": state.opt_state}
+    items = checkpoints.load(step, {"params": state.params, "training": training})
+    return TrainState(params=items["params"], **items["training"])
 
 
 def _next_boundary(config: Config, step: int) -> int:
@@ -245,6 +248,7 @@ def _until_signal() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
+        os.write(2, b"\nstopping after this step, to save; once more to quit at once\n")
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {}
@@ -264,11 +268,9 @@ def _description(
     m, n_train = config.model, len(dataset.train)
     count = metrics.count_params(params)
     tokens = config.steps * config.batch_size * m.block_size
-    shape = (
-        "bigram table"
-        if m.kind == "bigram"
-        else (f"{m.n_layer} layers, {m.n_head} heads, {m.n_embd} wide, context {m.block_size}")
-    )
+    heads = f"{m.n_head} heads, {m.n_embd} wide, context {m.block_size}"
+    shapes = {"gpt": f"{m.n_layer} layers, {heads}", "bigram": "bigram table"}
+    shape = shapes.get(m.kind, f"the lecture's {m.kind}, {heads}")
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     return {
         "text": f"{config.data.text}: {n_train:,} training and {len(dataset.val):,} validation "

@@ -1,0 +1,71 @@
+"""What all tests share: one numerical setting, and the texts they read."""
+
+import hashlib
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+
+from gptjax import corpora
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # no test may open a window
+
+# One cache of compiled programs for this session, commands run by tests included.
+_cache = tempfile.TemporaryDirectory(prefix="gptjax-xla-", ignore_cleanup_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+# Eight devices, so that sharding can be tested anywhere; full precision and no silent
+# broadcasting, so that a parity test compares formulas and not roundings.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples in each run; compiling may take longer than hypothesis's deadline.
+hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("gptjax")
+
+SHAKESPEARE = "tiny_shakespeare"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+WORDS = (
+    "and but come crown day fair fear gentle good hath heart here king lord love my night no "
+    "noble not of our prince quick soul speak sword that the thou thy to vex what will with you"
+).split()
+
+
+@pytest.fixture(scope="session")
+def shakespeare() -> str:
+    """The real Tiny Shakespeare, from wherever it already is: tests fetch nothing."""
+    repo = Path(__file__).resolve().parents[1]
+    for path in (
+        corpora.DATA_DIR / "texts" / f"{SHAKESPEARE}.txt",
+        repo.parent / "shared" / "data" / f"{SHAKESPEARE}.txt",
+    ):
+        if path.is_file():
+            raw = path.read_bytes()
+            if hashlib.sha256(raw).hexdigest() == SHAKESPEARE_SHA256:
+                return raw.decode("ascii")
+    pytest.skip("the real Tiny Shakespeare is not here; train once with it, and it is kept")
+
+
+@pytest.fixture(scope="session")
+def play() -> str:
+    """About 6,000 characters of made-up play: speakers, lines, punctuation."""
+    # Multiples of the golden ratio, modulo 1: even and unordered, without a random generator.
+    numbers = (n * 0.6180339887498949 % 1 for n in itertools.count(1))
+    pick = lambda choices: choices[int(next(numbers) * len(choices))]
+    lines, length = [], 0
+    while length < 6000:
+        speaker = pick(("KING", "PRINCE", "First Lord", "NURSE"))
+        speech = [f"{speaker}:"]
+        for _ in range(1 + int(next(numbers) * 3)):
+            words = " ".join(pick(WORDS) for _ in range(4 + int(next(numbers) * 5)))
+            speech.append(words.capitalize() + pick((".", ",", "!", "?", ";")))
+        lines += [*speech, ""]
+        length += sum(len(line) + 1 for line in speech) + 1
+    return "\n".join(lines)

@@ -1,0 +1,334 @@
+"""Tests of the configs: nothing but a sound one can be made, and JSON is read without trust."""
+
+import json
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.build import build_model
+from gptjax.config import (
+    FORMAT,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    differences,
+    from_json,
+    to_json,
+)
+from gptjax.errors import UserError
+from gptjax.optim import make_optimizer
+from gptjax.presets import PRESETS
+from gptjax.step import init_state
+
+VOCAB = 65  # of Tiny Shakespeare
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"model.n_layer": 4, ...}`: every field that is not itself a config."""
+    found: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        nested = is_dataclass(value)
+        found |= leaves(value, f"{prefix}{f.name}.") if nested else {prefix + f.name: value}
+    return found
+
+
+def refusal(text: str) -> str:
+    """What `from_json` says about a text it must not accept."""
+    with pytest.raises(UserError) as caught:
+        from_json(text)
+    return str(caught.value)
+
+
+def with_format(**values: Any) -> str:
+    return json.dumps({"format": FORMAT, **values})
+
+
+# ---------------------------------------------------------------------------------------------
+# JSON
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip(name):
+    config = PRESETS[name]
+    assert from_json(to_json(config)) == config
+    assert json.loads(to_json(config))["format"] == FORMAT
+
+
+def test_missing_fields_keep_their_defaults():
+    """An old run's config.json lacks the fields that came after it."""
+    assert from_json(with_format()) == Config()
+    partial = from_json(with_format(model={"n_layer": 2}))
+    assert partial == Config(model=ModelConfig(n_layer=2))
+
+
+def test_an_int_counts_as_a_float():
+    rate = from_json(with_format(optim={"learning_rate": 1})).optim.learning_rate
+    assert rate == 1.0 and type(rate) is float
+
+
+MODEL_FIELDS = ", ".join(f.name for f in fields(ModelConfig))
+KINDS = get_args(get_type_hints(ModelConfig)["kind"])
+CONFIG_FIELDS = ", ".join(f.name for f in fields(Config))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "expected a JSON object, got list"),
+        ("1", "expected a JSON object, got int"),
+        ("null", "expected a JSON object, got NoneType"),
+        ("{}", "format None is not the format 1 this gptjax reads; update gptjax"),
+        ('{"format": 2}', "format 2 is not the format 1 this gptjax reads; update gptjax"),
+        ('{"format": "1"}', "format '1' is not the format 1 this gptjax reads; update gptjax"),
+        (with_format(stepz=1), f"unknown key stepz; known: {CONFIG_FIELDS}"),
+        (
+            with_format(model={"n_layr": 1}),
+            f"unknown key model.n_layr; known: {MODEL_FIELDS}",
+        ),
+        (with_format(steps="9"), "steps: expected int, got '9'"),
+        (with_format(steps=True), "steps: expected int, got True"),
+        (with_format(steps=1.0), "steps: expected int, got 1.0"),
+        (with_format(model={"bias": 1}), "model.bias: expected bool, got 1"),
+        (with_format(model={"dropout": True}), "model.dropout: expected float, got True"),
+        (with_format(model={"vocab_size": 1.5}), "model.vocab_size: expected int or null, got 1.5"),
+        (with_format(optim={"grad_clip": "x"}), "optim.grad_clip: expected float or null, got 'x'"),
+        (with_format(optim=None), "optim: expected an object, got None"),
+        (with_format(data=[1]), "data: expected an object, got [1]"),
+        (
+            with_format(model={"kind": ["gpt"]}),
+            f"model.kind: expected one of {KINDS}, got ['gpt']",
+        ),
+        ("", "not JSON: Expecting value: line 1 column 1 (char 0)"),
+    ],
+)
+def test_from_json_refuses(text, message):
+    assert refusal(text) == message
+
+
+def test_deep_nesting_is_refused():
+    assert refusal("[" * 100_000).startswith("not JSON: ")
+    assert refusal('{"model":' * 100_000).startswith("not JSON: ")
+
+
+def test_values_are_checked_as_anywhere_else():
+    assert refusal(with_format(steps=0)) == "steps=0 is too small; give 1 or more"
+    infinite = '{"format": 1, "optim": {"learning_rate": Infinity}}'
+    assert refusal(infinite) == "optim.learning_rate=inf is out of range; give a number above 0"
+    nan = '{"format": 1, "model": {"dropout": NaN}}'
+    assert refusal(nan) == "model.dropout=nan is out of range; give 0.0 <= model.dropout < 1.0"
+
+
+def test_an_int_too_large_for_a_float_is_refused():
+    refusal('{"format": 1, "optim": {"learning_rate": 1' + "0" * 400 + "}}")
+
+
+def test_a_message_is_one_line_whatever_the_key():
+    assert "\n" not in refusal(with_format(**{"two\nlines": 1}))
+
+
+def test_format_must_be_the_number_itself():
+    """true == 1 in Python, and yet no gptjax ever wrote it."""
+    refusal('{"format": true}')
+
+
+# Any JSON value, and objects that look like a config, so that the checks behind the keys run too.
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-(10**320), 10**320),
+    st.floats(),
+    st.text(),
+    st.sampled_from(["gpt", "cosine", "float32"]),
+)
+anything = st.recursive(
+    scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8
+)
+
+
+def objects(cls: type) -> st.SearchStrategy[dict[str, Any]]:
+    """Objects with some of the keys of a config dataclass, and values of any kind."""
+    nested = {
+        "model": ModelConfig,
+        "data": DataConfig,
+        "optim": OptimConfig,
+        "mesh": MeshConfig,
+    }
+    values = {
+        f.name: scalars if cls is not Config or f.name not in nested else objects(nested[f.name])
+        for f in fields(cls)
+    }
+    return st.fixed_dictionaries({}, optional=values)
+
+
+config_like = objects(Config).map(lambda values: {"format": FORMAT, **values})
+
+
+@given(st.one_of(st.text(), anything.map(json.dumps), config_like.map(json.dumps)))
+@settings(max_examples=300, deadline=None)
+def test_any_text_gives_a_config_or_a_user_error(text):
+    try:
+        config = from_json(text)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(config, Config) and from_json(to_json(config)) == config
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+
+def small(name: str, value: int) -> str:
+    return f"{name}={value} is too small; give 1 or more"
+
+
+def make(cls: Any, name: str, value: Any) -> Any:
+    return cls(**{name: value})
+
+
+CHECKS = [
+    *[
+        (lambda n=n: make(ModelConfig, n, 0), small(f"model.{n}", 0))
+        for n in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    ],
+    (
+        lambda: ModelConfig(dropout=1.0),
+        "model.dropout=1.0 is out of range; give 0.0 <= model.dropout < 1.0",
+    ),
+    (
+        lambda: ModelConfig(dropout=-0.1),
+        "model.dropout=-0.1 is out of range; give 0.0 <= model.dropout < 1.0",
+    ),
+    (
+        lambda: ModelConfig(n_embd=128, n_head=5),
+        "model.n_embd=128 is not divisible by model.n_head=5; change one of them (heads share the "
+        "width equally)",
+    ),
+    (
+        lambda: DataConfig(val_fraction=1.0),
+        "data.val_fraction=1.0 is out of range; give 0.0 <= data.val_fraction < 1.0",
+    ),
+    *[
+        (
+            lambda v=v: OptimConfig(learning_rate=v),
+            f"optim.learning_rate={v} is out of range; give a number above 0",
+        )
+        for v in (0.0, float("inf"), float("nan"))
+    ],
+    (
+        lambda: OptimConfig(warmup_steps=-1),
+        "optim.warmup_steps=-1 is out of range; give 0 or more",
+    ),
+    (
+        lambda: OptimConfig(weight_decay=-0.1),
+        "optim.weight_decay=-0.1 is out of range; give 0 or more",
+    ),
+    (
+        lambda: OptimConfig(final_lr_ratio=1.1),
+        "optim.final_lr_ratio=1.1 is out of range; give 0.0 <= optim.final_lr_ratio <= 1.0",
+    ),
+    *[
+        (
+            lambda n=n: make(OptimConfig, n, 1.0),
+            f"optim.{n}=1.0 is out of range; give 0.0 <= optim.{n} < 1.0",
+        )
+        for n in ("beta1", "beta2")
+    ],
+    (
+        lambda: OptimConfig(grad_clip=0.0),
+        "optim.grad_clip=0.0 is out of range; give a number above 0",
+    ),
+    (lambda: OptimConfig(accumulate=0), small("optim.accumulate", 0)),
+    *[
+        (lambda n=n: make(MeshConfig, n, 0), small(f"mesh.{n}", 0))
+        for n in ("data", "fsdp", "tensor")
+    ],
+    (lambda: Config(seed=-1), "seed=-1 is out of range; give 0 <= seed < 2**32"),
+    (lambda: Config(seed=2**32), "seed=4294967296 is out of range; give 0 <= seed < 2**32"),
+    *[
+        (lambda n=n: make(Config, n, 0), small(n, 0))
+        for n in (
+            *("steps", "batch_size", "eval_every", "eval_batches", "save_every", "keep_last"),
+            "steps_per_dispatch",
+        )
+    ],
+    (
+        lambda: Config(batch_size=8, optim=OptimConfig(accumulate=3)),
+        "batch_size=8 is not divisible by optim.accumulate=3; change one of them",
+    ),
+    (
+        lambda: Config(steps=5, optim=OptimConfig(warmup_steps=6)),
+        "optim.warmup_steps=6 is more than steps=5; warm up for part of the run",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), CHECKS, ids=[message[:40] for _, message in CHECKS])
+def test_a_bad_value_is_refused(build, message):
+    with pytest.raises(UserError) as caught:
+        build()
+    assert str(caught.value) == message
+
+
+def test_the_edges_of_the_ranges_are_allowed():
+    Config(seed=0, steps=1, optim=OptimConfig(warmup_steps=1, final_lr_ratio=1.0))
+    Config(seed=2**32 - 1, optim=OptimConfig(final_lr_ratio=0.0, beta1=0.0, weight_decay=0.0))
+    Config(data=DataConfig(val_fraction=0.0), model=ModelConfig(dropout=0.0))
+
+
+def test_differences():
+    assert differences(Config(), Config()) == {}
+    other = Config(steps=5, model=ModelConfig(n_layer=2), optim=OptimConfig(grad_clip=None))
+    assert differences(Config(), other) == {
+        "steps": (1000, 5),
+        "model.n_layer": (4, 2),
+        "optim.grad_clip": (1.0, None),
+    }
+
+
+def test_every_field_can_differ():
+    """A field that `differences` overlooks could change under a resumed run."""
+    assert set(differences(Config(), _other(Config()))) == set(leaves(Config()))
+
+
+def _other(config: Any) -> Any:
+    """A config in which every leaf has another value."""
+    changed = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        changed[f.name] = _other(value) if is_dataclass(value) else object()
+    other = object.__new__(type(config))  # the values are nonsense: skip the checks
+    for name, value in changed.items():
+        object.__setattr__(other, name, value)
+    return other
+
+
+def test_field_cap():
+    """Each field is a promise to keep; before adding one, look for one to drop."""
+    assert len(leaves(Config())) < 50
+
+
+# ---------------------------------------------------------------------------------------------
+# Presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds(name):
+    config = PRESETS[name]
+    model = build_model(config.model, VOCAB)
+    optimizer = make_optimizer(config)
+    state = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    tokens = jax.ShapeDtypeStruct((2, config.model.block_size), jnp.int32)
+    logits, _ = jax.eval_shape(model.apply, {"params": state.params}, tokens)
+    assert logits.shape == (2, config.model.block_size, config.model.vocab_size or VOCAB)
+    assert logits.dtype == jnp.float32

@@ -1,0 +1,247 @@
+"""Tests of the optimizer against plain numpy, and of the configs' knobs: none may be dead."""
+
+import math
+import re
+from dataclasses import fields, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptjax.build import build_model
+from gptjax.config import Config, ModelConfig, OptimConfig
+from gptjax.optim import decay_mask, make_optimizer, make_schedule
+from gptjax.step import init_state, make_train_steps
+
+VOCAB = 11
+MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=4)
+# Every knob of OptimConfig does something here.
+OPTIM = OptimConfig(learning_rate=0.01, warmup_steps=4, weight_decay=0.1, grad_clip=0.5)
+CONFIG = Config(steps=20, batch_size=4, model=MODEL, optim=OPTIM)
+
+
+def rates(config: Config) -> np.ndarray:
+    return np.array([make_schedule(config)(step) for step in range(config.steps + 3)], np.float32)
+
+
+def abstract_params(model: ModelConfig) -> Any:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    module = build_model(model, VOCAB)
+    return jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in flat}
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedule
+
+
+def test_cosine_schedule():
+    rate = rates(CONFIG)
+    # The first update moves already.
+    assert rate[:4] == pytest.approx([0.002, 0.004, 0.006, 0.008])
+    assert rate[4] == np.float32(0.01)
+    assert rate[12] == pytest.approx(0.01 * (0.1 + 0.9 / 2))  # halfway down
+    for step in range(4, 21):
+        cosine = (1 + math.cos(math.pi * (step - 4) / 16)) / 2
+        assert rate[step] == pytest.approx(0.01 * (0.1 + 0.9 * cosine)), step
+    assert rate[20:] == pytest.approx(0.01 * 0.1)  # and it stays there
+
+
+def test_constant_schedule():
+    config = replace(CONFIG, optim=replace(OPTIM, schedule="constant"))
+    assert rates(config)[:4] == pytest.approx(rates(CONFIG)[:4])
+    assert set(rates(config)[4:]) == {np.float32(0.01)}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_without_warm_up_the_first_rate_is_the_peak(schedule):
+    config = replace(CONFIG, optim=replace(OPTIM, schedule=schedule, warmup_steps=0))
+    assert rates(config)[0] == np.float32(0.01)
+
+
+def test_a_run_that_is_all_warm_up():
+    rate = rates(replace(CONFIG, steps=4))
+    assert rate[0] == pytest.approx(0.002) and rate[4] == np.float32(0.01)
+    assert np.all(np.diff(rate[:5]) > 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Decay mask
+
+
+def test_decay_mask_of_a_gpt():
+    """By hand, for the leaves of a stack have an axis more, and so norms look like matrices."""
+    untied = replace(MODEL, tie_head=False)
+    assert by_path(decay_mask(abstract_params(untied))) == {
+        "wte/embedding": True,
+        "wpe": True,
+        "h/ln_1/scale": False,
+        "h/ln_1/bias": False,
+        "h/attn/c_attn/kernel": True,
+        "h/attn/c_attn/bias": False,
+        "h/attn/c_proj/kernel": True,
+        "h/attn/c_proj/bias": False,
+        "h/ln_2/scale": False,
+        "h/ln_2/bias": False,
+        "h/mlp/c_fc/kernel": True,
+        "h/mlp/c_fc/bias": False,
+        "h/mlp/c_proj/kernel": True,
+        "h/mlp/c_proj/bias": False,
+        "ln_f/scale": False,
+        "ln_f/bias": False,
+        "lm_head/kernel": True,
+        "lm_head/bias": False,
+    }
+
+
+def test_decay_mask_of_a_bigram():
+    bigram = replace(MODEL, kind="bigram")
+    assert by_path(decay_mask(abstract_params(bigram))) == {"wte/embedding": True}
+
+
+# ---------------------------------------------------------------------------------------------
+# AdamW
+
+
+def random_trees(count: int) -> list[Any]:
+    """Trees with a decayed leaf and one that is not, the norm well above any grad_clip here."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 4), "bias": (4,)}
+    return [
+        {"layer": {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}}
+        for _ in range(count)
+    ]
+
+
+def numpy_adamw(
+    config: Config, params: dict[str, np.ndarray], gradients: list[dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Loshchilov and Hutter 2019, algorithm 2, after clipping; in float64."""
+    o = config.optim
+    params = {name: p.astype(np.float64) for name, p in params.items()}
+    m = {name: np.zeros_like(p) for name, p in params.items()}
+    v = {name: np.zeros_like(p) for name, p in params.items()}
+    for t, grads in enumerate(gradients, start=1):
+        norm = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in grads.values()))
+        shrink = 1.0 if o.grad_clip is None else min(1.0, o.grad_clip / norm)
+        rate = float(np.asarray(make_schedule(config)(t - 1)))
+        for name, p in params.items():
+            g = grads[name] * shrink
+            m[name] = o.beta1 * m[name] + (1 - o.beta1) * g
+            v[name] = o.beta2 * v[name] + (1 - o.beta2) * g**2
+            step = m[name] / (1 - o.beta1**t) / (np.sqrt(v[name] / (1 - o.beta2**t)) + 1e-8)
+            decay = o.weight_decay if name == "kernel" else 0.0
+            params[name] = p - rate * (step + decay * p)
+    return params
+
+
+@pytest.mark.parametrize("grad_clip", [0.5, 100.0, None])
+def test_adamw_equals_numpy(grad_clip):
+    config = replace(CONFIG, optim=replace(OPTIM, grad_clip=grad_clip))
+    params, *gradients = random_trees(4)
+    # The second gradient is small, so that clipping changes the mean, not just the scale.
+    gradients[1] = jax.tree.map(lambda g: g * np.float32(0.01), gradients[1])
+    optimizer = make_optimizer(config)
+    new: Any = params
+    state = optimizer.init(new)
+    for grads in gradients:
+        updates, state = optimizer.update(grads, state, new)
+        new = optax.apply_updates(new, updates)
+    expected = numpy_adamw(config, params["layer"], [g["layer"] for g in gradients])
+    for name, value in expected.items():
+        np.testing.assert_allclose(new["layer"][name], value, atol=1e-6, rtol=0)
+
+
+def test_clipping_and_decay_are_seen_by_that_test():
+    """The three settings above must give three answers, or the comparison would be blind."""
+    params, *gradients = (tree["layer"] for tree in random_trees(4))
+    gradients[1] = {name: g * 0.01 for name, g in gradients[1].items()}
+    answers = [
+        numpy_adamw(replace(CONFIG, optim=optim), params, gradients)["kernel"]
+        for optim in (OPTIM, replace(OPTIM, grad_clip=None), replace(OPTIM, weight_decay=0.0))
+    ]
+    assert np.abs(answers[0] - answers[1]).max() > 1e-5
+    assert np.abs(answers[0] - answers[2]).max() > 1e-5
+
+
+# ---------------------------------------------------------------------------------------------
+# No dead knobs
+
+OTHER_OPTIM: dict[str, Any] = {
+    "learning_rate": 0.02,
+    "schedule": "constant",
+    "warmup_steps": 2,
+    "final_lr_ratio": 0.2,
+    "weight_decay": 0.2,
+    "beta1": 0.8,
+    "beta2": 0.98,
+    "grad_clip": None,
+    "accumulate": 2,
+}
+OTHER_MODEL: dict[str, Any] = {
+    "kind": "bigram",
+    "n_layer": 3,
+    "n_head": 4,
+    "n_embd": 16,
+    "block_size": 8,
+    "vocab_size": 16,
+    "dropout": 0.1,
+    "bias": False,
+    "qkv_bias": False,
+    "norm": "none",
+    "activation": "relu",
+    "tie_head": False,
+    "init": "torch",
+    "dtype": "bfloat16",
+    "remat": True,
+}
+
+
+def fingerprint(config: Config) -> str:
+    """The programs that a config makes, as text: how it starts, and how it steps."""
+    model, optimizer = build_model(config.model, VOCAB), make_optimizer(config)
+    key, tokens = jax.random.key(0), jnp.zeros(100, jnp.int32)
+    init = lambda key: init_state(model, optimizer, key)
+    state = jax.eval_shape(init, key)
+    train_steps = make_train_steps(model, optimizer, config)
+    programs = (
+        jax.make_jaxpr(init)(key),
+        jax.make_jaxpr(train_steps)(state, tokens, key, 1),
+    )
+    return re.sub(r"0x[0-9a-f]+", "", "\n".join(map(str, programs)))  # addresses vary
+
+
+@pytest.fixture(scope="module")
+def base() -> str:
+    text = fingerprint(CONFIG)
+    assert text == fingerprint(CONFIG)  # or every comparison below would hold for no reason
+    return text
+
+
+def test_every_knob_has_a_test():
+    assert set(OTHER_OPTIM) == {f.name for f in fields(OptimConfig)}
+    assert set(OTHER_MODEL) == {f.name for f in fields(ModelConfig)}
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIM)
+def test_no_dead_knob_of_the_optimizer(name, base):
+    optim = replace(OPTIM, **{name: OTHER_OPTIM[name]})
+    assert fingerprint(replace(CONFIG, optim=optim)) != base
+
+
+@pytest.mark.parametrize("name", OTHER_MODEL)
+def test_no_dead_knob_of_the_model(name, base):
+    model = replace(MODEL, **{name: OTHER_MODEL[name]})
+    assert fingerprint(replace(CONFIG, model=model)) != base
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 8}, {"steps": 21}, {"steps_per_dispatch": 3}])
+def test_no_dead_knob_of_the_step(change, base):
+    assert fingerprint(replace(CONFIG, **change)) != base

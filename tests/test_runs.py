@@ -1,0 +1,269 @@
+"""The run's folder and its checkpoints: what is kept, what is refused, what survives a fault."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gptjax import runs
+from gptjax.checkpoint import MANIFEST, Checkpoints
+from gptjax.config import Config, ModelConfig
+from gptjax.errors import UserError
+from gptjax.runs import Run
+from gptjax.tokenizer import CharTokenizer
+
+PARAMS = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones(4, jnp.bfloat16)}}
+OPT_STATE = (jnp.zeros((), jnp.int32), {"mu": jnp.full(3, 0.5)})
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(here) -> Run:
+    return Run.create(Path("runs/a"), Config(), CharTokenizer.fit("hello"))
+
+
+def abstract(tree):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+
+def save(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(step, PARAMS, OPT_STATE, {"step": step, "loss": 1.5})
+    checkpoints.finish_save()
+
+
+def message(callable_, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        callable_(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_run_reopens_as_it_was_made(run):
+    again = Run(run.directory)
+    assert again.config == Config()
+    assert again.tokenizer == run.tokenizer
+    assert sorted(p.name for p in run.directory.iterdir()) == ["config.json", "tokenizer.json"]
+
+
+def test_default_names_count_up_and_never_overwrite(run):
+    assert runs.new_directory(None, "a") == Path("runs/a-2")
+    assert runs.new_directory(None, "lecture/3-head") == Path("runs/lecture-3-head")
+    assert message(runs.new_directory, "a", "small") == (
+        "runs/a holds another run already; go on with it (--run a --resume) or give another name"
+    )
+
+
+def test_the_newest_run_is_found(run):
+    Run.create(Path("runs/b"), Config(), CharTokenizer.fit("x")).log([{"step": 0}])
+    assert runs.find(None) == Path("runs/b")
+    assert runs.find(None, like="a") == Path("runs/a")
+    assert runs.find("a") == Path("runs/a")
+    assert runs.find("runs/a") == Path("runs/a")
+
+
+def test_a_folder_that_is_no_run(run):
+    Path("runs/empty").mkdir()
+    for name in ("empty", "nowhere"):
+        assert message(runs.find, name) == (
+            f"runs/{name} is not a run's folder (it has no config.json); runs here: a"
+        )
+
+
+def test_no_run_at_all(here):
+    assert message(runs.find, None) == ("there is no run in runs/; make one with python train.py")
+    assert message(runs.find, None, like="small") == (
+        "there is no run of preset small in runs/; make one with python train.py"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("config.json", "{", "not JSON: Expecting property name enclosed in double quotes: "),
+        ("config.json", '{"format": 2}', "format 2 is not the format 1 this gptjax reads; "),
+        ("tokenizer.json", "[]", 'expected {"type": "char", ...}; '),
+    ],
+)
+def test_a_damaged_run_is_named(run, name, text, reason):
+    (run.directory / name).write_text(text)
+    assert message(Run, run.directory).startswith(f"runs/a/{name} is damaged: {reason}")
+
+
+def test_no_permission_to_make_a_run(here, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert message(Run.create, Path("runs/a"), Config(), CharTokenizer.fit("x")) == (
+        "cannot write the run's folder runs/a: Permission denied; give another with --run, or "
+        "mend its permissions"
+    )
+
+
+def test_a_changed_model_is_refused_and_other_changes_are_kept(run):
+    wider = Config(model=ModelConfig(n_embd=256))
+    assert message(run.change_config, wider) == (
+        "cannot resume runs/a with model.n_embd=256: it was trained with model.n_embd=128; "
+        "start a new run for that"
+    )
+    assert run.change_config(Config(steps=5000)) == {"steps": (1000, 5000)}
+    assert Run(run.directory).config.steps == 5000
+
+
+def test_metrics_end_at_the_first_damaged_line_and_rewind(run):
+    run.log([{"step": s, "loss": 0.5 * s} for s in range(5)])
+    with run.metrics_path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert [r["step"] for r in run.metrics()] == [0, 1, 2, 3, 4]
+    assert run.rewind_metrics(3) == [{"step": s, "loss": 0.5 * s} for s in range(4)]
+    run.log([{"step": 4, "loss": 2.0}])
+    lines = run.metrics_path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+def test_checkpoints_come_back_bit_for_bit(run):
+    checkpoints = Checkpoints(run.checkpoints_path)
+    save(checkpoints, 10)
+    training = {"step": jnp.int32(10), "opt_state": OPT_STATE}
+    both = {"params": PARAMS, "training": training}
+    loaded = checkpoints.load(10, abstract(both))
+    for old, new in zip(jax.tree.leaves(both), jax.tree.leaves(loaded), strict=True):
+        assert old.dtype == new.dtype and (old == new).all()
+    assert checkpoints.record(10) == {"step": 10, "loss": 1.5}
+    alone = checkpoints.load(10, abstract({"params": PARAMS}))
+    assert list(alone) == ["params"]
+
+
+def test_the_newest_and_the_best_are_kept(run):
+    checkpoints = Checkpoints(run.checkpoints_path, run.keep)
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 4.0), (50, float("nan"))):
+        save(checkpoints, step)
+        run.log([{"step": step, "val_loss": loss}])
+    assert checkpoints.steps() == [20, 40, 50]
+    assert run.best_step(checkpoints.steps()) == 20
+    reopened = Run(run.directory)
+    save(Checkpoints(run.checkpoints_path, reopened.keep), 60, 70)
+    assert checkpoints.steps() == [20, 60, 70]
+    assert run.choose("best", checkpoints.steps()) == 20
+    assert run.choose("last", checkpoints.steps()) == 70
+    assert run.choose("60", checkpoints.steps()) == 60
+    assert message(run.choose, "65", checkpoints.steps()) == (
+        "runs/a has no checkpoint '65'; give best, last, or one of 20, 60, 70"
+    )
+
+
+def test_no_checkpoint_yet(run):
+    assert message(run.choose, "best", Checkpoints(run.checkpoints_path).steps()) == (
+        "runs/a has no checkpoint yet; the first is saved after step 250"
+    )
+
+
+def test_every_file_of_a_checkpoint_is_guarded(run):
+    checkpoints = Checkpoints(run.checkpoints_path)
+    save(checkpoints, 10, 20)
+    folder = run.checkpoints_path / "20"
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
+    assert len(files) > 10
+    for path in files:
+        good = path.read_bytes()
+        name = path.relative_to(folder).as_posix()
+        if good:
+            path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+            assert message(checkpoints.load, 20, abstract({"params": PARAMS})) == (
+                f"checkpoint runs/a/checkpoints/20 is damaged: {name} does not match its "
+                f"checksum; other checkpoints: 10"
+            )
+        path.unlink()
+        assert f"{name} is missing" in message(checkpoints.verify, 20)
+        path.write_bytes(good)
+    checkpoints.verify(20)
+
+
+def test_other_shapes_than_the_models_are_refused(run):
+    checkpoints = Checkpoints(run.checkpoints_path)
+    save(checkpoints, 10)
+    other = {"params": {"a": jnp.zeros((5, 3)), "b": {"c": jnp.ones(4, jnp.bfloat16)}}}
+    assert re.match(
+        r"checkpoint runs/a/checkpoints/10 cannot be loaded: .*\(5, 3\)",
+        message(checkpoints.load, 10, abstract(other)),
+    )
+
+
+def test_a_damaged_checkpoint_is_set_aside_not_deleted(run):
+    checkpoints = Checkpoints(run.checkpoints_path)
+    save(checkpoints, 10, 20)
+    checkpoints.set_aside(20)
+    assert checkpoints.steps() == [10]
+    assert list(run.checkpoints_path.glob("20.damaged-*"))
+    save(checkpoints, 20)
+    assert checkpoints.steps() == [10, 20]
+
+
+def test_a_save_that_was_cut_short_is_not_a_checkpoint(run):
+    checkpoints = Checkpoints(run.checkpoints_path)
+    save(checkpoints, 10)
+    (run.checkpoints_path / "20.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    assert checkpoints.steps() == [10]
+    checkpoints.clean()
+    assert [p.name for p in run.checkpoints_path.iterdir()] == ["10"]
+
+
+def test_no_room_is_known_before_orbax_starts(run, monkeypatch):
+    checkpoints = Checkpoints(run.checkpoints_path)
+    save(checkpoints, 10)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    assert message(checkpoints.save, 20, PARAMS, OPT_STATE, {"step": 20}) == (
+        "the checkpoint of step 20 could not be saved in runs/a/checkpoints (No space left on "
+        "device); last one kept: 10; make room or mend the permissions, then go on with --resume"
+    )
+    checkpoints.load(10, abstract({"params": PARAMS}))
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import jax.numpy as jnp
+from gptjax.checkpoint import Checkpoints
+from gptjax.errors import UserError
+
+checkpoints = Checkpoints(Path("checkpoints"))
+def save(step):
+    checkpoints.save(step, {"a": jnp.arange(300_000.0) * jnp.pi}, (), {"step": step})
+    checkpoints.finish_save()
+save(1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # as a disk that fills up
+try:
+    save(2)
+except UserError as error:
+    print(error)
+print(checkpoints.steps())
+checkpoints.verify(1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no file size limit here")
+def test_a_disk_that_fills_up_while_saving(tmp_path):
+    """The limit strikes inside orbax's threads, as a full disk would."""
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    error, steps = result.stdout.splitlines()
+    assert error.startswith("the checkpoint of step 2 could not be saved in checkpoints (")
+    assert error.endswith(
+        "; last one kept: 1; make room or mend the permissions, then go on with --resume"
+    )
+    assert steps == "[1]"

@@ -1,0 +1,264 @@
+"""Whole runs, small ones: what they leave, that they resume exactly, and what stops them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import corpora
+from gptjax.checkpoint import Checkpoints
+from gptjax.cli import SampleCommand
+from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
+from gptjax.errors import UserError
+from gptjax.presets import PRESETS
+from gptjax.report import Report
+from gptjax.runs import Run
+from gptjax.sample import main as sample_main
+from gptjax.sample import stream
+from gptjax.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = replace(
+    PRESETS["tiny"],
+    steps=24,
+    eval_every=8,
+    save_every=8,
+    steps_per_dispatch=3,
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=5, accumulate=2),
+    mesh=MeshConfig(data=1),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(play, tmp_path_factory) -> tuple[Path, Config]:
+    """A run that was never interrupted, and its config."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "play.txt").write_text(play)
+    config = replace(TINY, data=DataConfig(text=str(home / "play.txt")))
+    directory = home / "runs" / "whole"
+    train(config, directory, report=Report(quiet=True))
+    return directory, config
+
+
+class SignalAt(Report):
+    """A report that sends this process a signal once a step is reached."""
+
+    def __init__(self, at: int, number: int = signal.SIGTERM):
+        super().__init__(quiet=True)
+        self.at, self.number = at, number
+
+    def step(self, step: int, loss: float, seconds: float) -> None:
+        if self.at is not None and step >= self.at:
+            self.at = None
+            os.kill(os.getpid(), self.number)
+
+
+def records(directory: Path) -> list[dict]:
+    """Without their times, which are no two runs' alike."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def arrays(directory: Path, step: int) -> list[np.ndarray]:
+    """Every array of a checkpoint, without knowing what they are."""
+    from orbax.checkpoint import v1 as ocp
+
+    folder = directory.absolute() / "checkpoints" / str(step)
+    metadata = ocp.checkpointables_metadata(folder).metadata
+    wanted = {name: metadata[name] for name in ("params", "training")}
+    empty = jax.tree.map(lambda m: np.empty(m.shape, m.dtype) if hasattr(m, "shape") else 0, wanted)
+    return [np.asarray(x) for x in jax.tree.leaves(ocp.load_checkpointables(folder, empty))]
+
+
+def same_run(a: Path, b: Path, step: int) -> None:
+    assert records(a) == records(b)
+    for x, y in zip(arrays(a, step), arrays(b, step), strict=True):
+        assert x.tobytes() == y.tobytes()
+
+
+def test_what_a_run_leaves(finished):
+    directory, _ = finished
+    assert sorted(p.name for p in directory.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "tokenizer.json",
+    ]
+    lines = records(directory)
+    assert [r["step"] for r in lines] == list(range(25))
+    assert set(lines[0]) == {"step", "train_sampled_loss", "val_sampled_loss"}
+    assert set(lines[1]) == {"step", "loss", "grad_norm", "lr"}
+    assert set(lines[8]) == {*lines[1], "train_sampled_loss", "val_sampled_loss"}
+    assert set(lines[24]) == {*lines[8], "val_loss"}
+    assert lines[24]["loss"] < lines[1]["loss"]
+    assert Checkpoints(directory / "checkpoints").steps()[-2:] == [16, 24]
+    assert not list(directory.rglob("*.tmp")) and not list(directory.rglob("*.pkl"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [4, 8, 17])
+def test_stopped_and_resumed_is_never_stopped(finished, tmp_path, at, number):
+    """Dropout and accumulation on; in the middle, on a boundary, and past one."""
+    whole, config = finished
+    directory = tmp_path / "cut"
+    stopped = train(config, directory, report=SignalAt(at, number))
+    assert at <= stopped["step"] < config.steps
+    assert Checkpoints(directory / "checkpoints").steps()[-1] == stopped["step"]
+    assert signal.getsignal(number) is not None  # the handler of before is back
+    train(config, directory, resume=True, report=Report(quiet=True))
+    same_run(whole, directory, 24)
+
+
+def test_killed_and_resumed_is_never_killed(finished, tmp_path):
+    """A power cut leaves a folder as it was at some moment: here, before the last step."""
+    whole, config = finished
+    directory = tmp_path / "killed"
+    shutil.copytree(whole, directory)
+    shutil.rmtree(directory / "checkpoints" / "24")
+    (directory / "checkpoints" / "24.orbax-checkpoint-tmp").mkdir()
+    lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for kept in (lines[:16], lines[:17], [*lines[:20], lines[20][:9]]):  # step 16 is line 17
+        (directory / "metrics.jsonl").write_text("".join(kept))
+        train(config, directory, resume=True, report=Report(quiet=True))
+        same_run(whole, directory, 24)
+        shutil.rmtree(directory / "checkpoints" / "24")
+
+
+def test_killed_before_the_first_checkpoint(finished, tmp_path):
+    whole, config = finished
+    directory = tmp_path / "early"
+    shutil.copytree(whole, directory)
+    shutil.rmtree(directory / "checkpoints")
+    train(config, directory, resume=True, report=Report(quiet=True))
+    same_run(whole, directory, 24)
+
+
+def test_other_intervals_and_dispatches_change_no_number(finished, tmp_path):
+    whole, config = finished
+    other = replace(config, eval_every=24, save_every=6, steps_per_dispatch=5)
+    train(other, tmp_path / "other", report=Report(quiet=True))
+    for a, b in zip(arrays(whole, 24), arrays(tmp_path / "other", 24), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, capsys):
+    whole, config = finished
+    directory = tmp_path / "flipped"
+    shutil.copytree(whole, directory)
+    victim = next((directory / "checkpoints" / "24" / "params").rglob("d/*"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    train(config, directory, resume=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "set aside: checkpoint" in printed and "does not match its checksum" in printed
+    same_run(whole, directory, 24)
+
+
+def test_resuming_what_is_finished_or_past_its_end(finished, tmp_path):
+    whole, config = finished
+    directory = tmp_path / "finished"
+    shutil.copytree(whole, directory)
+    record = train(config, directory, resume=True, report=Report(quiet=True))
+    assert record["step"] == 24 and "val_loss" in record
+    same_run(whole, directory, 24)
+    with pytest.raises(UserError, match=r"is at step 24 already, past steps=20; give more --steps"):
+        train(replace(config, steps=20), directory, resume=True, report=Report(quiet=True))
+    longer = train(replace(config, steps=30), directory, resume=True, report=Report(quiet=True))
+    assert longer["step"] == 30
+
+
+def test_divergence_stops_the_run_and_keeps_its_checkpoint(finished, tmp_path):
+    _, config = finished
+    config = replace(config, optim=replace(config.optim, learning_rate=1e30, grad_clip=None))
+    with pytest.raises(UserError, match=r"^at step \d+ the loss is (nan|inf)") as caught:
+        train(config, tmp_path / "diverged", report=Report(quiet=True))
+    assert "--optim.learning-rate" in str(caught.value)
+
+
+def test_the_run_folder_is_all_the_sampler_needs(finished, tmp_path, monkeypatch, capsys):
+    whole, _ = finished
+    shutil.copytree(whole, tmp_path / "elsewhere" / "copy")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpora, "DATA_DIR", tmp_path / "gone")
+    command = SampleCommand(run="elsewhere/copy", max_new_tokens=40, num_samples=2)
+    once = ["".join(parts) for parts in zip(*stream(command), strict=True)]
+    assert [len(text) for text in once] == [40, 40]
+    assert once == ["".join(parts) for parts in zip(*stream(command), strict=True)]
+    other = replace(command, seed=2)
+    assert once != ["".join(parts) for parts in zip(*stream(other), strict=True)]
+    sample_main(command)
+    printed = capsys.readouterr()
+    assert printed.out == "\n---\n".join(once) + "\n"
+    assert printed.err.endswith("tokens/s, compilation not counted\n")
+
+
+def test_the_sampler_speaks_from_best_last_or_a_step(finished):
+    whole, _ = finished
+    steps = Checkpoints(whole / "checkpoints").steps()
+    best = Run(whole).best_step(steps)
+    texts = {}
+    for which in ("best", "last", *map(str, steps)):
+        command = SampleCommand(run=str(whole), checkpoint=which, max_new_tokens=30)
+        texts[which] = "".join(pieces[0] for pieces in stream(command))
+    assert texts["best"] == texts[str(best)]
+    assert texts["last"] == texts["24"]
+    assert texts["24"] != texts["16"]
+
+
+def test_prompts(finished, tmp_path):
+    whole, _ = finished
+    command = SampleCommand(run=str(whole), prompt="\u2603!", max_new_tokens=5)
+    with pytest.raises(UserError, match=r"unknown characters \('\u2603' at 0"):
+        list(stream(command))
+    for unknown in ("replace", "skip"):
+        assert list(stream(replace(command, unknown=unknown)))
+    (tmp_path / "p.txt").write_text("the ")
+    from_file = list(stream(replace(command, prompt=f"file:{tmp_path / 'p.txt'}")))
+    assert from_file == list(stream(replace(command, prompt="the ")))
+    with pytest.raises(UserError, match="the prompt has no characters"):
+        list(stream(replace(command, prompt="")))
+
+
+def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    script, *rest = words
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *rest],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_commands_as_typed(play, tmp_path):
+    """Train, be refused, resume for longer, sample, plot: as a person would."""
+    (tmp_path / "play.txt").write_text(play)
+    words = ("train.py", "--config", "tiny", "--data.text", "play.txt", "--run", "mine")
+    first = run_command(*words, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.rstrip().endswith("next: python sample.py --run mine")
+    again = run_command(*words, cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr == (
+        "train.py: error: runs/mine holds another run already; go on with it (--run mine "
+        "--resume) or give another name\n"
+    )
+    resumed = run_command("train.py", "--resume", "--steps", "70", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "changed: steps was 60, is 70" in resumed.stdout
+    sampled = run_command("sample.py", "--max-new-tokens", "20", cwd=tmp_path)
+    assert sampled.returncode == 0 and len(sampled.stdout) == 21
+    changed = run_command("train.py", "--resume", "--model.n-layer", "3", cwd=tmp_path)
+    assert changed.returncode == 2 and changed.stderr == (
+        "train.py: error: cannot resume runs/mine with model.n_layer=3: it was trained with "
+        "model.n_layer=2; start a new run for that\n"
+    )
