@@ -229,7 +229,8 @@ def from_json(text: str) -> Config:
         raise UserError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"expected a JSON object, got {type(values).__name__}")
-    if (version := values.pop("format", None)) != FORMAT:
+    version = values.pop("format", None)
+    if type(version) is not int or version != FORMAT:
         raise UserError(
             f"format {version!r} is not the format {FORMAT} this gptjax reads; update gptjax"
         )
@@ -240,7 +241,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     """Make the dataclass `cls` from plain JSON values, checking every key and type."""
     hints = typing.get_type_hints(cls)
     if unknown := sorted(values.keys() - hints.keys()):
-        raise UserError(f"unknown key {prefix + unknown[0]}; known: {', '.join(hints)}")
+        raise UserError(f"unknown key {prefix + unknown[0]!r}; known: {', '.join(hints)}")
     checked = {}
     for name, value in values.items():
         if is_dataclass(hints[name]):
@@ -262,7 +263,7 @@ def _check(name: str, value: Any, hint: Any) -> Any:
     for kind in allowed:
         if type(value) is kind:
             return value
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 2**53:
             return float(value)
     expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
     raise UserError(f"{name}: expected {expected}, got {value!r}")

@@ -20,6 +20,11 @@ import numpy as np
 CHUNK = 16  # tokens per return to the host: what a terminal shows at a time
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature"],  # traced: another temperature compiles nothing
+    meta_fields=["top_k", "top_p", "vocab_size"],
+)
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn from the logits.
@@ -28,7 +33,7 @@ class Sampling:
     `vocab_size` leaves out the padding rows of the embedding table.
     """
 
-    temperature: float = 1.0
+    temperature: float | jax.Array = 1.0
     top_k: int | None = None
     top_p: float | None = None
     vocab_size: int | None = None
@@ -46,9 +51,10 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
         (B,) int32.
     """
     logits = logits[:, : sampling.vocab_size]
-    if sampling.temperature == 0:
-        return logits.argmax(axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    likeliest = logits.argmax(axis=-1).astype(jnp.int32)
+    # The largest is made 0, so that no temperature, however small, can overflow it.
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    logits = logits / jnp.maximum(sampling.temperature, 1e-30)
     V = logits.shape[-1]
     if sampling.top_k is not None and sampling.top_k < V:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -59,7 +65,8 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
         before = jnp.cumsum(probs, axis=-1) - probs  # of the tokens that are likelier
         least = jnp.where(before < sampling.top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    drawn = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return jnp.where(sampling.temperature == 0, likeliest, drawn)
 
 
 def generate(
@@ -78,7 +85,7 @@ def generate(
         params: its parameters.
         prompt: (T,) ids, T >= 1; only the last block_size are read.
         key: sample i's t-th token is drawn with this key folded with i, then t.
-        max_new_tokens: of each sample.
+        max_new_tokens: of each sample, 1 or more.
         sampling: how tokens are drawn.
         num_samples: B, drawn side by side.
 
@@ -127,7 +134,7 @@ def _take_in(
     return _read(model, params, padded, T, keys, made, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling"))
+@functools.partial(jax.jit, static_argnames="model")
 def _read(
     model: nn.Module,
     params: Any,
@@ -150,7 +157,7 @@ def _read(
     return _draw_at(logits, length - 1, keys, made, sampling), state
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def _write(
     model: nn.Module,
     params: Any,

@@ -72,7 +72,8 @@ class CharTokenizer:
 
     def to_json(self) -> str:
         """The text of a run's `tokenizer.json`."""
-        return json.dumps({"type": "char", "vocabulary": self.vocabulary}) + "\n"
+        # One string for each: two lone surrogates in one would be read back as one character.
+        return json.dumps({"type": "char", "vocabulary": list(self.vocabulary)}) + "\n"
 
     def _replacement(self) -> int:
         for character in REPLACEMENTS:
@@ -110,11 +111,13 @@ def from_json(text: str) -> CharTokenizer:
     if not isinstance(values, dict) or values.get("type") != "char":
         raise UserError('expected {"type": "char", ...}; this gptjax reads no other tokenizer')
     vocabulary = values.get("vocabulary")
-    if not isinstance(vocabulary, str) or not vocabulary:
-        raise UserError("the vocabulary must be a string of one character or more")
-    if list(vocabulary) != sorted(set(vocabulary)):
+    if not isinstance(vocabulary, list) or not vocabulary:
+        raise UserError("the vocabulary must be a list of one character or more")
+    if not all(isinstance(c, str) and len(c) == 1 for c in vocabulary):
+        raise UserError("the vocabulary must be a list of strings of one character each")
+    if vocabulary != sorted(set(vocabulary)):
         raise UserError("the vocabulary must be sorted and without repeats")
-    return CharTokenizer(vocabulary)
+    return CharTokenizer("".join(vocabulary))
 
 
 def _code_points(text: str) -> np.ndarray:

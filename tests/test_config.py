@@ -88,10 +88,10 @@ CONFIG_FIELDS = ", ".join(f.name for f in fields(Config))
         ("{}", "format None is not the format 1 this gptjax reads; update gptjax"),
         ('{"format": 2}', "format 2 is not the format 1 this gptjax reads; update gptjax"),
         ('{"format": "1"}', "format '1' is not the format 1 this gptjax reads; update gptjax"),
-        (with_format(stepz=1), f"unknown key stepz; known: {CONFIG_FIELDS}"),
+        (with_format(stepz=1), f"unknown key 'stepz'; known: {CONFIG_FIELDS}"),
         (
             with_format(model={"n_layr": 1}),
-            f"unknown key model.n_layr; known: {MODEL_FIELDS}",
+            f"unknown key 'model.n_layr'; known: {MODEL_FIELDS}",
         ),
         (with_format(steps="9"), "steps: expected int, got '9'"),
         (with_format(steps=True), "steps: expected int, got True"),

@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors"},
     "tokenizer": {"errors"},
     "corpora": {"errors"},
+    "cache": set(),
     "runs": {"config", "errors", "tokenizer"},
     "presets": {"config"},
     "cli": {"config", "errors", "presets", "runs", "tokenizer"},

@@ -72,7 +72,7 @@ def test_json_round_trip_of_odd_characters(vocabulary: str):
 def test_json_is_one_plain_line():
     text = CharTokenizer.fit("b\u00e9a\n").to_json()
     assert text.endswith("\n") and text.count("\n") == 1 and text.isascii()
-    assert json.loads(text) == {"type": "char", "vocabulary": "\nab\u00e9"}
+    assert json.loads(text) == {"type": "char", "vocabulary": ["\n", "a", "b", "\u00e9"]}
 
 
 @pytest.mark.parametrize(
@@ -149,21 +149,21 @@ def test_skip_keeps_what_is_known(text: str, other: str):
             '{"type": "bpe", "vocabulary": "ab"}',
             'expected {"type": "char", ...}; this gptjax reads no other tokenizer',
         ),
-        ('{"type": "char"}', "the vocabulary must be a string of one character or more"),
+        ('{"type": "char"}', "the vocabulary must be a list of one character or more"),
         (
-            '{"type": "char", "vocabulary": ""}',
-            "the vocabulary must be a string of one character or more",
+            '{"type": "char", "vocabulary": []}',
+            "the vocabulary must be a list of one character or more",
         ),
         (
-            '{"type": "char", "vocabulary": ["a", "b"]}',
-            "the vocabulary must be a string of one character or more",
+            '{"type": "char", "vocabulary": ["a", "bc"]}',
+            "the vocabulary must be a list of strings of one character each",
         ),
         (
-            '{"type": "char", "vocabulary": "ba"}',
+            '{"type": "char", "vocabulary": ["b", "a"]}',
             "the vocabulary must be sorted and without repeats",
         ),
         (
-            '{"type": "char", "vocabulary": "aab"}',
+            '{"type": "char", "vocabulary": ["a", "a", "b"]}',
             "the vocabulary must be sorted and without repeats",
         ),
     ],

@@ -72,10 +72,10 @@ def arrays(directory: Path, step: int) -> list[np.ndarray]:
     from orbax.checkpoint import v1 as ocp
 
     folder = directory.absolute() / "checkpoints" / str(step)
-    metadata = ocp.checkpointables_metadata(folder).metadata
+    metadata = ocp.checkpointables_metadata(str(folder)).metadata
     wanted = {name: metadata[name] for name in ("params", "training")}
     empty = jax.tree.map(lambda m: np.empty(m.shape, m.dtype) if hasattr(m, "shape") else 0, wanted)
-    return [np.asarray(x) for x in jax.tree.leaves(ocp.load_checkpointables(folder, empty))]
+    return [np.asarray(x) for x in jax.tree.leaves(ocp.load_checkpointables(str(folder), empty))]
 
 
 def same_run(a: Path, b: Path, step: int) -> None:
