@@ -138,21 +138,25 @@ def _wants_help(argv: list[str]) -> bool:
 
 
 def _peek(argv: list[str], flag: str) -> str | None:
-    """The value of `--flag VALUE` or `--flag=VALUE`; a flag without one is left to tyro."""
+    """The value of `--flag VALUE` or `--flag=VALUE`, the last one as tyro takes it."""
+    value = None
     for i, word in enumerate(argv):
         if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(flag + "="):
-            return word.removeprefix(flag + "=")
-    return None
+            value = argv[i + 1]
+        elif word.startswith(flag + "="):
+            value = word.removeprefix(flag + "=")
+    return value
 
 
 def _without(argv: list[str], flag: str) -> list[str]:
     """`argv` without `--flag VALUE` and `--flag=VALUE`."""
-    kept = [w for w in argv if not w.startswith(flag + "=")]
-    if flag in kept:
-        i = kept.index(flag)
-        kept = kept[:i] + kept[i + 2 :]
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == flag:
+            next(words, None)
+        elif not word.startswith(flag + "="):
+            kept.append(word)
     return kept
 
 

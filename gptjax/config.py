@@ -91,11 +91,11 @@ class OptimConfig:
     learning_rate: float = 1e-3
     """Peak, after warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine decay to final_lr_ratio at the last step, or constant."""
+    """After the warm-up: a cosine decay over the rest of the steps, or constant."""
     warmup_steps: int = 0
     """Steps of linear rise from 0."""
     final_lr_ratio: float = 0.1
-    """Last learning rate / peak (cosine)."""
+    """What the cosine ends at, as a share of the peak."""
     weight_decay: float = 0.1
     """Applied to matrices and embeddings, not to biases and norms; multiplied by the rate."""
     beta1: float = 0.9

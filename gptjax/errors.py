@@ -1,5 +1,6 @@
 """The one error a user can cause, and how a command reports it."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ def one_line_errors(command: str) -> Iterator[None]:
     """Turn a `UserError` into one line on stderr and exit code 2; everything else is a bug."""
     try:
         yield
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except UserError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -6,6 +6,7 @@
 Flax Linen, pure `init`/`apply`. Every model has one contract, so that the train step, the
 sampler and your own module fit together:
 
+    model.config                                         # a ModelConfig: at least block_size counts
     logits, cache = model.apply({"params": params}, tokens, cache=None, train=False)
     cache = model.init_cache(batch)                      # None: the model has no use for one
 

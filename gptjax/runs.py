@@ -39,6 +39,7 @@ def find(name: str | None, like: str | None = None) -> Path:
         UserError: no such run.
     """
     if name is not None:
+        _check_name(name)
         directory = next((p for p in (RUNS / name, Path(name)) if p.exists()), RUNS / name)
         if not (directory / "config.json").is_file():
             raise UserError(
@@ -66,6 +67,7 @@ def new_directory(name: str | None, preset: str) -> Path:
         while directory.exists():
             directory, number = RUNS / f"{base}-{number}", number + 1
         return directory
+    _check_name(name)
     directory = Path(name) if os.sep in name else RUNS / name
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(
@@ -240,6 +242,11 @@ def read_file(path: Path, parse: Callable[[str], Any]) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # a UserError is a ValueError
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _check_name(name: str) -> None:
+    if not name or "\0" in name or any(len(os.fsencode(p)) > 255 for p in Path(name).parts):
+        raise UserError(f"--run {name[:40]!r} cannot name a folder; give 1 to 255 characters")
 
 
 def _base_name(preset: str) -> str:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -17,11 +18,12 @@ from gptjax.runs import Run
 WARM_UP = 1 + CHUNK  # tokens of the first two yields, which both programs are compiled for
 
 
-def stream(command: SampleCommand) -> Iterator[list[str]]:
+def stream(command: SampleCommand, model: nn.Module | None = None) -> Iterator[list[str]]:
     """The samples, as they grow.
 
     Args:
         command: what to load and how to draw.
+        model: your own, if the run was trained with one; None: the config's.
 
     Yields:
         num_samples pieces of new text at a time, one for each sample.
@@ -34,7 +36,7 @@ def stream(command: SampleCommand) -> Iterator[list[str]]:
     prompt = tokenizer.encode(read_prompt(command.prompt), command.unknown)
     if not len(prompt):
         prompt = tokenizer.encode("\n", "replace")[:1]
-    model = build_model(run.config.model, tokenizer.vocab_size)
+    model = model or build_model(run.config.model, tokenizer.vocab_size)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)

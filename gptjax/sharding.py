@@ -101,11 +101,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def _spec(name: str, ndim: int) -> P:
-    """The spec of the leaf called `name`; one without a rule (your own module's) is replicated."""
-    if ndim:
-        for pattern, spec in RULES:
-            if re.search(rf"(^|/){pattern}$", name):
-                return spec
+    """The spec of the leaf called `name`; what no rule fits (of your own module) is replicated."""
+    for pattern, spec in RULES:
+        if re.search(rf"(^|/){pattern}$", name) and len(spec) <= ndim:
+            return spec
     return P()
 
 

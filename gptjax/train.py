@@ -68,6 +68,7 @@ def train(
     report = report or Report()
     run = Run(directory) if resume else None
     dataset = open_dataset(config, run and run.tokenizer)
+    own_model = model is not None
     model = model or build_model(config.model, dataset.tokenizer.vocab_size)
     optimizer = optimizer or make_optimizer(config)
     mesh = sharding.make_mesh(config)
@@ -156,7 +157,8 @@ def train(
     if step < config.steps:
         report.say(f"stopped after step {step}; to go on: python train.py --run {name} --resume")
         return record
-    report.summary("done", _results(config, run, record, abstract.params, mesh))
+    flops = 0 if own_model else metrics.flops_per_token(config.model, abstract.params)
+    report.summary("done", _results(config, run, record, flops, mesh))
     report.say("a sample:\n" + _sample(model, state.params, dataset, config))
     report.say(f"next: python sample.py --run {name}")
     return record
@@ -283,7 +285,7 @@ def _description(
     }
 
 
-def _results(config: Config, run: Run, record: Record, params: Any, mesh: Mesh) -> dict[str, str]:
+def _results(config: Config, run: Run, record: Record, flops: int, mesh: Mesh) -> dict[str, str]:
     """What came of it, with the share of the matmul peak that training used."""
     seconds = record["seconds"]
     tokens_per_second = config.steps * config.batch_size * config.model.block_size / seconds
@@ -294,10 +296,11 @@ def _results(config: Config, run: Run, record: Record, params: Any, mesh: Mesh) 
         f"{tokens_per_second:,.0f} tokens/s, compilation included",
         "kept": f"{run.directory}, best checkpoint at step {best}",
     }
-    if flops := metrics.flops_per_token(config.model, params) * tokens_per_second:
+    if flops:
+        rate = flops * tokens_per_second
         peak = metrics.matmul_peak(config.model.dtype) * mesh.size
         rows["arithmetic"] = (
-            f"{flops / 1e9:,.0f} GFLOP/s, {flops / peak:.0%} of the {peak / 1e9:,.0f} that a large "
+            f"{rate / 1e9:,.0f} GFLOP/s, {rate / peak:.0%} of the {peak / 1e9:,.0f} that a large "
             f"matmul reaches here"
         )
     return rows

@@ -455,6 +455,7 @@ def text_file(folder: Path, text: str) -> DataConfig:
 class MeanOfThePast(nn.Module):
     """No more than the contract in `model.py` asks of a module."""
 
+    config: ModelConfig
     vocab_size: int
 
     @nn.compact
@@ -471,7 +472,7 @@ class MeanOfThePast(nn.Module):
 
 def test_train_takes_your_own_model_and_optimizer(tmp_path, play, capsys):
     config = replace(CONFIG, steps=12, eval_every=6, save_every=12, data=text_file(tmp_path, play))
-    model = MeanOfThePast(CharTokenizer.fit(play).vocab_size)
+    model = MeanOfThePast(config.model, CharTokenizer.fit(play).vocab_size)
     report = Report(quiet=True)
     record = train(config, tmp_path / "run", model=model, optimizer=optax.sgd(0.5), report=report)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
