@@ -45,7 +45,7 @@ def plot(directories: list[Path], out: Path) -> None:
         width = max(1, len(train) // 50)
         mean = np.convolve(train[:, 1], np.ones(width) / width, "valid")
         axes.plot(train[width - 1 :, 0], mean, color=color, label=f"{directory.name}: training")
-        for key, style in (("val_loss", "o-"), ("val_sampled_loss", "s--")):
+        for key, style in (("val_loss", "o--"), ("val_sampled_loss", "s:")):
             values = np.array([(r["step"], r[key]) for r in records if key in r])
             if len(values):
                 whole = "whole validation split" if key == "val_loss" else "random windows"

@@ -78,7 +78,8 @@ LECTURE = replace(
 # ---------------------------------------------------------------------------------------------
 # Beyond the lecture
 
-# python train.py --config tiny: seconds, for tests and first looks.
+# python train.py --config tiny: for tests and first looks.
+# 10 s with its compilation on 2 busy cores (AMD EPYC), val 3.19: it only has to start learning.
 TINY = Config(
     steps=60,
     batch_size=8,
@@ -90,6 +91,8 @@ TINY = Config(
 )
 
 # python train.py --config small: the main job.
+# 2.0 to 2.5 minutes on 2 busy cores (AMD EPYC), val 1.740 over the whole split (1.7381 to 1.7423
+# over seeds 1337, 1, 2).
 SMALL = Config(
     steps=1000,
     batch_size=32,
@@ -112,7 +115,8 @@ SHAKESPEARE = Config(
 )
 
 # python train.py --config gpt2: GPT-2's four shapes with nanoGPT's recipe (batch of 0.5 M tokens).
-# Cited: nanoGPT reaches 2.85 on OpenWebText in 4 days on 8 A100s. Not run here: no accelerator.
+# Cited: nanoGPT reaches 2.85 on OpenWebText in 4 days on 8 A100s. Not run here: no accelerator. The
+# shapes are GPT-2's, but text and tokenizer are the default ones until other tokenizers are here.
 GPT2 = Config(
     steps=600_000,
     batch_size=480,

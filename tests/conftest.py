@@ -14,10 +14,15 @@ from gptjax import corpora
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test may open a window
 
-# One cache of compiled programs for this session, commands run by tests included.
-_cache = tempfile.TemporaryDirectory(prefix="gptjax-xla-", ignore_cleanup_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-jax.config.update("jax_compilation_cache_dir", _cache.name)
+# Tests compile much and compute little, so LLVM may optimise less; what XLA itself does to a
+# program stays as it is. Commands run by tests inherit this and the cache.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+# One cache of compiled programs for the session, its worker processes, and commands run by tests.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="gptjax-xla-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # Eight devices, so that sharding can be tested anywhere; full precision and no silent

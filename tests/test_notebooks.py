@@ -1,0 +1,144 @@
+"""Tests of the notebooks: tidy as committed, and they run from top to bottom."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
+MAX_LINES = 30  # of a cell: one idea, and it fits on a screen
+TIMEOUT = 300  # seconds for one cell
+PICTURES = {"lets_build_gpt": 12, "extend_gptjax": 1}
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+
+
+@pytest.fixture(autouse=True)
+def jupyter_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jupyter's own files go to a folder of the test, where nobody's settings are."""
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # without it jupyter_core warns
+    for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+
+
+def read(path: Path) -> Any:
+    nbformat = pytest.importorskip("nbformat", reason="needs nbformat, of the extra 'test'")
+    return nbformat.read(path, as_version=nbformat.NO_CONVERT)
+
+
+def execute(path: Path, cwd: Path, **environment: str) -> Any:
+    """The notebook with its outputs, from a new kernel with one device; fast.
+
+    Raises:
+        CellExecutionError: a cell failed.
+    """
+    for package in ("nbclient", "ipykernel"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}, of the extra 'test'")
+    from nbclient import NotebookClient
+
+    env = os.environ | {"GPTJAX_FAST": "1"} | environment
+    env.pop("MPLBACKEND", None)  # pictures go into the notebook
+    notebook = read(path)
+    NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3").execute(cwd=str(cwd), env=env)
+    return notebook
+
+
+@pytest.fixture
+def other_text(play: str, tmp_path: Path) -> Path:
+    path = tmp_path / "play.txt"
+    path.write_text(play * 10)
+    return path
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def printed(notebook: Any, name: str = "stdout") -> str:
+    """All that the cells printed on one stream."""
+    return "".join(output.text for output in outputs(notebook) if output.get("name") == name)
+
+
+def pictures(notebook: Any) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+
+
+def test_both_are_here():
+    assert NAMES == sorted(PICTURES)
+
+
+@each
+def test_format(path: Path):
+    notebook = read(path)
+    nbformat = sys.modules["nbformat"]
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.language_info == {"name": "python"}, "a version would go stale"
+
+
+@each
+def test_is_stripped(path: Path):
+    for cell in read(path).cells:
+        assert not cell.metadata, cell.id
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None, cell.id
+
+
+@each
+def test_cells_are_short(path: Path):
+    for cell in read(path).cells:
+        assert cell.source.strip() and cell.source.count("\n") < MAX_LINES, cell.id
+
+
+@each
+@pytest.mark.parametrize("command", (["check"], ["format", "--check"]), ids=" ".join)
+def test_ruff(path: Path, command: list[str], tmp_path: Path):
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ruff = shutil.which("ruff", path=places)
+    if ruff is None:
+        pytest.skip("needs ruff, of the extra 'dev'")
+    # A file that is named is checked even where pyproject.toml excludes its folder.
+    argv = [ruff, *command, "--cache-dir", str(tmp_path), str(path)]
+    done = subprocess.run(argv, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def check_run(path: Path, cwd: Path, **environment: str) -> str:
+    """Run it; what it printed."""
+    notebook = execute(path, cwd, **environment)
+    assert printed(notebook, "stderr") == ""
+    assert pictures(notebook) == PICTURES[path.stem]
+    return printed(notebook)
+
+
+@pytest.mark.shared
+def test_lets_build_gpt(shakespeare: str):
+    """As a reader runs it: in its own folder, and the lecture's exact figures are asserted."""
+    said = check_run(REPO / "notebooks" / "lets_build_gpt.ipynb", REPO / "notebooks")
+    assert "characters: 1115394\n" in said
+    assert "(another text" not in said
+
+
+@pytest.mark.slow
+def test_lets_build_gpt_on_another_text(other_text: Path, tmp_path: Path):
+    path = REPO / "notebooks" / "lets_build_gpt.ipynb"
+    assert "(another text" in check_run(path, tmp_path, GPTJAX_TEXT=str(other_text))
+
+
+def test_extend_gptjax(other_text: Path, tmp_path: Path):
+    """From another folder, on another text; what it trains goes with its temporary folder."""
+    (tmp_path / "tmp").mkdir()
+    environment = {"GPTJAX_TEXT": str(other_text), "TMPDIR": str(tmp_path / "tmp")}
+    check_run(REPO / "notebooks" / "extend_gptjax.ipynb", tmp_path, **environment)
+    assert not list((tmp_path / "tmp").rglob("checkpoints"))
