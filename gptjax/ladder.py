@@ -261,12 +261,10 @@ def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
     Raises:
         UserError: a picture that cannot be written.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures go on as they were
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     ends = []
     for stage in filter(lambda stage: stage.histories, stages):
         steps = [record["step"] for record in stage.histories[0]]
@@ -285,8 +283,6 @@ def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
         figure.savefig(out, dpi=130)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        plt.close(figure)
 
 
 def write_page(text: str, page: Path = PAGE) -> None:

@@ -29,12 +29,10 @@ def plot(directories: list[Path], out: Path) -> None:
     Raises:
         UserError: a run without metrics, or a picture that cannot be written.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures go on as they were
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for i, directory in enumerate(directories):
         records = Run(directory).metrics()
         train = np.array([(r["step"], r["loss"]) for r in records if "loss" in r])
@@ -58,8 +56,6 @@ def plot(directories: list[Path], out: Path) -> None:
         figure.savefig(out, dpi=130)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {out}: {error}") from None
-    finally:
-        plt.close(figure)
 
 
 def main(argv: list[str]) -> None:

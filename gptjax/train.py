@@ -160,7 +160,8 @@ def train(
     flops = 0 if own_model else metrics.flops_per_token(config.model, abstract.params)
     report.summary("done", _results(config, run, record, flops, mesh))
     report.say("a sample:\n" + _sample(model, state.params, dataset, config))
-    report.say(f"next: python sample.py --run {name}")
+    if not own_model:
+        report.say(f"next: python sample.py --run {name}")
     return record
 
 
