@@ -9,9 +9,9 @@ from gptjax.config import Config, ModelConfig, OptimConfig
 
 # ---------------------------------------------------------------------------------------------
 # The lecture, stage by stage: each is the one before and one thing more. Losses are of python -m
-# gptjax.ladder: whole validation split, mean of three seeds; times on 2 busy cores (AMD EPYC).
+# gptjax.ladder: whole validation split, mean of three seeds; times on 2 cores (AMD EPYC).
 
-# python train.py --config lecture/1-bigram: the lecture's first model. 4 s, val 2.489.
+# python train.py --config lecture/1-bigram: the lecture's first model. 1 s, val 2.489.
 BIGRAM = Config(
     steps=3000,
     batch_size=32,
@@ -36,7 +36,7 @@ BIGRAM = Config(
 )
 
 # python train.py --config lecture/2-averaging: embeddings, and the plain mean of the past.
-# 6 s, val 2.826: worse, for the mean drowns the last character.
+# 2 s, val 2.826: worse, for the mean drowns the last character.
 AVERAGING = replace(
     BIGRAM,
     steps=5000,
@@ -47,23 +47,23 @@ AVERAGING = replace(
 )
 
 # python train.py --config lecture/3-head: the mean gets weights that depend on the data.
-# 6 s, val 2.403.
+# 3 s, val 2.403.
 HEAD = replace(AVERAGING, model=replace(AVERAGING.model, kind="attention"))
 
 # python train.py --config lecture/4-heads: four heads of 8 instead of one of 32.
-# 9 s, val 2.279.
+# 4 s, val 2.279.
 HEADS = replace(HEAD, model=replace(HEAD.model, n_head=4))
 
 # python train.py --config lecture/5-feedforward: then each position thinks on its own.
-# 8 s, val 2.247.
+# 4 s, val 2.247.
 FEEDFORWARD = replace(HEADS, model=replace(HEADS.model, kind="feedforward"))
 
 # python train.py --config lecture/6-residual: both as a block with residual connections, thrice.
-# 26 s, val 2.084.
+# 11 s, val 2.084.
 RESIDUAL = replace(FEEDFORWARD, model=replace(FEEDFORWARD.model, kind="gpt", n_layer=3))
 
 # python train.py --config lecture/7-layernorm: layer norms, and the transformer is complete.
-# 34 s, val 2.070.
+# 15 s, val 2.070.
 LAYERNORM = replace(RESIDUAL, model=replace(RESIDUAL.model, norm="layer"))
 
 # python train.py --config lecture, or lecture/8-scale: the same, scaled up, with dropout.
@@ -91,8 +91,8 @@ TINY = Config(
 )
 
 # python train.py --config small: the main job.
-# 2.0 to 2.5 minutes on 2 busy cores (AMD EPYC), val 1.740 over the whole split (1.7381 to 1.7423
-# over seeds 1337, 1, 2).
+# 1.5 minutes on 2 cores (AMD EPYC), up to 2.5 on busy ones; val 1.740 over the whole split (1.7381
+# to 1.7423 over seeds 1337, 1, 2).
 SMALL = Config(
     steps=1000,
     batch_size=32,
