@@ -180,7 +180,7 @@ class Config:
         if self.optim.warmup_steps > self.steps:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}; "
-                f"warm up for part of the run"
+                f"lower --optim.warmup-steps"
             )
 
 

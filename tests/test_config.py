@@ -267,7 +267,7 @@ CHECKS = [
     ),
     (
         lambda: Config(steps=5, optim=OptimConfig(warmup_steps=6)),
-        "optim.warmup_steps=6 is more than steps=5; warm up for part of the run",
+        "optim.warmup_steps=6 is more than steps=5; lower --optim.warmup-steps",
     ),
 ]
 
