@@ -150,12 +150,29 @@ class Checkpoints:
         """
         self.verify(step)
         try:
+            self._check_shapes(step, abstract)
             return ocp.load_checkpointables(str(self._folder(step)), abstract)
+        except UserError:
+            raise
         except Exception as error:  # orbax wraps what went wrong in kinds of its own
             raise UserError(
                 f"checkpoint {self.path / str(step)} cannot be loaded: "
                 f"{_reason(error.__cause__ or error)}"
             ) from error
+
+    def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
+        """Compare shapes with what the checkpoint says of itself: orbax finds out while reading,
+        and then leaves the other reads hanging."""
+        found: Any = ocp.checkpointables_metadata(str(self._folder(step))).metadata
+        for item, tree in abstract.items():
+            wanted, stored = _shapes(tree), _shapes(found[item])
+            for name in sorted(wanted.keys() | stored.keys()):
+                if wanted.get(name) != stored.get(name):
+                    raise UserError(
+                        f"checkpoint {self.path / str(step)} cannot be loaded: {item}/{name} is "
+                        f"{stored.get(name, 'not')} there and {wanted.get(name, 'not')} in this "
+                        f"model and optimizer"
+                    )
 
     def record(self, step: int) -> Record:
         """The step's own metrics, as saved with its checkpoint."""
@@ -182,6 +199,14 @@ class Checkpoints:
                 f"({_reason(error)}); last one kept: {kept[-1] if kept else 'none'}; make room or "
                 f"mend the permissions, then go on with --resume"
             ) from error
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(getattr(leaf, "shape", ()))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _digests(folder: Path) -> dict[str, str]:
