@@ -1,19 +1,14 @@
-"""What a run is: frozen dataclasses and their JSON form.
+"""What a run is: frozen dataclasses; `config_json.py` has their JSON form.
 
 Standard library only, so that `train.py --help` answers at once. One field has one reader; `None`
 means off; a new field's default must reproduce what was done before it existed, so that the
 `config.json` of an old run keeps its meaning. The strings below the fields are the `--help` text.
 """
 
-import json
-import types
-import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from gptjax.errors import UserError
-
-FORMAT = 1  # of config.json; raised when an old program could misread a new file
 
 
 @dataclass(frozen=True)
@@ -27,28 +22,45 @@ class ModelConfig:
     """Transformer blocks."""
     n_head: int = 4
     """Attention heads; n_embd must be a multiple."""
+    n_kv_head: int | None = None
+    """Heads of keys and values, each shared by as many queries; None: n_head (no sharing)."""
     n_embd: int = 128
     """Width of the residual stream."""
+    n_inner: int | None = None
+    """Width of the MLP; None: 4 n_embd."""
     block_size: int = 64
     """Longest context in tokens."""
     vocab_size: int | None = None
     """Rows of the embedding table; None: as many as the tokenizer has tokens."""
     dropout: float = 0.0
     """Share of activations dropped (attention weights, both projections) while training."""
+    attn_dropout: float | None = None
+    """Share of attention weights dropped; None: as dropout."""
     bias: bool = True
     """Biases in linear layers and layer norms, as GPT-2."""
     qkv_bias: bool = True
     """Biases on queries, keys and values too (the lecture has none there)."""
-    norm: Literal["layer", "none"] = "layer"
+    norm: Literal["layer", "rms", "none"] = "layer"
     """Before attention, before the MLP and at the end; none: nothing there, as the lecture before
-    it comes to layer norm."""
-    activation: Literal["gelu", "relu"] = "gelu"
-    """The MLP's non-linearity; gelu is GPT-2's tanh form."""
+    it comes to layer norm. rms is Llama's."""
+    norm_eps: float = 1e-5
+    """Added to the variance or mean square in every norm."""
+    qk_norm: bool = False
+    """Divide each head's queries and keys by their root mean square."""
+    position: Literal["learned", "rotary", "none"] = "learned"
+    """A table added to the embeddings (GPT-2), or queries and keys turned by position (Llama)."""
+    rope_base: float = 10_000.0
+    """Rotary positions: longest wavelength / 2 pi, in tokens."""
+    activation: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"
+    """The MLP's non-linearity; gelu is GPT-2's tanh form, relu2 a squared relu, swiglu Llama's gate
+    (a third matrix: n_inner of 8/3 n_embd has as many parameters as the others)."""
     tie_head: bool = True
     """Read logits off the embedding table (GPT-2) instead of a matrix of their own (lecture)."""
-    init: Literal["gpt2", "torch"] = "gpt2"
+    softcap: float | None = None
+    """Squash logits smoothly into +-softcap; None: leave them."""
+    init: Literal["gpt2", "torch", "zero"] = "gpt2"
     """gpt2: normal 0.02, residual projections / sqrt(2 n_layer). torch: PyTorch's layer defaults,
-    which the recorded lecture uses."""
+    which the recorded lecture uses. zero: gpt2, residual projections and an untied head at 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matmuls and activations; parameters, softmax, norms and loss are always float32."""
     remat: bool = False
@@ -60,10 +72,29 @@ class ModelConfig:
         if self.vocab_size is not None:
             _positive("model.vocab_size", self.vocab_size)
         _within("model.dropout", self.dropout, 0.0, 1.0)
+        for name in ("n_kv_head", "n_inner"):
+            if getattr(self, name) is not None:
+                _positive(f"model.{name}", getattr(self, name))
+        if self.attn_dropout is not None:
+            _within("model.attn_dropout", self.attn_dropout, 0.0, 1.0)
+        if self.softcap is not None:
+            _above_zero("model.softcap", self.softcap)
+        _above_zero("model.norm_eps", self.norm_eps)
+        _above_zero("model.rope_base", self.rope_base)
         if self.n_embd % self.n_head:
             raise UserError(
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
                 f"change one of them (heads share the width equally)"
+            )
+        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
+            raise UserError(
+                f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}; "
+                f"change one of them (each serves as many queries)"
+            )
+        if self.position == "rotary" and self.head_size % 2:
+            raise UserError(
+                f"rotary positions turn pairs, and a head's size n_embd / n_head = "
+                f"{self.head_size} is odd; change model.n_embd or model.n_head"
             )
 
     @property
@@ -86,16 +117,27 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the blocks' matrices, AdamW for the rest."""
     learning_rate: float = 1e-3
-    """Peak, after warm-up."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: a cosine decay over the rest of the steps, or constant."""
+    """Peak of AdamW's rate, after warm-up."""
+    muon_learning_rate: float = 0.02
+    """Peak of Muon's rate, on the same schedule."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's running mean of the gradient."""
+    muon_weight_decay: float = 0.0
+    """Muon's own; multiplied by its rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: a cosine decay over the rest of the steps; or constant, then a linear
+    decay over the last decay_share of them; or constant."""
     warmup_steps: int = 0
     """Steps of linear rise from 0."""
+    decay_share: float = 0.5
+    """wsd: share of all steps in which the rate decays."""
     final_lr_ratio: float = 0.1
-    """What the cosine ends at, as a share of the peak."""
+    """What the decay ends at, as a share of the peak."""
     weight_decay: float = 0.1
     """Applied to matrices and embeddings, not to biases and norms; multiplied by the rate."""
     beta1: float = 0.9
@@ -111,6 +153,10 @@ class OptimConfig:
         _above_zero("optim.learning_rate", self.learning_rate)
         _not_negative("optim.warmup_steps", self.warmup_steps)
         _not_negative("optim.weight_decay", self.weight_decay)
+        _above_zero("optim.muon_learning_rate", self.muon_learning_rate)
+        _within("optim.muon_momentum", self.muon_momentum, 0.0, 1.0)
+        _not_negative("optim.muon_weight_decay", self.muon_weight_decay)
+        _within("optim.decay_share", self.decay_share, 0.0, 1.0, closed=True)
         _within("optim.final_lr_ratio", self.final_lr_ratio, 0.0, 1.0, closed=True)
         _within("optim.beta1", self.beta1, 0.0, 1.0)
         _within("optim.beta2", self.beta2, 0.0, 1.0)
@@ -203,70 +249,6 @@ def _within(name: str, value: float, low: float, high: float, closed: bool = Fal
     if not (low <= value < high or (closed and value == high)):
         bound = "<=" if closed else "<"
         raise UserError(f"{name}={value} is out of range; give {low} <= {name} {bound} {high}")
-
-
-# ---------------------------------------------------------------------------------------------
-# JSON
-
-
-def to_json(config: Config) -> str:
-    """The text of a run's `config.json`."""
-    return json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
-
-
-def from_json(text: str) -> Config:
-    """Read a run's `config.json`; fields it lacks keep their defaults.
-
-    Args:
-        text: what `to_json` wrote; keys and types are checked, nothing is executed.
-
-    Raises:
-        UserError: not JSON, a newer format, an unknown key, a wrong type or value.
-    """
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"expected a JSON object, got {type(values).__name__}")
-    version = values.pop("format", None)
-    if type(version) is not int or version != FORMAT:
-        raise UserError(
-            f"format {version!r} is not the format {FORMAT} this gptjax reads; update gptjax"
-        )
-    return _build(Config, values, "")
-
-
-def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    """Make the dataclass `cls` from plain JSON values, checking every key and type."""
-    hints = typing.get_type_hints(cls)
-    if unknown := sorted(values.keys() - hints.keys()):
-        raise UserError(f"unknown key {prefix + unknown[0]!r}; known: {', '.join(hints)}")
-    checked = {}
-    for name, value in values.items():
-        if is_dataclass(hints[name]):
-            if not isinstance(value, dict):
-                raise UserError(f"{prefix}{name}: expected an object, got {value!r}")
-            checked[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
-        else:
-            checked[name] = _check(f"{prefix}{name}", value, hints[name])
-    return cls(**checked)
-
-
-def _check(name: str, value: Any, hint: Any) -> Any:
-    """`value` if it is of the declared type; an int counts as a float."""
-    if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint):
-            return value
-        raise UserError(f"{name}: expected one of {typing.get_args(hint)}, got {value!r}")
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in allowed:
-        if type(value) is kind:
-            return value
-        if kind is float and type(value) is int and abs(value) < 2**53:
-            return float(value)
-    expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
-    raise UserError(f"{name}: expected {expected}, got {value!r}")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -19,16 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.model import (
-    GPT,
-    CausalSelfAttention,
-    KVCache,
-    Linear,
-    activate,
-    attention,
-    causal_mask,
-    init_stds,
-)
+from gptjax.layers import Linear, activate, init_stds
+from gptjax.model import GPT, CausalSelfAttention, KVCache, attention, causal_mask
 
 # ---------------------------------------------------------------------------------------------
 # The trick: the same average of the past, four ways

@@ -1,7 +1,8 @@
 """The networks: tokens to logits, with or without a KV cache.
 
     B  batch      T  positions asked about    S  positions looked at (keys and values)
-    C  n_embd     H  heads    D  head size    L  layers    V  vocabulary
+    C  n_embd     H  heads    D  head size    G  heads of keys and values (H, or fewer)
+    L  layers     F  width of the MLP         V  vocabulary
 
 Flax Linen, pure `init`/`apply`. Every model has one contract, so that the train step, the
 sampler and your own module fit together:
@@ -11,28 +12,26 @@ sampler and your own module fit together:
     cache = model.init_cache(batch)                      # None: the model has no use for one
 
 Parameter names are GPT-2's (`wte wpe h/{ln_1, attn/{c_attn, c_proj}, ln_2, mlp/{c_fc, c_proj}}
-ln_f`); the leaves below `h` have a leading L axis, for the blocks are one scanned module.
+ln_f`); the leaves below `h` have a leading L axis, for the blocks are one scanned module. Options
+of the modern family (rotary positions, RMS norm, SwiGLU, grouped queries) are fields of the config.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.initializers import Initializer
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.layers import INIT_STD, Linear, activate, init_stds, norm, rms, rotate
 
-LN_EPS = 1e-5  # GPT-2's and PyTorch's; Flax's own default is 1e-6
-INIT_STD = 0.02  # GPT-2
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the `length` positions read so far: k, v are (L, B, S, H, D)."""
+    """Keys and values of the `length` positions read so far: k, v are (L, B, S, G, D)."""
 
     k: jax.Array
     v: jax.Array
@@ -46,8 +45,8 @@ def attention(
 
     Args:
         q: (B, T, H, D) queries.
-        k: (B, S, H, D) keys.
-        v: (B, S, H, D) values.
+        k: (B, S, G, D) keys; each serves H / G heads of queries (Ainslie et al. 2023).
+        v: (B, S, G, D) values.
         mask: (1, 1, T, S) bool, true where a query may look; None: everywhere.
         drop: dropout for the weights, a function of (B, H, T, S); None: none.
 
@@ -56,6 +55,8 @@ def attention(
 
     Source: Vaswani et al. 2017, equation 1; lecture, "self-attention".
     """
+    if (share := q.shape[2] // k.shape[2]) > 1:
+        k, v = jnp.repeat(k, share, axis=2), jnp.repeat(v, share, axis=2)
     scores = jnp.einsum("BTHD,BSHD->BHTS", q, k, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(q.shape[-1])
     if mask is not None:
@@ -64,49 +65,6 @@ def attention(
     if drop is not None:
         weights = drop(weights)
     return jnp.einsum("BHTS,BSHD->BTHD", weights.astype(v.dtype), v)
-
-
-class Linear(nn.Module):
-    """`x @ kernel + bias` over the last axes of x, as one matmul of a flattened x.
-
-    Flattening (B, T) spares the CPU backend slow transposes in the weight gradient, and a kernel
-    that keeps its head axes can be sharded along them.
-
-    Args:
-        features: shape of the output's last axes.
-        contract: how many of x's last axes are summed over.
-        std: of the normal init; None: PyTorch's uniform(+-1/sqrt(fan in)).
-    """
-
-    features: tuple[int, ...]
-    contract: int = 1
-    bias: bool = True
-    std: float | None = INIT_STD
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        lead, inner = x.shape[: -self.contract], x.shape[-self.contract :]
-        if self.std is None:
-            kernel_init = bias_init = torch_uniform(math.prod(inner))
-        else:
-            kernel_init, bias_init = nn.initializers.normal(self.std), nn.initializers.zeros
-        kernel = self.param("kernel", kernel_init, (*inner, *self.features)).astype(self.dtype)
-        x = x.astype(self.dtype).reshape(-1, *inner)
-        y = jnp.tensordot(x, kernel, self.contract)
-        if self.bias:
-            y = y + self.param("bias", bias_init, self.features).astype(self.dtype)[None]
-        return y.reshape(*lead, *self.features)
-
-
-def torch_uniform(fan_in: int) -> Initializer:
-    """PyTorch's default for a linear layer's weight and bias: uniform within +-1/sqrt(fan_in)."""
-    bound = 1 / math.sqrt(fan_in)
-
-    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 class CausalSelfAttention(nn.Module):
@@ -126,21 +84,25 @@ class CausalSelfAttention(nn.Module):
     def __call__(
         self,
         x: jax.Array,  # (B, T, C)
-        cache: tuple[jax.Array, jax.Array] | None = None,  # k, v: (B, S, H, D)
+        cache: tuple[jax.Array, jax.Array] | None = None,  # k, v: (B, S, G, D)
         start: jax.Array | int = 0,  # position of x's first token
         context: jax.Array | None = None,  # (B, S, C)
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
-        heads = (c.n_head, c.head_size)
+        H, G, D = c.n_head, c.n_kv_head or c.n_head, c.head_size
         std, residual_std = init_stds(c)
         linear = {"dtype": c.dtype, "std": std, "bias": c.bias and c.qkv_bias}
-        if context is None:
-            qkv = Linear((3, *heads), name="c_attn", **linear)(x)
+        if context is None and G == H:
+            qkv = Linear((3, H, D), name="c_attn", **linear)(x)
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         else:
-            q = Linear(heads, name="c_q", **linear)(x)
-            kv = Linear((2, *heads), name="c_kv", **linear)(context)
+            q = Linear((H, D), name="c_q", **linear)(x)
+            kv = Linear((2, G, D), name="c_kv", **linear)(x if context is None else context)
             k, v = kv[:, :, 0], kv[:, :, 1]
+        if c.qk_norm:
+            q, k = rms(q, c.norm_eps), rms(k, c.norm_eps)
+        if c.position == "rotary" and context is None:
+            q, k = rotate(q, start, c.rope_base), rotate(k, start, c.rope_base)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, 1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, 1)
@@ -148,8 +110,9 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if self.causal and context is None:
             mask = causal_mask(x.shape[1], k.shape[1], start)
-        drop = nn.Dropout(c.dropout, deterministic=not self.train)
-        y = attention(q, k, v, mask, drop if c.dropout else None)
+        share = c.dropout if c.attn_dropout is None else c.attn_dropout
+        drop = nn.Dropout(share, deterministic=not self.train)
+        y = attention(q, k, v, mask, drop if share else None)
         if not self.project:
             return y.reshape(x.shape), cache
         y = Linear(
@@ -163,16 +126,6 @@ def causal_mask(T: int, S: int, start: jax.Array | int = 0) -> jax.Array:
     return (jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None])[None, None]
 
 
-def init_stds(config: ModelConfig) -> tuple[float | None, float | None]:
-    """Init of a linear layer and of one that ends on the residual stream; None: PyTorch's.
-
-    Source: GPT-2 paper, section 2.3 ("scale the weights of residual layers ... by 1/sqrt(N)").
-    """
-    if config.init == "torch":
-        return None, None
-    return INIT_STD, INIT_STD / math.sqrt(2 * config.n_layer)
-
-
 class MLP(nn.Module):
     """Each position thinks on its own about what attention brought it."""
 
@@ -183,22 +136,12 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         std, residual_std = init_stds(c)
-        x = Linear((4 * c.n_embd,), bias=c.bias, std=std, dtype=c.dtype, name="c_fc")(x)
+        F = c.n_inner or 4 * c.n_embd
+        features = (2, F) if c.activation == "swiglu" else (F,)
+        x = Linear(features, bias=c.bias, std=std, dtype=c.dtype, name="c_fc")(x)
         x = activate(c, x)
         x = Linear((c.n_embd,), bias=c.bias, std=residual_std, dtype=c.dtype, name="c_proj")(x)
         return nn.Dropout(c.dropout, deterministic=not self.train)(x)
-
-
-def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
-    """The config's non-linearity, value by value."""
-    return nn.gelu(x, approximate=True) if config.activation == "gelu" else nn.relu(x)
-
-
-def norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
-    """GPT-2's layer norm, computed in float32; or nothing, if the config says so."""
-    if config.norm == "none":
-        return lambda x: x
-    return nn.LayerNorm(epsilon=LN_EPS, use_bias=config.bias, dtype=jnp.float32, name=name)
 
 
 class Block(nn.Module):
@@ -249,21 +192,24 @@ class GPT(nn.Module):
         # The lecture's PyTorch draws embeddings from N(0, 1).
         normal = nn.initializers.normal(1.0 if c.init == "torch" else INIT_STD)
         wte = nn.Embed(self.vocab_size, c.n_embd, embedding_init=normal, name="wte")
-        wpe = self.param("wpe", normal, (c.block_size, c.n_embd))
-        start = 0 if cache is None else cache.length
-        positions = jax.lax.dynamic_slice_in_dim(wpe, start, T)
-        x = (wte(tokens) + positions[None]).astype(c.dtype)  # (B, T, C)
-        x, cache = self.blocks(x, cache, train)
+        x = wte(tokens)  # (B, T, C)
+        if c.position == "learned":
+            wpe = self.param("wpe", normal, (c.block_size, c.n_embd))
+            start = 0 if cache is None else cache.length
+            x = x + jax.lax.dynamic_slice_in_dim(wpe, start, T)[None]
+        x, cache = self.blocks(x.astype(c.dtype), cache, train)
         x = norm(c, "ln_f")(x).astype(c.dtype)
         if c.tie_head:
             head = wte.embedding.astype(c.dtype)
             logits = jnp.tensordot(x.reshape(-1, c.n_embd), head.T, 1).reshape(*x.shape[:2], -1)
         else:
-            head = Linear(
-                (self.vocab_size,), bias=c.bias, std=init_stds(c)[0], dtype=c.dtype, name="lm_head"
-            )
+            std = 0.0 if c.init == "zero" else init_stds(c)[0]
+            head = Linear((self.vocab_size,), bias=c.bias, std=std, dtype=c.dtype, name="lm_head")
             logits = head(x)
-        return logits.astype(jnp.float32), cache
+        logits = logits.astype(jnp.float32)
+        if c.softcap is not None:  # Gemma 2, section 2
+            logits = c.softcap * jnp.tanh(logits / c.softcap)
+        return logits, cache
 
     def blocks(
         self, x: jax.Array, cache: KVCache | None, train: bool
@@ -287,7 +233,8 @@ class GPT(nn.Module):
     def init_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` streams of up to block_size tokens."""
         c = self.config
-        empty = jnp.zeros((c.n_layer, batch, c.block_size, c.n_head, c.head_size), c.dtype)
+        heads = c.n_kv_head or c.n_head
+        empty = jnp.zeros((c.n_layer, batch, c.block_size, heads, c.head_size), c.dtype)
         return KVCache(empty, empty, jnp.zeros((), jnp.int32))
 
 

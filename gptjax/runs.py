@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gptjax import config as config_module
+from gptjax import config_json
 from gptjax import tokenizer as tokenizer_module
-from gptjax.config import Config
+from gptjax.config import Config, differences
 from gptjax.errors import UserError
 from gptjax.tokenizer import CharTokenizer
 
@@ -88,7 +88,7 @@ def read_config(directory: Path) -> Config:
     Raises:
         UserError: missing or damaged.
     """
-    return read_file(directory / "config.json", config_module.from_json)
+    return read_file(directory / "config.json", config_json.from_json)
 
 
 class Run:
@@ -115,7 +115,7 @@ class Run:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             write_atomically(directory / "tokenizer.json", tokenizer.to_json())
-            write_atomically(directory / "config.json", config_module.to_json(config))
+            write_atomically(directory / "config.json", config_json.to_json(config))
         except OSError as error:
             raise UserError(
                 f"cannot write the run's folder {directory}: {error.strerror}; give another with "
@@ -132,7 +132,7 @@ class Run:
         Raises:
             UserError: the model or the data would be others.
         """
-        changed = config_module.differences(self.config, config)
+        changed = differences(self.config, config)
         for name, (old, new) in changed.items():
             if name.startswith(("model.", "data.")) and name not in ("model.dtype", "model.remat"):
                 raise UserError(
@@ -140,7 +140,7 @@ class Run:
                     f"{name}={old}; start a new run for that"
                 )
         if changed:
-            write_atomically(self.directory / "config.json", config_module.to_json(config))
+            write_atomically(self.directory / "config.json", config_json.to_json(config))
         self.config = config
         return changed
 

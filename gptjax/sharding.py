@@ -22,12 +22,16 @@ BATCH = P(("data", "fsdp"))  # rows of a batch are spread over both
 # parameters' names, so one table covers the whole train state. Scalars need no rule.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(wte/embedding|wpe)", P(None, "fsdp")),  # (V, C), (block_size, C)
-    (r"h/attn/c_attn/kernel", P(None, "fsdp", None, "tensor", None)),  # (L, C, 3, H, D)
-    (r"h/attn/c_attn/bias", P(None, None, "tensor", None)),  # (L, 3, H, D)
+    (r"h/attn/(c_attn|c_kv)/kernel", P(None, "fsdp", None, "tensor", None)),  # (L, C, 3, H, D)
+    (r"h/attn/(c_attn|c_kv)/bias", P(None, None, "tensor", None)),  # (L, 3, H, D)
+    (r"h/attn/c_q/kernel", P(None, "fsdp", "tensor", None)),  # (L, C, H, D)
+    (r"h/attn/c_q/bias", P(None, "tensor", None)),  # (L, H, D)
     (r"h/attn/c_proj/kernel", P(None, "tensor", None, "fsdp")),  # (L, H, D, C)
-    (r"h/mlp/c_fc/kernel", P(None, "fsdp", "tensor")),  # (L, C, 4C)
-    (r"h/mlp/c_fc/bias", P(None, "tensor")),  # (L, 4C)
-    (r"h/mlp/c_proj/kernel", P(None, "tensor", "fsdp")),  # (L, 4C, C)
+    (r"h/mlp/c_fc/kernel", P(None, "fsdp", None, "tensor")),  # (L, C, 2, F), SwiGLU
+    (r"h/mlp/c_fc/kernel", P(None, "fsdp", "tensor")),  # (L, C, F)
+    (r"h/mlp/c_fc/bias", P(None, None, "tensor")),  # (L, 2, F), SwiGLU
+    (r"h/mlp/c_fc/bias", P(None, "tensor")),  # (L, F)
+    (r"h/mlp/c_proj/kernel", P(None, "tensor", "fsdp")),  # (L, F, C)
     (r"h/(attn|mlp)/c_proj/bias", P()),  # (L, C)
     (r"(ln_1|ln_2|ln_f)/(scale|bias)", P()),  # (L, C), (C,)
     (r"lm_head/kernel", P("fsdp", None)),  # (C, V)
@@ -103,7 +107,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def _spec(name: str, ndim: int) -> P:
     """The spec of the leaf called `name`; what no rule fits (of your own module) is replicated."""
     for pattern, spec in RULES:
-        if re.search(rf"(^|/){pattern}$", name) and len(spec) <= ndim:
+        if re.search(rf"(^|/){pattern}$", name) and len(spec) in (0, ndim):
             return spec
     return P()
 

@@ -1,7 +1,7 @@
 """A second GPT to compare with: plain numpy, float64, one example and one head at a time.
 
-Written from the definition of GPT-2 and not from `gptjax.model`; it shares the layout of the
-parameters with it, nothing else.
+Written from the definitions of GPT-2 and Llama and not from `gptjax.model`; it shares the layout
+of the parameters with it, nothing else.
 """
 
 from typing import Any
@@ -11,27 +11,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.config import ModelConfig
 
-def gpt(params: Any, tokens: np.ndarray, n_head: int, activation: str = "gelu") -> np.ndarray:
-    """(B, T, V) logits of (B, T) ids; a bias or a head that `params` lacks is not applied."""
+
+def gpt(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """(B, T, V) logits of (B, T) ids; a bias, table or head that `params` lacks is not applied."""
     params = float64(params)
-    return np.stack([_one(params, row, n_head, activation) for row in np.asarray(tokens)])
+    return np.stack([_one(params, row, config) for row in np.asarray(tokens)])
 
 
-def _one(params: Any, tokens: np.ndarray, n_head: int, activation: str) -> np.ndarray:
+def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
     embedding, T = params["wte"]["embedding"], len(tokens)
-    x = embedding[tokens] + params["wpe"][:T]
+    x = embedding[tokens]
+    if "wpe" in params:
+        x = x + params["wpe"][:T]
+    norm = layer_norm if config.norm == "layer" else rms_norm
     for layer in range(len(params["h"]["ln_1"]["scale"])):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["h"])
-        qkv = linear(layer_norm(x, block["ln_1"]), block["attn"]["c_attn"])
-        q, k, v = np.split(qkv, 3, axis=-1)  # as GPT-2's fused weight: all queries, keys, values
-        heads = heads_side_by_side(q, k, v, n_head, visible=np.tri(T, dtype=bool))
+        q, k, v = _queries_keys_values(norm(x, block["ln_1"], config), block["attn"], config)
+        heads = heads_side_by_side(q, k, v, config.n_head, visible=np.tri(T, dtype=bool))
         x = x + linear(heads, block["attn"]["c_proj"])
-        hidden = linear(layer_norm(x, block["ln_2"]), block["mlp"]["c_fc"])
-        hidden = gelu(hidden) if activation == "gelu" else np.maximum(hidden, 0)
-        x = x + linear(hidden, block["mlp"]["c_proj"])
-    x = layer_norm(x, params["ln_f"])
-    return linear(x, params["lm_head"]) if "lm_head" in params else x @ embedding.T
+        hidden = linear(norm(x, block["ln_2"], config), block["mlp"]["c_fc"])
+        x = x + linear(ACTIVATIONS[config.activation](hidden), block["mlp"]["c_proj"])
+    x = norm(x, params["ln_f"], config)
+    logits = linear(x, params["lm_head"]) if "lm_head" in params else x @ embedding.T
+    cap = config.softcap
+    return logits if cap is None else cap * np.tanh(logits / cap)
+
+
+def _queries_keys_values(x: np.ndarray, layer: Any, config: ModelConfig) -> list[np.ndarray]:
+    """Three (T, C), each group of queries with a copy of the keys and values that it shares."""
+    H, G = config.n_head, config.n_kv_head or config.n_head
+    if "c_attn" in layer:
+        q, k, v = np.split(linear(x, layer["c_attn"]), 3, axis=-1)  # GPT-2's fused weight
+    else:
+        q = linear(x, layer["c_q"])
+        k, v = np.split(linear(x, layer["c_kv"]), 2, axis=-1)
+    qs, ks, vs = np.split(q, H, axis=-1), np.split(k, G, axis=-1), np.split(v, G, axis=-1)
+    if config.qk_norm:
+        qs, ks = ([over_rms(head, config.norm_eps) for head in heads] for heads in (qs, ks))
+    if config.position == "rotary":
+        qs, ks = ([rotate(head, config.rope_base) for head in heads] for heads in (qs, ks))
+    ks, vs = ([heads[i * G // H] for i in range(H)] for heads in (ks, vs))
+    return [np.concatenate(heads, axis=-1) for heads in (qs, ks, vs)]
+
+
+def rotate(x: np.ndarray, base: float) -> np.ndarray:
+    """(T, D): the pair (i, i + D/2) as a complex number, turned by t / base^(2i/D) radians."""
+    T, D = x.shape
+    z = x[:, : D // 2] + 1j * x[:, D // 2 :]
+    for t in range(T):
+        for i in range(D // 2):
+            z[t, i] *= np.exp(1j * t / base ** (2 * i / D))
+    return np.concatenate([z.real, z.imag], axis=-1)
 
 
 def heads_side_by_side(
@@ -63,16 +95,38 @@ def linear(x: np.ndarray, layer: Any) -> np.ndarray:
     return x @ weight + (layer["bias"].reshape(-1) if "bias" in layer else 0.0)
 
 
-def layer_norm(x: np.ndarray, layer: Any) -> np.ndarray:
-    """GPT-2's, with its epsilon."""
+def layer_norm(x: np.ndarray, layer: Any, config: ModelConfig) -> np.ndarray:
+    """GPT-2's."""
     centred = x - x.mean(axis=-1, keepdims=True)
-    variance = (centred**2).mean(axis=-1, keepdims=True)
-    return centred / np.sqrt(variance + 1e-5) * layer["scale"] + layer.get("bias", 0.0)
+    return over_rms(centred, config.norm_eps) * layer["scale"] + layer.get("bias", 0.0)
+
+
+def rms_norm(x: np.ndarray, layer: Any, config: ModelConfig) -> np.ndarray:
+    """Llama's."""
+    return over_rms(x, config.norm_eps) * layer["scale"]
+
+
+def over_rms(x: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
     """The tanh form, which GPT-2 uses."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def gated(x: np.ndarray) -> np.ndarray:
+    """SwiGLU: the first half, through silu, opens the second."""
+    gate, up = np.split(x, 2, axis=-1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+ACTIVATIONS = {
+    "gelu": gelu,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "swiglu": gated,
+}
 
 
 def random_params(model: nn.Module, seed: int = 0, *inputs: Any, **kwargs: Any) -> Any:

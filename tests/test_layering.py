@@ -15,16 +15,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "config": {"errors"},
+    "config_json": {"config", "errors"},
     "tokenizer": {"errors"},
     "corpora": {"errors"},
     "cache": set(),
-    "runs": {"config", "errors", "tokenizer"},
+    "runs": {"config", "config_json", "errors", "tokenizer"},
     "presets": {"config"},
     "cli": {"config", "errors", "presets", "runs", "tokenizer"},
     "plot": {"cli", "errors", "runs"},
     "data": {"config", "corpora", "errors", "tokenizer"},
-    "model": {"config", "errors"},
-    "lecture": {"errors", "model"},
+    "layers": {"config"},
+    "model": {"config", "errors", "layers"},
+    "lecture": {"errors", "layers", "model"},
     "build": {"config", "errors", "lecture", "model"},
     "optim": {"config"},
     "sharding": {"config", "errors"},
@@ -45,7 +47,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 WITHOUT_JAX = (
-    *("__init__", "errors", "config", "tokenizer", "corpora", "runs", "presets", "cli", "plot"),
+    *(
+        "__init__",
+        "errors",
+        "config",
+        "config_json",
+        "tokenizer",
+        "corpora",
+        "runs",
+        "presets",
+        "cli",
+        "plot",
+    ),
 )
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}  # importing any of these takes a second or more
 MAX_LINES = 350

@@ -28,6 +28,19 @@ SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=8)
 LECTURE_LIKE = replace(
     SMALL, qkv_bias=False, activation="relu", tie_head=False, init="torch", n_head=4
 )
+LLAMA = replace(
+    SMALL,
+    n_head=4,
+    n_kv_head=2,
+    n_embd=16,
+    n_inner=24,
+    bias=False,
+    norm="rms",
+    norm_eps=1e-4,
+    position="rotary",
+    rope_base=100.0,
+    activation="swiglu",
+)
 CONFIGS = {
     "gpt2": SMALL,
     "lecture": LECTURE_LIKE,
@@ -39,6 +52,14 @@ CONFIGS = {
     "odd_heads": replace(SMALL, n_layer=1, n_head=3, n_embd=15, block_size=7),
     "narrow_heads": replace(SMALL, n_head=8, n_embd=8),
     "one_token": replace(SMALL, block_size=1),
+    "llama": LLAMA,
+    "llama_odd": replace(LLAMA, n_head=3, n_kv_head=1, n_embd=18, bias=True, tie_head=False),
+    "speedrun": replace(
+        SMALL, bias=False, norm="rms", position="rotary", qk_norm=True, activation="relu2"
+    ),
+    "softcap": replace(SMALL, softcap=0.5),
+    "no_position": replace(SMALL, position="none", n_inner=5),
+    "eps": replace(SMALL, norm_eps=0.1, qk_norm=True),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -98,7 +119,7 @@ def check_against_numpy(config: ModelConfig, T: int) -> None:
     params, tokens = random_params(model), random_tokens(2, T)
     logits, cache = apply(model, params, tokens)
     assert cache is None and logits.shape == (2, T, V) and logits.dtype == jnp.float32
-    expected = reference.gpt(params, tokens, config.n_head, config.activation)
+    expected = reference.gpt(params, tokens, config)
     close(logits, expected)
     assert expected.std() > 0.1  # so that 1e-5 means something
 
@@ -107,11 +128,15 @@ def check_against_numpy(config: ModelConfig, T: int) -> None:
 def test_leaves_follow_the_options(config: ModelConfig):
     """The numpy GPT applies the leaves it is given; this says which ones there must be."""
     names = set(named(abstract_params(GPT(config, V))))
-    biases = {
-        f"h/{name}/bias" for name in ("ln_1", "ln_2", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
-    }
-    assert names >= biases | {"ln_f/bias"} if config.bias else not any("bias" in n for n in names)
-    assert ("h/attn/c_attn/bias" in names) == (config.bias and config.qkv_bias)
+    biases = {f"h/{name}/bias" for name in ("attn/c_proj", "mlp/c_fc", "mlp/c_proj")}
+    if config.norm == "layer":
+        biases |= {"h/ln_1/bias", "h/ln_2/bias", "ln_f/bias"}
+    assert names >= biases if config.bias else not any("bias" in n for n in names)
+    qkv = {"c_attn"} if config.n_kv_head is None else {"c_q", "c_kv"}
+    assert {n.split("/")[2] for n in names if n.startswith("h/attn/")} == qkv | {"c_proj"}
+    qkv_biases = {f"h/attn/{name}/bias" for name in qkv}
+    assert bool(qkv_biases & names) == (config.bias and config.qkv_bias)
+    assert ("wpe" in names) == (config.position == "learned")
     assert ("lm_head/kernel" in names) == (not config.tie_head)
     assert ("lm_head/bias" in names) == (not config.tie_head and config.bias)
 
@@ -291,7 +316,7 @@ def test_unrolled_equals_rolled(monkeypatch: pytest.MonkeyPatch):
         programs.append(program)
     assert "unroll=3" in programs[0] and "unroll=1" in programs[1]
     jax.tree.map(functools.partial(close, tolerance=1e-6), *results)
-    expected = reference.gpt(params, tokens[:, :-1], config.n_head)
+    expected = reference.gpt(params, tokens[:, :-1], config)
     close(results[1][0], mean_loss(jnp.asarray(expected, jnp.float32), tokens[:, 1:]))
 
 

@@ -18,8 +18,8 @@ from gptjax.step import init_state, make_train_steps
 
 VOCAB = 11
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=4)
-# Every knob of OptimConfig does something here.
 OPTIM = OptimConfig(learning_rate=0.01, warmup_steps=4, weight_decay=0.1, grad_clip=0.5)
+MUON = replace(OPTIM, kind="muon", muon_weight_decay=0.1, schedule="wsd")
 CONFIG = Config(steps=20, batch_size=4, model=MODEL, optim=OPTIM)
 
 
@@ -52,6 +52,21 @@ def test_cosine_schedule():
         cosine = (1 + math.cos(math.pi * (step - 4) / 16)) / 2
         assert rate[step] == pytest.approx(0.01 * (0.1 + 0.9 * cosine)), step
     assert rate[20:] == pytest.approx(0.01 * 0.1)  # and it stays there
+
+
+def test_warm_up_stable_decay():
+    config = replace(CONFIG, optim=replace(OPTIM, schedule="wsd", decay_share=0.4))
+    rate = rates(config)
+    assert rate[:4] == pytest.approx([0.002, 0.004, 0.006, 0.008])
+    assert rate[4:13] == pytest.approx(0.01)  # the last 8 of 20 steps decay
+    for step in range(12, 21):
+        assert rate[step] == pytest.approx(0.01 - 0.009 * (step - 12) / 8), step
+    assert rate[20:] == pytest.approx(0.001)
+
+
+def test_the_decay_never_reaches_into_the_warm_up():
+    config = replace(CONFIG, optim=replace(OPTIM, schedule="wsd", decay_share=1.0))
+    assert rates(config)[[4, 12, 20]] == pytest.approx([0.01, 0.0055, 0.001])
 
 
 def test_constant_schedule():
@@ -175,7 +190,12 @@ def test_clipping_and_decay_are_seen_by_that_test():
 # No dead knobs
 
 OTHER_OPTIM: dict[str, Any] = {
+    "kind": "adamw",
     "learning_rate": 0.02,
+    "muon_learning_rate": 0.03,
+    "muon_momentum": 0.9,
+    "muon_weight_decay": 0.2,
+    "decay_share": 0.3,
     "schedule": "constant",
     "warmup_steps": 2,
     "final_lr_ratio": 0.2,
@@ -189,19 +209,29 @@ OTHER_MODEL: dict[str, Any] = {
     "kind": "bigram",
     "n_layer": 3,
     "n_head": 4,
+    "n_kv_head": 1,
     "n_embd": 16,
+    "n_inner": 5,
     "block_size": 8,
     "vocab_size": 16,
     "dropout": 0.1,
+    "attn_dropout": 0.1,
     "bias": False,
     "qkv_bias": False,
-    "norm": "none",
-    "activation": "relu",
+    "norm": "rms",
+    "norm_eps": 1e-6,
+    "qk_norm": True,
+    "position": "learned",
+    "rope_base": 100.0,
+    "activation": "swiglu",
+    "softcap": 10.0,
     "tie_head": False,
     "init": "torch",
     "dtype": "bfloat16",
     "remat": True,
 }
+# A config in which every knob does something.
+EVERYTHING = replace(CONFIG, model=replace(MODEL, position="rotary"), optim=MUON)
 
 
 def fingerprint(config: Config) -> str:
@@ -220,8 +250,8 @@ def fingerprint(config: Config) -> str:
 
 @pytest.fixture(scope="module")
 def base() -> str:
-    text = fingerprint(CONFIG)
-    assert text == fingerprint(CONFIG)  # or every comparison below would hold for no reason
+    text = fingerprint(EVERYTHING)
+    assert text == fingerprint(EVERYTHING)  # or every comparison below would hold for no reason
     return text
 
 
@@ -232,16 +262,16 @@ def test_every_knob_has_a_test():
 
 @pytest.mark.parametrize("name", OTHER_OPTIM)
 def test_no_dead_knob_of_the_optimizer(name, base):
-    optim = replace(OPTIM, **{name: OTHER_OPTIM[name]})
-    assert fingerprint(replace(CONFIG, optim=optim)) != base
+    optim = replace(EVERYTHING.optim, **{name: OTHER_OPTIM[name]})
+    assert fingerprint(replace(EVERYTHING, optim=optim)) != base
 
 
 @pytest.mark.parametrize("name", OTHER_MODEL)
 def test_no_dead_knob_of_the_model(name, base):
-    model = replace(MODEL, **{name: OTHER_MODEL[name]})
-    assert fingerprint(replace(CONFIG, model=model)) != base
+    model = replace(EVERYTHING.model, **{name: OTHER_MODEL[name]})
+    assert fingerprint(replace(EVERYTHING, model=model)) != base
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 8}, {"steps": 21}, {"steps_per_dispatch": 3}])
 def test_no_dead_knob_of_the_step(change, base):
-    assert fingerprint(replace(CONFIG, **change)) != base
+    assert fingerprint(replace(EVERYTHING, **change)) != base

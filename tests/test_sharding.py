@@ -160,30 +160,33 @@ VARIANTS = [
     for tie_head in (True, False)
     for bias, qkv_bias in ((True, True), (True, False), (False, False))
 ]
+VARIANTS.append(replace(CONFIG.model, n_kv_head=1, activation="swiglu"))
 
 
-def matches(name: str) -> list[int]:
+def matches(name: str, ndim: int) -> list[int]:
     return [
-        i for i, (pattern, _) in enumerate(sharding.RULES) if re.search(rf"(^|/){pattern}$", name)
+        i
+        for i, (pattern, spec) in enumerate(sharding.RULES)
+        if re.search(rf"(^|/){pattern}$", name) and len(spec) in (0, ndim)
     ]
 
 
-@pytest.mark.parametrize("model", VARIANTS, ids=lambda m: f"{m.tie_head}-{m.bias}-{m.qkv_bias}")
+@pytest.mark.parametrize(
+    "model", VARIANTS, ids=lambda m: f"{m.tie_head}-{m.bias}-{m.qkv_bias}-{m.activation}"
+)
 def test_each_leaf_has_exactly_one_rule(model):
     params = by_path(abstract_state(replace(CONFIG, model=model)).params)
     for name, leaf in params.items():
-        found = matches(name)
-        assert len(found) == 1, f"{name} matches the rules {found}"
-        spec = sharding.RULES[found[0]][1]
-        assert len(spec) in (0, leaf.ndim), f"{name} has {leaf.ndim} axes, its rule {len(spec)}"
+        found = matches(name, leaf.ndim)
+        assert len(found) == 1, f"{name} with {leaf.ndim} axes matches the rules {found}"
 
 
 def test_each_rule_has_a_leaf():
     used = {
         i
         for model in VARIANTS
-        for name in by_path(abstract_state(replace(CONFIG, model=model)).params)
-        for i in matches(name)
+        for name, leaf in by_path(abstract_state(replace(CONFIG, model=model)).params).items()
+        for i in matches(name, leaf.ndim)
     }
     assert used == set(range(len(sharding.RULES)))
 

@@ -1,0 +1,118 @@
+"""The parts that networks are made of: linear layers, norms, non-linearities, rotary positions.
+
+Letters as in `model.py`. Norms and positions are computed in float32.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.initializers import Initializer
+
+from gptjax.config import ModelConfig
+
+INIT_STD = 0.02  # GPT-2
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias` over the last axes of x, as one matmul of a flattened x.
+
+    Flattening (B, T) spares the CPU backend slow transposes in the weight gradient, and a kernel
+    that keeps its head axes can be sharded along them.
+
+    Args:
+        features: shape of the output's last axes.
+        contract: how many of x's last axes are summed over.
+        std: of the normal init; None: PyTorch's uniform(+-1/sqrt(fan in)).
+    """
+
+    features: tuple[int, ...]
+    contract: int = 1
+    bias: bool = True
+    std: float | None = INIT_STD
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        lead, inner = x.shape[: -self.contract], x.shape[-self.contract :]
+        if self.std is None:
+            kernel_init = bias_init = torch_uniform(math.prod(inner))
+        else:
+            kernel_init, bias_init = nn.initializers.normal(self.std), nn.initializers.zeros
+        kernel = self.param("kernel", kernel_init, (*inner, *self.features)).astype(self.dtype)
+        x = x.astype(self.dtype).reshape(-1, *inner)
+        y = jnp.tensordot(x, kernel, self.contract)
+        if self.bias:
+            y = y + self.param("bias", bias_init, self.features).astype(self.dtype)[None]
+        return y.reshape(*lead, *self.features)
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """PyTorch's default for a linear layer's weight and bias: uniform within +-1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def init_stds(config: ModelConfig) -> tuple[float | None, float | None]:
+    """Init of a linear layer and of one that ends on the residual stream; None: PyTorch's.
+
+    Source: GPT-2 paper, section 2.3 ("scale the weights of residual layers ... by 1/sqrt(N)").
+    """
+    if config.init == "torch":
+        return None, None
+    if config.init == "zero":
+        return INIT_STD, 0.0
+    return INIT_STD, INIT_STD / math.sqrt(2 * config.n_layer)
+
+
+def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
+    """The config's non-linearity: value by value; swiglu takes (..., 2, F) and gives (..., F).
+
+    Source: So et al. 2021 (squared ReLU), Shazeer 2020 (SwiGLU).
+    """
+    match config.activation:
+        case "gelu":
+            return nn.gelu(x, approximate=True)
+        case "relu":
+            return nn.relu(x)
+        case "relu2":
+            return jnp.square(nn.relu(x))
+        case "swiglu":
+            return nn.silu(x[..., 0, :]) * x[..., 1, :]
+
+
+def norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
+    """GPT-2's layer norm or Llama's RMS norm, in float32; or nothing, if the config says so."""
+    if config.norm == "none":
+        return lambda x: x
+    settings: Any = {"epsilon": config.norm_eps, "dtype": jnp.float32, "name": name}
+    if config.norm == "rms":
+        return nn.RMSNorm(**settings)
+    return nn.LayerNorm(use_bias=config.bias, **settings)
+
+
+def rms(x: jax.Array, eps: float) -> jax.Array:
+    """x over its root mean square along the last axis (Zhang and Sennrich 2019), unscaled."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rotate(x: jax.Array, start: jax.Array | int, base: float) -> jax.Array:
+    """Turn pairs of (B, T, H, D) by angles that grow with the position, from `start` on; what a
+    query and a key have in common then depends on their distance alone.
+
+    Source: Su et al. 2021 (RoPE); halves are paired as in GPT-NeoX and Llama.
+    """
+    T, half = x.shape[1], x.shape[3] // 2
+    rates = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = (start + jnp.arange(T))[:, None].astype(jnp.float32) * rates[None, :]  # (T, D / 2)
+    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
