@@ -187,6 +187,77 @@ def test_clipping_and_decay_are_seen_by_that_test():
 
 
 # ---------------------------------------------------------------------------------------------
+# Muon
+
+
+def numpy_orthogonal(matrix: np.ndarray) -> np.ndarray:
+    """Five steps of the quintic iteration on the singular values, which is all that it changes."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    s = s / np.sqrt((s**2).sum())
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    return u * s @ vt
+
+
+def by_hand(name: str, kernel: np.ndarray) -> list[np.ndarray]:
+    """A stacked kernel's matrices, each (input, output), as views."""
+    match name, kernel.ndim:
+        case (("c_attn" | "c_kv"), 5):
+            parts = [layer[:, i] for layer in kernel for i in range(kernel.shape[2])]
+        case "c_fc", 4:
+            parts = [layer[:, i] for layer in kernel for i in range(2)]
+        case "c_proj", 4:
+            return [layer.reshape(-1, kernel.shape[-1]) for layer in kernel]
+        case _:
+            parts = list(kernel)
+    return [part.reshape(kernel.shape[1], -1) for part in parts]
+
+
+@pytest.mark.parametrize(
+    "model", [MODEL, replace(MODEL, n_kv_head=1, activation="swiglu", tie_head=False)]
+)
+def test_muon_equals_svd(model):
+    """Two updates of the blocks' kernels; everything else moves as AdamW alone would move it."""
+    config = replace(CONFIG, model=model, optim=replace(MUON, grad_clip=None))
+    o, rng = config.optim, np.random.default_rng(0)
+    shapes = abstract_params(model)
+    draw = lambda: jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    start, gradients = draw(), [draw(), draw()]
+
+    def after(config: Config) -> dict[str, np.ndarray]:
+        optimizer, params = make_optimizer(config), jax.tree.map(jnp.asarray, start)
+        state = optimizer.init(params)
+        for grads in gradients:
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return by_path(jax.tree.map(np.asarray, params))
+
+    muon, adamw = after(config), after(replace(config, optim=replace(o, kind="adamw")))
+    kernels = 0
+    for path, new in muon.items():
+        if not (path.startswith("h/") and path.endswith("/kernel")):
+            np.testing.assert_allclose(new, adamw[path], atol=1e-7)
+            continue
+        kernels += 1
+        name = path.split("/")[2]
+        old = by_hand(name, by_path(start)[path].astype(np.float64))
+        grads = [by_hand(name, by_path(g)[path].astype(np.float64)) for g in gradients]
+        for i, matrix in enumerate(old):
+            momentum = np.zeros_like(matrix)
+            for t in (1, 2):
+                momentum = 0.95 * momentum + 0.05 * grads[t - 1][i]
+                # Nesterov: the mean as it would be after this gradient once more.
+                ahead = 0.95 * momentum / (1 - 0.95 ** (t + 1))
+                ahead += 0.05 * grads[t - 1][i] / (1 - 0.95**t)
+                n_in, n_out = matrix.shape
+                step = numpy_orthogonal(ahead) * math.sqrt(max(1, n_out / n_in))
+                rate = float(np.asarray(make_schedule(config, o.muon_learning_rate)(t - 1)))
+                matrix = matrix - rate * (step + o.muon_weight_decay * matrix)
+            np.testing.assert_allclose(by_hand(name, new)[i], matrix, atol=2e-5)
+    assert kernels == (5 if model.n_kv_head else 4)
+
+
+# ---------------------------------------------------------------------------------------------
 # No dead knobs
 
 OTHER_OPTIM: dict[str, Any] = {
