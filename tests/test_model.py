@@ -177,14 +177,15 @@ def logits_in_pieces(model: Any, params: Any, tokens: np.ndarray, sizes: list[in
 
 
 @pytest.mark.parametrize("sizes", [[8], [1] * 8, [5, 1, 1, 1], [1, 5, 2], [1, 2]])
-@pytest.mark.parametrize("config", [SMALL, LECTURE_LIKE], ids=["gpt2", "lecture"])
+@pytest.mark.parametrize("config", [SMALL, LECTURE_LIKE, LLAMA], ids=["gpt2", "lecture", "llama"])
 def test_cache_changes_nothing(config: ModelConfig, sizes: list[int]):
     model = GPT(config, V)
     params = random_params(model)
     tokens = random_tokens(2, sum(sizes))
     logits, cache = logits_in_pieces(model, params, tokens, sizes)
     close(logits, apply(model, params, tokens)[0])
-    assert cache.k.shape == cache.v.shape == (2, 2, 8, config.n_head, config.head_size)
+    heads = config.n_kv_head or config.n_head
+    assert cache.k.shape == cache.v.shape == (2, 2, 8, heads, config.head_size)
     # What was read is kept; places not read yet are still empty.
     assert (np.abs(cache.k[:, :, : sum(sizes)]).max(axis=(-1, -2)) > 0).all()
     assert not np.asarray(cache.v[:, :, sum(sizes) :]).any()
