@@ -51,6 +51,9 @@ class ModelConfig:
     """A table added to the embeddings (GPT-2), or queries and keys turned by position (Llama)."""
     rope_base: float = 10_000.0
     """Rotary positions: longest wavelength / 2 pi, in tokens."""
+    ngram: int = 1
+    """Tokens that a position sees at once: 1: its own (GPT-2); n: n - 1 before it too, their
+    embeddings added from tables of their own."""
     activation: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"
     """The MLP's non-linearity; gelu is GPT-2's tanh form, relu2 a squared relu, swiglu Llama's gate
     (a third matrix: n_inner of 8/3 n_embd has as many parameters as the others)."""
@@ -67,7 +70,7 @@ class ModelConfig:
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "ngram"):
             _positive(f"model.{name}", getattr(self, name))
         if self.vocab_size is not None:
             _positive("model.vocab_size", self.vocab_size)
