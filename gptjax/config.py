@@ -204,6 +204,8 @@ class Config:
     """Steps between checkpoints (and one at the end)."""
     keep_last: int = 2
     """Newest checkpoints kept, besides the best."""
+    stop_after_skips: int = 3
+    """A step whose loss or gradient is not finite is skipped; so many in a row end the run."""
     steps_per_dispatch: int = 8
     """Updates that the device runs per call from the host; changes speed, never the numbers."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -216,7 +218,7 @@ class Config:
             raise UserError(f"seed={self.seed} is out of range; give 0 <= seed < 2**32")
         for name in (
             *("steps", "batch_size", "eval_every", "save_every", "keep_last"),
-            "steps_per_dispatch",
+            *("steps_per_dispatch", "stop_after_skips"),
         ):
             _positive(name, getattr(self, name))
         if self.eval_batches is not None:
