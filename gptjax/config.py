@@ -147,6 +147,9 @@ class OptimConfig:
     """Decay of the gradient's running mean."""
     beta2: float = 0.99
     """Decay of its running square."""
+    ema: float | None = None
+    """Decay of a running mean of the parameters, which is then evaluated, saved and sampled; None:
+    the last parameters are."""
     grad_clip: float | None = 1.0
     """Largest global norm of a gradient; None: no clipping."""
     accumulate: int = 1
@@ -163,6 +166,8 @@ class OptimConfig:
         _within("optim.final_lr_ratio", self.final_lr_ratio, 0.0, 1.0, closed=True)
         _within("optim.beta1", self.beta1, 0.0, 1.0)
         _within("optim.beta2", self.beta2, 0.0, 1.0)
+        if self.ema is not None:
+            _within("optim.ema", self.ema, 0.0, 1.0)
         if self.grad_clip is not None:
             _above_zero("optim.grad_clip", self.grad_clip)
         _positive("optim.accumulate", self.accumulate)

@@ -54,7 +54,8 @@ class Programs:
         self.mesh = sharding.make_mesh(config)
         self._everywhere = sharding.replicated(self.mesh)
         self.seed_key = jax.device_put(jax.random.key(config.seed), self._everywhere)
-        self._init = partial(init_state, self.model, self.optimizer)
+        averaged = config.optim.ema is not None
+        self._init = partial(init_state, self.model, self.optimizer, averaged=averaged)
         self.abstract = jax.eval_shape(self._init, self.seed_key)
         self.placed = sharding.shardings(self.mesh, self.abstract)
         rows = sharding.batch_sharding(self.mesh)
@@ -81,9 +82,19 @@ class Programs:
             self.abstract,
             self.placed,
         )
-        training = {"step": state.step, "opt_state": state.opt_state}
-        items = checkpoints.load(step, {"params": state.params, "training": training})
-        return TrainState(params=items["params"], **items["training"])
+        weights, rest = self.stored(state)
+        training = {"step": state.step, "opt_state": rest}
+        items = checkpoints.load(step, {"params": weights, "training": training})
+        weights, training = items["params"], items["training"]
+        if state.average is None:
+            return TrainState(params=weights, **training)
+        return TrainState(training["step"], *training["opt_state"], average=weights)
+
+    def stored(self, state: TrainState) -> tuple[Any, Any]:
+        """The two parts of a checkpoint: the weights to sample with, and what training needs."""
+        if state.average is None:
+            return state.params, state.opt_state
+        return state.average, [state.params, state.opt_state]
 
     def skip(self, state: TrainState) -> TrainState:
         """The state after a step that was not made: its batch is left out."""

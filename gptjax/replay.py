@@ -38,7 +38,7 @@ def keep(run: Run, programs: Programs, state: TrainState, step: int, tokens: jax
     """
     batch = _batch(programs, tokens, step)
     kept = Checkpoints(run.bad_path, lambda steps: {*steps[-KEPT:]})
-    kept.save(step - 1, state.params, state.opt_state, {"step": step - 1})
+    kept.save(step - 1, *programs.stored(state), {"step": step - 1})
     kept.finish_save()
     text = [run.tokenizer.decode(row) for row in batch]
     values = {"step": step, "tokens": batch.tolist(), "text": text}

@@ -27,6 +27,12 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Any
     opt_state: optax.OptState
+    average: Any = None  # running mean of params, if the config asks for one
+
+    @property
+    def weights(self) -> Any:
+        """The parameters to evaluate, save and sample with."""
+        return self.params if self.average is None else self.average
 
 
 class StepMetrics(NamedTuple):
@@ -52,12 +58,16 @@ def random_key(seed_key: jax.Array, purpose: int, step: jax.Array | int = 0) -> 
 
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, seed_key: jax.Array
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed_key: jax.Array,
+    averaged: bool = False,
 ) -> TrainState:
     """Parameters drawn from the seed, and an empty optimizer state, at step 0."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     params = model.init(random_key(seed_key, INIT), tokens)["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    average = jax.tree.map(jnp.copy, params) if averaged else None  # two buffers, to be donated
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -143,6 +153,10 @@ def make_train_steps(
     """
     schedule, gradient = make_schedule(config), make_gradient(model, config)
 
+    def decay(step: jax.Array) -> jax.Array:
+        """Of the average: slower and slower, so that the first parameters are soon forgotten."""
+        return jnp.minimum(config.optim.ema or 0.0, (1 + step) / (10 + step))
+
     def train_steps(
         state: TrainState, tokens: jax.Array, seed_key: jax.Array, n: jax.Array | int
     ) -> tuple[TrainState, StepMetrics]:
@@ -158,7 +172,10 @@ def make_train_steps(
             def move(state: TrainState) -> TrainState:
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
                 params = optax.apply_updates(state.params, updates)
-                return TrainState(state.step + 1, params, opt_state)
+                average = state.average
+                if average is not None:
+                    average = optax.incremental_update(params, average, 1 - decay(state.step))
+                return TrainState(state.step + 1, params, opt_state, average)
 
             metrics = StepMetrics(loss, norm, jnp.float32(schedule(state.step)))
             log = jax.tree.map(lambda xs, x: xs.at[carry.made].set(x), carry.log, metrics)

@@ -88,16 +88,16 @@ def _train(
         """Save, then evaluate, then log: a crash while evaluating loses nothing."""
         last = step == config.steps
         if step and (step % config.save_every == 0 or last or stopped):
-            checkpoints.save(step, state.params, state.opt_state, record)
+            checkpoints.save(step, *programs.stored(state), record)
         if step % config.eval_every == 0 or last:
             if stopped and not last:
                 return record  # evaluated and logged on resume, from the record in the checkpoint
             loss = programs.mean_loss
             if config.eval_batches is not None:
-                record["train_sampled_loss"] = loss(state.params, train_tokens, step, False)
-                record["val_sampled_loss"] = loss(state.params, val_tokens, step, False)
+                record["train_sampled_loss"] = loss(state.weights, train_tokens, step, False)
+                record["val_sampled_loss"] = loss(state.weights, val_tokens, step, False)
             if config.eval_batches is None or last:
-                record["val_loss"] = loss(state.params, val_tokens, step, True)
+                record["val_loss"] = loss(state.weights, val_tokens, step, True)
             report.evaluation(step, config.steps, record)
         run.log([record])
         return record
@@ -161,7 +161,7 @@ def _train(
         return record
     flops = 0 if own_model else metrics.flops_per_token(config.model, params)
     report.summary("done", _results(config, run, record, flops, programs.mesh))
-    report.say("a sample:\n" + _sample(programs.model, state.params, dataset, config))
+    report.say("a sample:\n" + _sample(programs.model, state.weights, dataset, config))
     if not own_model:
         report.say(f"next: python sample.py --run {name}")
     return record

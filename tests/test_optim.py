@@ -273,6 +273,7 @@ OTHER_OPTIM: dict[str, Any] = {
     "weight_decay": 0.2,
     "beta1": 0.8,
     "beta2": 0.98,
+    "ema": 0.99,
     "grad_clip": None,
     "accumulate": 2,
 }
@@ -310,7 +311,7 @@ def fingerprint(config: Config) -> str:
     """The programs that a config makes, as text: how it starts, and how it steps."""
     model, optimizer = build_model(config.model, VOCAB), make_optimizer(config)
     key, tokens = jax.random.key(0), jnp.zeros(100, jnp.int32)
-    init = lambda key: init_state(model, optimizer, key)
+    init = lambda key: init_state(model, optimizer, key, config.optim.ema is not None)
     state = jax.eval_shape(init, key)
     train_steps = make_train_steps(model, optimizer, config)
     programs = (

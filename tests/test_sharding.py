@@ -30,6 +30,13 @@ CONFIG = Config(
     model=ModelConfig(n_layer=1, n_head=4, n_embd=16, block_size=8, dropout=0.2),
     optim=OptimConfig(learning_rate=0.01, accumulate=2),
 )
+MODERN = replace(
+    CONFIG,
+    model=replace(
+        CONFIG.model, n_kv_head=2, norm="rms", position="rotary", activation="swiglu", ngram=3
+    ),
+    optim=replace(CONFIG.optim, kind="muon", ema=0.5),
+)
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 300).astype(np.uint16)
 ONE = MeshConfig(data=1)
 MESHES = {
@@ -45,7 +52,7 @@ quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 class Outcome(NamedTuple):
-    """Of five updates on a mesh."""
+    """Of updates on a mesh."""
 
     first: TrainState  # on the host
     state: TrainState  # on the mesh
@@ -54,13 +61,13 @@ class Outcome(NamedTuple):
 
 
 @functools.cache
-def outcome(mesh_config: MeshConfig) -> Outcome:
-    config = replace(CONFIG, mesh=mesh_config)
+def outcome(mesh_config: MeshConfig, modern: bool = False) -> Outcome:
+    config = replace(MODERN if modern else CONFIG, mesh=mesh_config)
     mesh = sharding.make_mesh(config)
     model, optimizer = build_model(config.model, VOCAB), make_optimizer(config)
     everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     key, tokens = jax.device_put((jax.random.key(0), TOKENS), everywhere)
-    init = functools.partial(init_state, model, optimizer)
+    init = functools.partial(init_state, model, optimizer, averaged=modern)
     placed = sharding.shardings(mesh, jax.eval_shape(init, key))
     state = quick_jit(init, out_shardings=placed)(key)
     first = jax.tree.map(np.asarray, state)
@@ -73,7 +80,7 @@ def outcome(mesh_config: MeshConfig) -> Outcome:
     evaluate = quick_jit(make_evaluate(model, config, rows))
     starts = jax.device_put(whole_split_starts(len(TOKENS), config.batch_size, 8), everywhere)
     return Outcome(
-        first, state, np.asarray(out.loss), float(evaluate(state.params, tokens, starts))
+        first, state, np.asarray(out.loss), float(evaluate(state.weights, tokens, starts))
     )
 
 
@@ -102,6 +109,15 @@ def test_init_is_the_same_on_every_mesh(mesh_config):
     jax.tree.map(
         lambda x, y: np.testing.assert_array_equal(x, y, strict=True), one.first, here.first
     )
+
+
+def test_muon_and_the_average_are_the_same_on_every_mesh(mesh_config):
+    """With grouped queries, rotary positions and SwiGLU; the state is where the rules say."""
+    one, here = outcome(ONE, modern=True), outcome(mesh_config, modern=True)
+    np.testing.assert_allclose(here.losses, one.losses, rtol=0, atol=1e-5)
+    assert here.evaluation == pytest.approx(one.evaluation, abs=1e-5)
+    for name, leaf in by_path(here.state.params).items():
+        assert by_path(here.state.average)[name].sharding == leaf.sharding
 
 
 def test_training_is_the_same_on_every_mesh(mesh_config):

@@ -75,7 +75,8 @@ def program(config: Config, sgd: bool = False) -> Program:
 
     def init(key: jax.Array) -> TrainState:
         params = init_params(undropped)(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        average = None if config.optim.ema is None else jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
     return Program(
         init,
@@ -144,6 +145,28 @@ def test_one_batch_can_be_learnt_by_heart():
     one_window = TOKENS[: MODEL.block_size + 1]  # so that every batch is the same
     _, losses = trained(config, 100, tokens=one_window)
     assert losses[0] > 2 and losses[-1] < 0.1
+
+
+# ---------------------------------------------------------------------------------------------
+# The average
+
+
+def test_the_average_is_that_of_the_parameters_after_each_step():
+    config = replace(CONFIG, optim=replace(CONFIG.optim, ema=0.3))
+    run, key = program(config), jax.random.key(0)
+    state = run.init(key)
+    assert state.weights is state.average
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
+    for step in range(8):
+        state, _ = run.steps(state, TOKENS, key, 1)
+        decay = min(0.3, (1 + step) / (10 + step))
+        mean = lambda a, p, decay=decay: decay * a + (1 - decay) * np.asarray(p, np.float64)
+        expected = jax.tree.map(mean, expected, state.params)
+    assert decay == 0.3  # the cap was reached, and the rise before it was seen
+    assert_close(state.average, expected, 1e-6)
+    plain, _ = trained(CONFIG, 4, 4)
+    assert_close(state.params, plain.params, 1e-6)  # it changes nothing else
+    assert plain.weights is plain.params
 
 
 # ---------------------------------------------------------------------------------------------

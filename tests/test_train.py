@@ -133,6 +133,19 @@ def test_killed_and_resumed_is_never_killed(finished, tmp_path):
         shutil.rmtree(directory / "checkpoints" / "24")
 
 
+def test_muon_and_the_average_resume_exactly(finished, tmp_path):
+    _, config = finished
+    model = replace(config.model, position="rotary", norm="rms", ngram=3)
+    optim = replace(config.optim, kind="muon", schedule="wsd", ema=0.9)
+    config = replace(config, model=model, optim=optim)
+    train(config, tmp_path / "whole", report=Report(quiet=True))
+    train(config, tmp_path / "cut", report=SignalAt(10))
+    train(config, tmp_path / "cut", resume=True, report=Report(quiet=True))
+    same_run(tmp_path / "whole", tmp_path / "cut", 24)
+    command = SampleCommand(run=str(tmp_path / "whole"), checkpoint="last", max_new_tokens=20)
+    assert len("".join(parts[0] for parts in stream(command))) == 20
+
+
 def test_killed_before_the_first_checkpoint(finished, tmp_path):
     whole, config = finished
     directory = tmp_path / "early"
