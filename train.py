@@ -18,7 +18,11 @@ if __name__ == "__main__":
         directory = command.directory()
         # jax is imported here, after the arguments were understood.
         from gptjax.cache import use_compilation_cache
+        from gptjax.replay import replay
         from gptjax.train import train
 
         use_compilation_cache()
-        train(command.settings, directory, resume=command.resume)
+        if command.replay is not None:
+            replay(directory, command.replay)
+        else:
+            train(command.settings, directory, resume=command.resume)

@@ -33,6 +33,8 @@ class TrainCommand:
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff]
     """Continue that run, or the newest, from its last checkpoint."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
+    replay: int | None = None
+    """Make that step of a run again and show its loss, gradient and batch; nothing is written."""
 
     def directory(self) -> Path:
         """The folder to work in: the run's when resuming, else a new one.
@@ -40,7 +42,7 @@ class TrainCommand:
         Raises:
             UserError: the folder of a new run holds something already.
         """
-        if self.resume:
+        if self.resume or self.replay is not None:
             return runs.find(self.run, like=self.config)
         return runs.new_directory(self.run, self.config)
 
@@ -82,8 +84,8 @@ def parse_train(argv: list[str]) -> TrainCommand:
         close = difflib.get_close_matches(preset, PRESETS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"unknown preset {preset!r}; {hint}presets: {', '.join(PRESETS)}")
-    resume = "--resume" in argv
-    if resume and not _wants_help(argv):
+    old = "--resume" in argv or _peek(argv, "--replay") is not None
+    if old and not _wants_help(argv):
         directory = runs.find(name, like=preset)
         settings, name = runs.read_config(directory), str(directory)
         argv = _without(argv, "--run")

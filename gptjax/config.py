@@ -51,6 +51,9 @@ class ModelConfig:
     """A table added to the embeddings (GPT-2), or queries and keys turned by position (Llama)."""
     rope_base: float = 10_000.0
     """Rotary positions: longest wavelength / 2 pi, in tokens."""
+    ngram: int = 1
+    """Tokens that a position sees at once: 1: its own (GPT-2); n: n - 1 before it too, their
+    embeddings added from tables of their own."""
     activation: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"
     """The MLP's non-linearity; gelu is GPT-2's tanh form, relu2 a squared relu, swiglu Llama's gate
     (a third matrix: n_inner of 8/3 n_embd has as many parameters as the others)."""
@@ -67,7 +70,7 @@ class ModelConfig:
     """Recompute each block in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "ngram"):
             _positive(f"model.{name}", getattr(self, name))
         if self.vocab_size is not None:
             _positive("model.vocab_size", self.vocab_size)
@@ -201,6 +204,8 @@ class Config:
     """Steps between checkpoints (and one at the end)."""
     keep_last: int = 2
     """Newest checkpoints kept, besides the best."""
+    stop_after_skips: int = 3
+    """A step whose loss or gradient is not finite is skipped; so many in a row end the run."""
     steps_per_dispatch: int = 8
     """Updates that the device runs per call from the host; changes speed, never the numbers."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -213,7 +218,7 @@ class Config:
             raise UserError(f"seed={self.seed} is out of range; give 0 <= seed < 2**32")
         for name in (
             *("steps", "batch_size", "eval_every", "save_every", "keep_last"),
-            "steps_per_dispatch",
+            *("steps_per_dispatch", "stop_after_skips"),
         ):
             _positive(name, getattr(self, name))
         if self.eval_batches is not None:

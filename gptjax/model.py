@@ -36,6 +36,7 @@ class KVCache(NamedTuple):
     k: jax.Array
     v: jax.Array
     length: jax.Array  # () int32
+    tokens: Any = None  # (B, S) int32, of models that look at n-grams
 
 
 def attention(
@@ -193,10 +194,16 @@ class GPT(nn.Module):
         normal = nn.initializers.normal(1.0 if c.init == "torch" else INIT_STD)
         wte = nn.Embed(self.vocab_size, c.n_embd, embedding_init=normal, name="wte")
         x = wte(tokens)  # (B, T, C)
+        start = 0 if cache is None else cache.length
         if c.position == "learned":
             wpe = self.param("wpe", normal, (c.block_size, c.n_embd))
-            start = 0 if cache is None else cache.length
             x = x + jax.lax.dynamic_slice_in_dim(wpe, start, T)[None]
+        if c.ngram > 1:
+            read = tokens
+            if cache is not None:
+                read = jax.lax.dynamic_update_slice_in_dim(cache.tokens, tokens, start, 1)
+                cache = cache._replace(tokens=read)
+            x = x + self.before(read, start, T)
         x, cache = self.blocks(x.astype(c.dtype), cache, train)
         x = norm(c, "ln_f")(x).astype(c.dtype)
         if c.tie_head:
@@ -210,6 +217,20 @@ class GPT(nn.Module):
         if c.softcap is not None:  # Gemma 2, section 2
             logits = c.softcap * jnp.tanh(logits / c.softcap)
         return logits, cache
+
+    def before(self, read: jax.Array, start: jax.Array | int, T: int) -> jax.Array:
+        """(B, T, C) of what stands at 1 .. ngram - 1 places before each of T positions from
+        `start` on, in the (B, S) ids `read`: a table for each distance, and nothing before 0.
+
+        Source: token shift as in RWKV (Peng et al. 2023), on the embeddings alone.
+        """
+        c, V = self.config, self.vocab_size
+        back = jnp.arange(1, c.ngram)
+        at = start + jnp.arange(T)[:, None] - back[None, :]  # (T, ngram - 1)
+        ids = jnp.take(read, jnp.maximum(at, 0), axis=1) + (V * (back - 1))[None, None]
+        normal = nn.initializers.normal(INIT_STD)
+        table = nn.Embed(V * (c.ngram - 1), c.n_embd, embedding_init=normal, name="wse")
+        return jnp.where((at >= 0)[None, :, :, None], table(ids), 0.0).sum(axis=2)
 
     def blocks(
         self, x: jax.Array, cache: KVCache | None, train: bool
@@ -227,7 +248,9 @@ class GPT(nn.Module):
         )(c, train=train, name="h")
         kv: Any = None if cache is None else (cache.k, cache.v)
         x, kv = blocks(x, kv, 0 if cache is None else cache.length)
-        return x, None if cache is None else KVCache(*kv, length=cache.length + x.shape[1])
+        if cache is not None:
+            cache = cache._replace(k=kv[0], v=kv[1], length=cache.length + x.shape[1])
+        return x, cache
 
     @nn.nowrap
     def init_cache(self, batch: int) -> KVCache:
@@ -235,7 +258,8 @@ class GPT(nn.Module):
         c = self.config
         heads = c.n_kv_head or c.n_head
         empty = jnp.zeros((c.n_layer, batch, c.block_size, heads, c.head_size), c.dtype)
-        return KVCache(empty, empty, jnp.zeros((), jnp.int32))
+        tokens = jnp.zeros((batch, c.block_size), jnp.int32) if c.ngram > 1 else None
+        return KVCache(empty, empty, jnp.zeros((), jnp.int32), tokens)
 
 
 class Bigram(nn.Module):

@@ -4,6 +4,7 @@
               tokenizer.json  how text becomes ids
               metrics.jsonl   one JSON object for each step, in order
               checkpoints/    see checkpoint.py
+              bad/            states and batches of steps that were skipped, if any
 
 No pickle, and nothing outside the folder.
 """
@@ -12,9 +13,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from gptjax import config_json
 from gptjax import tokenizer as tokenizer_module
@@ -23,6 +27,7 @@ from gptjax.errors import UserError
 from gptjax.tokenizer import CharTokenizer
 
 RUNS = Path("runs")
+LOCK = ".lock"
 MAX_JSON = 64 * 2**20  # bytes of a config or tokenizer worth reading
 
 Record = dict[str, Any]  # "step": int, and floats by name
@@ -77,6 +82,34 @@ def new_directory(name: str | None, preset: str) -> Path:
     return directory
 
 
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Let no other process train this run meanwhile; a process that dies leaves no lock behind.
+
+    Raises:
+        UserError: another process is training it, or the folder cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(directory / LOCK, timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f"another process is training {directory}; wait until it ends, or stop it"
+        ) from None
+    except OSError as error:
+        raise _unwritable(directory, error) from None
+    with lock:
+        yield
+
+
+def _unwritable(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write the run's folder {directory}: {error.strerror}; give another with "
+        f"--run, or mend its permissions"
+    )
+
+
 def run_name(directory: Path) -> str:
     """What to type for `--run`."""
     return directory.name if directory.parent == RUNS else str(directory)
@@ -117,10 +150,7 @@ class Run:
             write_atomically(directory / "tokenizer.json", tokenizer.to_json())
             write_atomically(directory / "config.json", config_json.to_json(config))
         except OSError as error:
-            raise UserError(
-                f"cannot write the run's folder {directory}: {error.strerror}; give another with "
-                f"--run, or mend its permissions"
-            ) from None
+            raise _unwritable(directory, error) from None
         return cls(directory)
 
     def change_config(self, config: Config) -> dict[str, tuple[Any, Any]]:
@@ -147,6 +177,11 @@ class Run:
     @property
     def checkpoints_path(self) -> Path:
         return self.directory / "checkpoints"
+
+    @property
+    def bad_path(self) -> Path:
+        """States and batches of steps that were skipped."""
+        return self.directory / "bad"
 
     @property
     def metrics_path(self) -> Path:

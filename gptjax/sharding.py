@@ -21,7 +21,7 @@ BATCH = P(("data", "fsdp"))  # rows of a batch are spread over both
 # Path of a leaf, from its end, to the mesh axis of each of its axes. AdamW's moments have the
 # parameters' names, so one table covers the whole train state. Scalars need no rule.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(wte/embedding|wpe)", P(None, "fsdp")),  # (V, C), (block_size, C)
+    (r"((wte|wse)/embedding|wpe)", P(None, "fsdp")),  # (V, C), (block_size, C)
     (r"h/attn/(c_attn|c_kv)/kernel", P(None, "fsdp", None, "tensor", None)),  # (L, C, 3, H, D)
     (r"h/attn/(c_attn|c_kv)/bias", P(None, None, "tensor", None)),  # (L, 3, H, D)
     (r"h/attn/c_q/kernel", P(None, "fsdp", "tensor", None)),  # (L, C, H, D)

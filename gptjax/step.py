@@ -37,6 +37,15 @@ class StepMetrics(NamedTuple):
     lr: jax.Array
 
 
+class Loop(NamedTuple):
+    """What goes round in `train_steps`."""
+
+    state: TrainState
+    log: StepMetrics
+    made: jax.Array  # updates tried
+    finite: jax.Array  # so far
+
+
 def random_key(seed_key: jax.Array, purpose: int, step: jax.Array | int = 0) -> jax.Array:
     """The key for one purpose at one step."""
     return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), step)
@@ -65,6 +74,52 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
+def batch_at(
+    config: Config, tokens: jax.Array, seed_key: jax.Array, step: jax.Array | int
+) -> jax.Array:
+    """(B, T + 1) int32 windows of the (N,) training tokens for the update after `step`."""
+    key = random_key(seed_key, BATCH, step)
+    return sample_batch(tokens, key, config.batch_size, config.model.block_size)
+
+
+def make_gradient(
+    model: nn.Module, config: Config
+) -> Callable[[Any, jax.Array, jax.Array, jax.Array | int], tuple[jax.Array, Any]]:
+    """The function that differentiates.
+
+    Returns:
+        `gradient(params, batch, seed_key, step)`: mean loss of the (B, T + 1) windows and its
+        gradient, with the dropout masks of the update after `step`; G = accumulate micro-batches
+        one after the other.
+    """
+    G, T = config.optim.accumulate, config.model.block_size
+
+    def loss_fn(params: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
+        x, y = batch[:, :-1], batch[:, 1:]
+        logits, _ = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
+        return cross_entropy(logits, y).mean()
+
+    def gradient(
+        params: Any, batch: jax.Array, seed_key: jax.Array, step: jax.Array | int
+    ) -> tuple[jax.Array, Any]:
+        key = random_key(seed_key, DROPOUT, step)
+        value_and_grad = jax.value_and_grad(loss_fn)
+        if G == 1:
+            return value_and_grad(params, batch, key)
+
+        def add(total: Any, micro: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            part = value_and_grad(params, micro[0], jax.random.fold_in(key, micro[1]))
+            return jax.tree.map(jnp.add, total, part), None
+
+        # Row r goes to micro-batch r % G, so that each device keeps its rows.
+        micro_batches = batch.reshape(-1, G, T + 1).swapaxes(0, 1)
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        total, _ = jax.lax.scan(add, zero, (micro_batches, jnp.arange(G)))
+        return jax.tree.map(lambda x: x / G, total)
+
+    return gradient
+
+
 def make_train_steps(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -82,57 +137,42 @@ def make_train_steps(
     Returns:
         `train_steps(state, tokens, seed_key, n)`: makes n updates, at most steps_per_dispatch, on
         windows of the (N,) training tokens; gives the new state and the metrics, of which the
-        first n are filled. n is traced, so that one compilation serves a whole run.
+        first n are filled. n is traced, so that one compilation serves a whole run. It ends early
+        before an update whose loss or gradient is not finite: the state is the one before it, and
+        the last metrics filled are those that were bad.
     """
-    schedule = make_schedule(config)
-    G, T = config.optim.accumulate, config.model.block_size
-
-    def loss_fn(params: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
-        x, y = batch[:, :-1], batch[:, 1:]
-        logits, _ = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
-        return cross_entropy(logits, y).mean()
-
-    def mean_gradient(params: Any, batch: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
-        """Loss and gradient of a batch, G micro-batches one after the other."""
-        value_and_grad = jax.value_and_grad(loss_fn)
-        if G == 1:
-            return value_and_grad(params, batch, key)
-
-        def add(total: Any, micro: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            part = value_and_grad(params, micro[0], jax.random.fold_in(key, micro[1]))
-            return jax.tree.map(jnp.add, total, part), None
-
-        # Row r goes to micro-batch r % G, so that each device keeps its rows.
-        micro_batches = batch.reshape(-1, G, T + 1).swapaxes(0, 1)
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-        total, _ = jax.lax.scan(add, zero, (micro_batches, jnp.arange(G)))
-        return jax.tree.map(lambda x: x / G, total)
-
-    def update(
-        state: TrainState, tokens: jax.Array, seed_key: jax.Array
-    ) -> tuple[TrainState, StepMetrics]:
-        key = random_key(seed_key, BATCH, state.step)
-        batch = sample_batch(tokens, key, config.batch_size, T)
-        if batch_sharding is not None:
-            batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
-        dropout_key = random_key(seed_key, DROPOUT, state.step)
-        loss, grads = mean_gradient(state.params, batch, dropout_key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(loss, optax.tree.norm(grads), jnp.float32(schedule(state.step)))
-        return TrainState(state.step + 1, params, opt_state), metrics
+    schedule, gradient = make_schedule(config), make_gradient(model, config)
 
     def train_steps(
         state: TrainState, tokens: jax.Array, seed_key: jax.Array, n: jax.Array | int
     ) -> tuple[TrainState, StepMetrics]:
-        def body(i: jax.Array, carry: tuple[TrainState, StepMetrics]):
-            state, log = carry
-            state, metrics = update(state, tokens, seed_key)
-            return state, jax.tree.map(lambda xs, x: xs.at[i].set(x), log, metrics)
+        def update(carry: Loop) -> Loop:
+            state = carry.state
+            batch = batch_at(config, tokens, seed_key, state.step)
+            if batch_sharding is not None:
+                batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+            loss, grads = gradient(state.params, batch, seed_key, state.step)
+            norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+            def move(state: TrainState) -> TrainState:
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+                params = optax.apply_updates(state.params, updates)
+                return TrainState(state.step + 1, params, opt_state)
+
+            metrics = StepMetrics(loss, norm, jnp.float32(schedule(state.step)))
+            log = jax.tree.map(lambda xs, x: xs.at[carry.made].set(x), carry.log, metrics)
+            state = jax.lax.cond(finite, move, lambda state: state, state)
+            return Loop(state, log, carry.made + 1, finite)
 
         empty = StepMetrics(*[jnp.zeros((config.steps_per_dispatch,))] * 3)
         # The loop keeps its temporaries from step to step: 54 -> 37 ms a step on 2 CPU cores.
-        return jax.lax.fori_loop(0, n, body, (state, empty))
+        end = jax.lax.while_loop(
+            lambda carry: (carry.made < n) & carry.finite,
+            update,
+            Loop(state, empty, jnp.zeros((), jnp.int32), jnp.ones((), bool)),
+        )
+        return end.state, end.log
 
     return train_steps
 

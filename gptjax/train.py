@@ -7,9 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,24 +16,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from gptjax import metrics, sharding
-from gptjax.build import build_model
+from gptjax import metrics, replay, runs
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
 from gptjax.data import Dataset, open_dataset
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, generate
-from gptjax.optim import make_optimizer
+from gptjax.programs import Programs
 from gptjax.report import Report
 from gptjax.runs import Record, Run, run_name
-from gptjax.step import (
-    StepMetrics,
-    TrainState,
-    eval_starts,
-    init_state,
-    make_evaluate,
-    make_train_steps,
-)
+from gptjax.step import StepMetrics
 
 SAMPLE_TOKENS = 300  # shown when a run ends
 
@@ -62,28 +53,27 @@ def train(
         The record of the last step, as in metrics.jsonl.
 
     Raises:
-        UserError: input that cannot be used, a loss that is no longer finite, or a disk that
-            takes no more.
+        UserError: input that cannot be used, a run that another process is training, a loss that
+            stays not finite, or a disk that takes no more.
     """
     report = report or Report()
     run = Run(directory) if resume else None
     dataset = open_dataset(config, run and run.tokenizer)
-    own_model = model is not None
-    model = model or build_model(config.model, dataset.tokenizer.vocab_size)
-    optimizer = optimizer or make_optimizer(config)
-    mesh = sharding.make_mesh(config)
-    everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    seed_key = jax.device_put(jax.random.key(config.seed), everywhere)
+    programs = Programs(config, dataset.tokenizer.vocab_size, model, optimizer)
+    with runs.locked(directory):
+        if run is None:
+            run = Run.create(directory, config, dataset.tokenizer)
+        else:
+            for name, (old, new) in run.change_config(config).items():
+                report.say(f"changed: {name} was {old}, is {new}")
+        return _train(run, dataset, programs, report, own_model=model is not None)
 
-    # The state, each leaf on its devices from the start.
-    init = partial(init_state, model, optimizer)
-    abstract = jax.eval_shape(init, seed_key)
-    placed = sharding.shardings(mesh, abstract)
-    if run is None:
-        run = Run.create(directory, config, dataset.tokenizer)
-    else:
-        for name, (old, new) in run.change_config(config).items():
-            report.say(f"changed: {name} was {old}, is {new}")
+
+def _train(
+    run: Run, dataset: Dataset, programs: Programs, report: Report, own_model: bool
+) -> Record:
+    """From the newest checkpoint to the last step."""
+    config, directory = programs.config, run.directory
     checkpoints = Checkpoints(run.checkpoints_path, run.keep)
     checkpoints.clean()
     start = _newest_sound_step(checkpoints, report)
@@ -91,23 +81,8 @@ def train(
         raise UserError(
             f"{directory} is at step {start} already, past steps={config.steps}; give more --steps"
         )
-    if start:
-        state = _restore(checkpoints, start, abstract, placed)
-    else:
-        state = jax.jit(init, out_shardings=placed)(seed_key)
-
-    # The programs. The tokens lie on every device, and each cuts its own rows of a batch.
-    train_tokens, val_tokens = jax.device_put((dataset.train, dataset.val), everywhere)
-    train_steps = jax.jit(
-        make_train_steps(model, optimizer, config, rows),
-        donate_argnums=0,
-        out_shardings=(placed, everywhere),
-    )
-    evaluate = jax.jit(make_evaluate(model, config, rows))
-
-    def mean_loss(params: Any, tokens: jax.Array, step: int, whole: bool) -> float:
-        starts = eval_starts(config, tokens.shape[0], seed_key, step, whole)
-        return float(evaluate(params, tokens, jax.device_put(starts, everywhere)))
+    state = programs.restore(checkpoints, start) if start else programs.start()
+    train_tokens, val_tokens = programs.put(dataset.train), programs.put(dataset.val)
 
     def finish(step: int, record: Record, stopped: bool) -> Record:
         """Save, then evaluate, then log: a crash while evaluating loses nothing."""
@@ -117,22 +92,25 @@ def train(
         if step % config.eval_every == 0 or last:
             if stopped and not last:
                 return record  # evaluated and logged on resume, from the record in the checkpoint
+            loss = programs.mean_loss
             if config.eval_batches is not None:
-                record["train_sampled_loss"] = mean_loss(state.params, train_tokens, step, False)
-                record["val_sampled_loss"] = mean_loss(state.params, val_tokens, step, False)
+                record["train_sampled_loss"] = loss(state.params, train_tokens, step, False)
+                record["val_sampled_loss"] = loss(state.params, val_tokens, step, False)
             if config.eval_batches is None or last:
-                record["val_loss"] = mean_loss(state.params, val_tokens, step, True)
+                record["val_loss"] = loss(state.params, val_tokens, step, True)
             report.evaluation(step, config.steps, record)
         run.log([record])
         return record
 
-    report.summary(f"run {directory}", _description(config, dataset, abstract.params, mesh, start))
+    params = programs.abstract.params
+    report.summary(f"run {directory}", _description(config, dataset, params, programs.mesh, start))
     logged = run.rewind_metrics(start)
     record: Record = logged[-1] if logged else {"step": 0, "seconds": 0.0}
     if start and record["step"] < start:
         record = checkpoints.record(start)
     clock = _Clock(record["seconds"])
     step = start
+    skips = _skips(logged)
     with _until_signal() as stop_asked, report.progress(start, config), checkpoints.sealing():
         if not logged or logged[-1]["step"] < start:
             record = finish(start, record, stopped=False)
@@ -140,16 +118,40 @@ def train(
         while step < config.steps and not stop_asked():
             boundary = _next_boundary(config, step)
             records: list[Record] = []
-            pending: tuple[int, int, StepMetrics] | None = None
-            while pending is None or (step < boundary and not stop_asked()):
+            bad: _Bad | None = None
+            before: tuple[int, int, StepMetrics] | None = None
+            while step < boundary and bad is None and not (before and stop_asked()):
                 n = min(config.steps_per_dispatch, boundary - step)
-                state, out = train_steps(state, train_tokens, seed_key, n)
-                if pending:  # read the steps before these while the device makes these
-                    records += _records(*pending, clock, report)
-                pending, step = (step, n, out), step + n
+                state, out = programs.train_steps(state, train_tokens, programs.seed_key, n)
+                if before:  # read the steps before these while the device makes these
+                    bad = _read(*before, records, clock, report)
+                before, step = (step, n, out), step + n
                 checkpoints.finish_save(wait=False)
-            records += _records(*pending, clock, report)
+            assert before
+            if bad:  # then the last call began with the bad step too, and met the same
+                before = bad.step - 1, *before[1:]
+            bad = _read(*before, records, clock, report)
+            skips = (skips if bad and not records else 0) + bool(bad)
+            if bad:
+                records.append(
+                    {"step": bad.step, "skipped": bad.reason, "seconds": round(clock.read(), 3)}
+                )
+                replay.keep(run, programs, state, bad.step, train_tokens)
+                report.say(
+                    f"step {bad.step} skipped ({bad.reason}); to look at it: "
+                    f"python train.py --run {run_name(directory)} --replay {bad.step}"
+                )
+                state = programs.skip(state)
+            step = records[-1]["step"]
             run.log(records[:-1])
+            if skips == config.stop_after_skips:
+                run.log(records[-1:])
+                raise UserError(
+                    f"the loss or the gradient was not finite for {skips} steps in a row, up to "
+                    f"step {step} ({records[-1]['skipped']}): training has diverged; look at it "
+                    f"with --replay {step}, or go on from the last checkpoint with --resume and a "
+                    f"lower --optim.learning-rate"
+                )
             with clock.stopped():
                 record = finish(step, records[-1], stop_asked())
 
@@ -157,9 +159,9 @@ def train(
     if step < config.steps:
         report.say(f"stopped after step {step}; to go on: python train.py --run {name} --resume")
         return record
-    flops = 0 if own_model else metrics.flops_per_token(config.model, abstract.params)
-    report.summary("done", _results(config, run, record, flops, mesh))
-    report.say("a sample:\n" + _sample(model, state.params, dataset, config))
+    flops = 0 if own_model else metrics.flops_per_token(config.model, params)
+    report.summary("done", _results(config, run, record, flops, programs.mesh))
+    report.say("a sample:\n" + _sample(programs.model, state.params, dataset, config))
     if not own_model:
         report.say(f"next: python sample.py --run {name}")
     return record
@@ -184,44 +186,41 @@ def _newest_sound_step(checkpoints: Checkpoints, report: Report) -> int:
     return 0
 
 
-def _restore(
-    checkpoints: Checkpoints, step: int, abstract: TrainState, placed: TrainState
-) -> TrainState:
-    """The train state of a checkpoint, on the devices of this run."""
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
-    )
-    training = {"step": state.step, "opt_state": state.opt_state}
-    items = checkpoints.load(step, {"params": state.params, "training": training})
-    return TrainState(params=items["params"], **items["training"])
-
-
 def _next_boundary(config: Config, step: int) -> int:
     """The first step after `step` at which something is due."""
     due = [every * (step // every + 1) for every in (config.eval_every, config.save_every)]
     return min(*due, config.steps)
 
 
-def _records(first: int, n: int, out: StepMetrics, clock: "_Clock", report: Report) -> list[Record]:
-    """The records of n steps after step `first`; waits until the device has made them.
+class _Bad(NamedTuple):
+    """A step whose loss or gradient is not finite."""
 
-    Raises:
-        UserError: the loss is not finite.
-    """
+    step: int
+    reason: str
+
+
+def _read(
+    first: int, n: int, out: StepMetrics, records: list[Record], clock: "_Clock", report: Report
+) -> _Bad | None:
+    """Append the records of the n steps after step `first`, up to one that is bad; waits until
+    the device has made them."""
     host = jax.device_get(out)
-    records: list[Record] = []
     for i in range(n):
-        step = first + i + 1
         values = {name: float(x[i]) for name, x in host._asdict().items()}
+        step = first + i + 1
         if not all(map(math.isfinite, values.values())):
-            raise UserError(
-                f"at step {step} the loss is {values['loss']} and the gradient's norm "
-                f"{values['grad_norm']}: training has diverged; go on from the last checkpoint "
-                f"with --resume and a lower --optim.learning-rate"
-            )
+            return _Bad(step, f"loss {values['loss']}, gradient norm {values['grad_norm']}")
         records.append({"step": step, **values, "seconds": round(clock.read(), 3)})
     report.step(first + n, records[-1]["loss"], clock.read())
-    return records
+    return None
+
+
+def _skips(records: list[Record]) -> int:
+    """How many of the last records in a row are of skipped steps."""
+    count = 0
+    while count < len(records) and "skipped" in records[-1 - count]:
+        count += 1
+    return count
 
 
 class _Clock:

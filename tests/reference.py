@@ -23,6 +23,10 @@ def gpt(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
 def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
     embedding, T = params["wte"]["embedding"], len(tokens)
     x = embedding[tokens]
+    for back in range(1, config.ngram):
+        for t in range(back, T):
+            row = (back - 1) * len(embedding) + tokens[t - back]
+            x[t] += params["wse"]["embedding"][row]
     if "wpe" in params:
         x = x + params["wpe"][:T]
     norm = layer_norm if config.norm == "layer" else rms_norm

@@ -123,7 +123,7 @@ TRAIN_MESSAGES = [
     (
         "--model.activation swish",
         "invalid choice 'swish' for argument '--model.activation'. Expected one of ('gelu', "
-        f"'relu').{SEE_TRAIN}",
+        f"'relu', 'relu2', 'swiglu').{SEE_TRAIN}",
     ),
     (
         "--model.n-head 5",

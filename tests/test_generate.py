@@ -34,10 +34,13 @@ class Cacheless(GPT):
 
 
 @functools.cache
-def gpt(block_size: int = 8, kind: type[nn.Module] = GPT, seed: int = 8) -> tuple[Any, Any]:
+def gpt(
+    block_size: int = 8, kind: type[nn.Module] = GPT, seed: int = 8, **options: Any
+) -> tuple[Any, Any]:
     """A model, and random parameters that are large: its greedy text is varied, without ties,
     and depends on all of the context and on its positions."""
     config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=block_size, tie_head=False)
+    config = replace(config, **options)
     model = kind(config, V)
     large = lambda path, leaf: (
         leaf * {"kernel": 4.0, "bias": 1.0, "scale": 1.0}.get(path[-1].key, 20.0)
@@ -137,6 +140,14 @@ def test_past_the_window_the_last_half_is_read_anew(block_size: int, length: int
     prompt = np.random.default_rng(length).integers(V, size=length).tolist()
     n = 3 * block_size + 2
     assert run(model, params, prompt, n)[0].tolist() == plain_loop(model, params, prompt, n, halve)
+
+
+def test_a_modern_model_past_its_window():
+    """Positions that turn, shared heads and looks back all begin anew with the half window."""
+    model, params = gpt(position="rotary", n_kv_head=1, ngram=3)
+    expected = plain_loop(model, params, [1, 2, 3], 30, halve)
+    assert run(model, params, [1, 2, 3], 30)[0].tolist() == expected
+    assert len(set(expected)) > 4
 
 
 def test_the_two_rules_differ():

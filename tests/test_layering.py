@@ -35,9 +35,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"config", "data", "optim"},
     "checkpoint": {"errors", "runs"},
     "report": {"config", "runs"},
+    "programs": {"build", "checkpoint", "config", "optim", "sharding", "step"},
+    "replay": {"checkpoint", "data", "errors", "programs", "report", "runs", "step"},
     "train": {
-        *("build", "checkpoint", "config", "data", "errors", "generate", "metrics", "optim"),
-        *("report", "runs", "sharding", "step"),
+        *("checkpoint", "config", "data", "errors", "generate", "metrics", "programs"),
+        *("replay", "report", "runs", "step"),
     },
     "sample": {"build", "checkpoint", "cli", "generate", "runs"},
     "notes": {"cli", "config", "errors", "model"},

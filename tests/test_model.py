@@ -58,6 +58,7 @@ CONFIGS = {
         SMALL, bias=False, norm="rms", position="rotary", qk_norm=True, activation="relu2"
     ),
     "softcap": replace(SMALL, softcap=0.5),
+    "ngram": replace(SMALL, ngram=4, position="none"),
     "no_position": replace(SMALL, position="none", n_inner=5),
     "eps": replace(SMALL, norm_eps=0.1, qk_norm=True),
 }
@@ -177,7 +178,9 @@ def logits_in_pieces(model: Any, params: Any, tokens: np.ndarray, sizes: list[in
 
 
 @pytest.mark.parametrize("sizes", [[8], [1] * 8, [5, 1, 1, 1], [1, 5, 2], [1, 2]])
-@pytest.mark.parametrize("config", [SMALL, LECTURE_LIKE, LLAMA], ids=["gpt2", "lecture", "llama"])
+@pytest.mark.parametrize(
+    "config", [CONFIGS[name] for name in ("gpt2", "lecture", "llama", "ngram")]
+)
 def test_cache_changes_nothing(config: ModelConfig, sizes: list[int]):
     model = GPT(config, V)
     params = random_params(model)

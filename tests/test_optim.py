@@ -295,6 +295,7 @@ OTHER_MODEL: dict[str, Any] = {
     "position": "learned",
     "rope_base": 100.0,
     "activation": "swiglu",
+    "ngram": 3,
     "softcap": 10.0,
     "tie_head": False,
     "init": "torch",

@@ -1,0 +1,99 @@
+"""What a run computes with: its model and optimizer, its devices, its compiled programs."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+
+from gptjax import sharding
+from gptjax.build import build_model
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config
+from gptjax.optim import make_optimizer
+from gptjax.step import (
+    TrainState,
+    eval_starts,
+    init_state,
+    make_evaluate,
+    make_gradient,
+    make_train_steps,
+)
+
+
+class Programs:
+    """The pure functions of `step.py`, jitted for a run and for the devices of this machine.
+
+    Attributes:
+        train_steps: see `make_train_steps`; the state that goes in is gone.
+        gradient: see `make_gradient`.
+        abstract: shapes and dtypes of the train state.
+        placed: the sharding of each of its leaves.
+
+    Args:
+        config: of the run.
+        vocab_size: the tokenizer's.
+        model: your own, of the contract in `model.py`; None: the config's.
+        optimizer: your own; None: the config's.
+
+    Raises:
+        UserError: sizes that the mesh does not divide.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        model: nn.Module | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+    ):
+        self.config = config
+        self.model = model or build_model(config.model, vocab_size)
+        self.optimizer = optimizer or make_optimizer(config)
+        self.mesh = sharding.make_mesh(config)
+        self._everywhere = sharding.replicated(self.mesh)
+        self.seed_key = jax.device_put(jax.random.key(config.seed), self._everywhere)
+        self._init = partial(init_state, self.model, self.optimizer)
+        self.abstract = jax.eval_shape(self._init, self.seed_key)
+        self.placed = sharding.shardings(self.mesh, self.abstract)
+        rows = sharding.batch_sharding(self.mesh)
+        self.train_steps = jax.jit(
+            make_train_steps(self.model, self.optimizer, config, rows),
+            donate_argnums=0,
+            out_shardings=(self.placed, self._everywhere),
+        )
+        self.gradient = jax.jit(make_gradient(self.model, config))
+        self._evaluate = jax.jit(make_evaluate(self.model, config, rows))
+
+    def start(self) -> TrainState:
+        """The train state before the first step, each leaf on its devices from the start."""
+        return jax.jit(self._init, out_shardings=self.placed)(self.seed_key)
+
+    def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
+        """The train state of a checkpoint, whatever devices it was saved on.
+
+        Raises:
+            UserError: damaged, or of other shapes.
+        """
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.abstract,
+            self.placed,
+        )
+        training = {"step": state.step, "opt_state": state.opt_state}
+        items = checkpoints.load(step, {"params": state.params, "training": training})
+        return TrainState(params=items["params"], **items["training"])
+
+    def skip(self, state: TrainState) -> TrainState:
+        """The state after a step that was not made: its batch is left out."""
+        return state._replace(step=jax.device_put(state.step + 1, self.placed.step))
+
+    def put(self, tokens: Any) -> jax.Array:
+        """Tokens for every device: each cuts its own rows of a batch."""
+        return jax.device_put(tokens, self._everywhere)
+
+    def mean_loss(self, params: Any, tokens: jax.Array, step: int, whole: bool) -> float:
+        """Nats per token: of the whole split, or of the random batches that follow from `step`."""
+        starts = eval_starts(self.config, tokens.shape[0], self.seed_key, step, whole)
+        return float(self._evaluate(params, tokens, self.put(starts)))

@@ -1,0 +1,123 @@
+"""One step of a run made again, to look at: `python train.py --run NAME --replay STEP`.
+
+A step follows from the state before it and from (seed, step), so any step can be made again from
+the newest checkpoint before it. The states before steps that were skipped are kept for this:
+
+    runs/NAME/bad/N             the state after N updates, as in checkpoints/
+                  step-N+1.json the batch that the next one was to be made of
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.checkpoint import Checkpoints
+from gptjax.data import open_dataset
+from gptjax.errors import UserError
+from gptjax.programs import Programs
+from gptjax.report import Report
+from gptjax.runs import Run, write_atomically
+from gptjax.step import TrainState, batch_at
+
+KEPT = 3  # newest states of skipped steps
+LEAVES = 8  # of the gradient, shown
+ROWS = 4  # of the batch, shown
+
+
+def keep(run: Run, programs: Programs, state: TrainState, step: int, tokens: jax.Array) -> None:
+    """Keep what is needed to make a step again: the state before it, and its batch.
+
+    Raises:
+        UserError: no room or no permission.
+    """
+    batch = _batch(programs, tokens, step)
+    kept = Checkpoints(run.bad_path, lambda steps: {*steps[-KEPT:]})
+    kept.save(step - 1, state.params, state.opt_state, {"step": step - 1})
+    kept.finish_save()
+    text = [run.tokenizer.decode(row) for row in batch]
+    values = {"step": step, "tokens": batch.tolist(), "text": text}
+    write_atomically(run.bad_path / f"step-{step}.json", json.dumps(values))
+
+
+def replay(directory: Path, step: int, report: Report | None = None) -> dict[str, float]:
+    """Make a step again, and show its loss, its gradient and its batch; nothing is written.
+
+    Args:
+        directory: of the run.
+        step: 1 is the first.
+        report: where to; None: standard output.
+
+    Returns:
+        Its "loss" and "grad_norm", bit for bit those of the run on as many devices of the kind.
+
+    Raises:
+        UserError: no such step, or no sound checkpoint where there are some.
+    """
+    report = report or Report()
+    run = Run(directory)
+    config = run.config
+    if not 1 <= step <= config.steps:
+        raise UserError(f"--replay {step} is not a step of this run; give 1 to {config.steps}")
+    dataset = open_dataset(config, run.tokenizer)
+    programs = Programs(config, dataset.tokenizer.vocab_size)
+    tokens, seed_key = programs.put(dataset.train), programs.seed_key
+    logged = {record["step"]: record for record in run.metrics()}
+    checkpoints, first = _newest_before(run, step)
+    state = programs.restore(checkpoints, first) if checkpoints else programs.start()
+    report.say(f"step {step} again, from the state after step {first}")
+    while first < step - 1:
+        n = min(config.steps_per_dispatch, step - 1 - first)
+        state, _ = programs.train_steps(state, tokens, seed_key, n)
+        if int(state.step) < first + n:  # it stopped before a step that was skipped
+            state = programs.skip(state)
+        first = int(state.step)
+
+    batch = _batch(programs, tokens, step)
+    _, gradient = programs.gradient(state.params, programs.put(batch), seed_key, step - 1)
+    _, out = programs.train_steps(state, tokens, seed_key, 1)
+    values = {name: float(x[0]) for name, x in out._asdict().items()}
+    record = logged.get(step, {})
+    rows = {
+        name: f"{values[name]:.9g}, logged: {record.get(name, record.get('skipped', 'nothing'))}"
+        for name in ("loss", "grad_norm")
+    }
+    report.summary(f"step {step}", rows)
+    report.summary("the gradient's largest norms", _norms(gradient))
+    shown = {f"row {i}": repr(run.tokenizer.decode(row)) for i, row in enumerate(batch[:ROWS])}
+    report.summary(f"the batch, {min(ROWS, len(batch))} of {len(batch)} rows", shown)
+    return values
+
+
+def _batch(programs: Programs, tokens: jax.Array, step: int) -> np.ndarray:
+    return np.asarray(batch_at(programs.config, tokens, programs.seed_key, step - 1))
+
+
+def _newest_before(run: Run, step: int) -> tuple[Checkpoints | None, int]:
+    """Where the newest sound state before a step lies, and how many updates it has had."""
+    found = [
+        (n, kept)
+        for kept in (Checkpoints(run.checkpoints_path), Checkpoints(run.bad_path))
+        for n in kept.steps()
+        if n < step
+    ]
+    for n, kept in sorted(found, key=lambda pair: pair[0], reverse=True):
+        try:
+            kept.verify(n)
+            return kept, n
+        except UserError:
+            continue  # an older one will do; verify and --resume tell about this one
+    return None, 0
+
+
+def _norms(gradient: Any) -> dict[str, str]:
+    """The leaves with the largest norms; what is not finite comes first."""
+    norms = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): float(np.linalg.norm(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
+    }
+    order = sorted(norms, key=lambda name: (math.isfinite(norms[name]), -norms[name]))
+    return {name: f"{norms[name]:.4g}" for name in order[:LEAVES]}
