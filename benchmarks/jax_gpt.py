@@ -11,13 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from gptjax import metrics, sharding
-from gptjax.build import build_model
+from gptjax import metrics
 from gptjax.config import Config
-from gptjax.data import sample_batch
 from gptjax.generate import Sampling, generate
-from gptjax.optim import make_optimizer
-from gptjax.step import BATCH, init_state, make_train_steps, random_key
+from gptjax.programs import Programs
+from gptjax.step import batch_at
 
 
 def flat(params: Any) -> dict[str, np.ndarray]:
@@ -43,32 +41,21 @@ def training(
         the losses of the first steps, seconds of the first call, which compiles, bytes of memory
         at their peak; of this side also parameters, and FLOPs of one step.
     """
-    model, optimizer = build_model(config.model, vocab_size), make_optimizer(config)
-    mesh = sharding.make_mesh(config)
-    everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    seed_key = jax.device_put(jax.random.key(config.seed), everywhere)
-    init = functools.partial(init_state, model, optimizer)
-    placed = sharding.shardings(mesh, jax.eval_shape(init, seed_key))
-    state = jax.jit(init, out_shardings=placed)(seed_key)
-    on_device = jax.device_put(tokens, everywhere)
-    train_steps = jax.jit(
-        make_train_steps(model, optimizer, config, rows),
-        donate_argnums=0,
-        out_shardings=(placed, everywhere),
-    )
-    B, T, n = config.batch_size, config.model.block_size, config.steps_per_dispatch
+    programs = Programs(config, vocab_size)
+    state, on_device = programs.start(), programs.put(tokens)
+    train_steps, key, n = programs.train_steps, programs.seed_key, config.steps_per_dispatch
     if start is not None:
-        keys = [random_key(seed_key, BATCH, step) for step in range(check)]
-        batches = np.stack([np.asarray(sample_batch(on_device, key, B, T)) for key in keys])
-        arrays = flat(state.params) | {"batches": batches}
+        batches = [np.asarray(batch_at(config, on_device, key, step)) for step in range(check)]
+        arrays = flat(state.params) | {"batches": np.stack(batches)}
         np.savez(start, **arrays)  # pyright: ignore[reportArgumentType]
     params = metrics.count_params(state.params)
-    flops = metrics.flops_per_token(config.model, state.params) * B * T
+    flops = metrics.flops_per_token(config.model, state.params)
+    flops *= config.batch_size * config.model.block_size
 
     began, losses = time.perf_counter(), []
     while len(losses) < check:
         count = min(n, check - len(losses))
-        state, out = train_steps(state, on_device, seed_key, count)
+        state, out = train_steps(state, on_device, key, count)
         losses += [float(loss) for loss in out.loss[:count]]
         if len(losses) == count:
             compile_seconds = time.perf_counter() - began
@@ -78,7 +65,7 @@ def training(
         """As in `train`: the metrics of the call before are read while the device works."""
         nonlocal state, pending
         before = pending
-        state, pending = train_steps(state, on_device, seed_key, n)
+        state, pending = train_steps(state, on_device, key, n)
         jax.device_get(before)
         return n
 
@@ -86,7 +73,7 @@ def training(
         if what == "work":
             return measure.work(dispatch, seconds, lambda: jax.block_until_ready(state))
         if what == "peak":
-            return metrics.matmul_peak(config.model.dtype) * mesh.size
+            return metrics.matmul_peak(config.model.dtype) * programs.mesh.size
         return {
             "params": params,
             "flops": flops,
@@ -107,10 +94,8 @@ def sampling(config: Config, vocab_size: int, weights: Path) -> Callable[..., An
         `ask("greedy", length)`: the likeliest tokens after token 0; `ask("floor", batch, length)`:
         a Floor.
     """
-    model = build_model(config.model, vocab_size)
-    key = jax.random.key(config.seed)
-    state = jax.jit(functools.partial(init_state, model, make_optimizer(config)))(key)
-    params = state.params
+    programs = Programs(config, vocab_size)
+    model, params, key = programs.model, programs.start().params, programs.seed_key
     np.savez(weights, **flat(params))  # pyright: ignore[reportArgumentType]
     prompt = np.zeros(1, np.int32)
 

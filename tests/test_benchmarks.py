@@ -1,7 +1,7 @@
 """Tests of the benchmarks: each command end to end, tiny, and the arithmetic of their figures."""
 
 import json
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ import pytest
 
 from benchmarks import growth, jax_gpt, measure, sampling, startup, step, time_to_loss
 from gptjax.build import build_model
-from gptjax.config import Config, ModelConfig
-from gptjax.data import whole_split_starts
+from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
-from gptjax.step import init_state, make_evaluate
+from gptjax.programs import Programs
 
 
 def results(path: Path, name: str) -> Any:
@@ -174,17 +173,15 @@ def test_the_baseline_measures_the_same_loss(tmp_path: Path):
     """Our weights in their network, over a split that no window divides."""
     torch_gpt = pytest.importorskip("benchmarks.torch_gpt", reason="torch is not here")
     config = Config(batch_size=4, model=step.SIZES["tiny"].config.model)
-    model = build_model(config.model, 65)
-    init = partial(init_state, model, jax_gpt.make_optimizer(config))
-    params = jax.jit(init)(jax.random.key(1)).params
+    programs = Programs(replace(config, mesh=MeshConfig(data=1)), 65)
+    params = programs.start().params
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
     val = measure.random_tokens(65, 333)
     theirs, forward = torch_gpt.build("plain", config.model, 65)
     torch_gpt.load(theirs, jax_gpt.flat(params))
-    starts = whole_split_starts(len(val), 4, config.model.block_size)
-    ours = make_evaluate(model, config)(params, jax.numpy.asarray(val), jax.numpy.asarray(starts))
+    ours = programs.mean_loss(params, programs.put(val), 0, whole=True)
     loss = torch_gpt.whole_split_loss(theirs, forward, val, config.model.block_size)
-    assert loss == pytest.approx(float(ours), rel=1e-6)
+    assert loss == pytest.approx(ours, rel=1e-6)
 
 
 def test_spread_and_ratios():
