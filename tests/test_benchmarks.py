@@ -169,15 +169,17 @@ def test_compile_time_is_the_first_call_less_a_usual_one():
 
 
 @pytest.mark.torch
-def test_the_baseline_measures_the_same_loss(tmp_path: Path):
-    """Our weights in their network, over a split that no window divides."""
+@pytest.mark.parametrize("kind", ["plain", "transformers"])
+def test_their_networks_measure_the_same_loss(kind: str):
+    """Our weights in them, far from where they begin; a split that no window divides."""
+    pytest.importorskip("transformers")
     torch_gpt = pytest.importorskip("benchmarks.torch_gpt", reason="torch is not here")
     config = Config(batch_size=4, model=step.SIZES["tiny"].config.model)
     programs = Programs(replace(config, mesh=MeshConfig(data=1)), 65)
     params = programs.start().params
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
     val = measure.random_tokens(65, 333)
-    theirs, forward = torch_gpt.build("plain", config.model, 65)
+    theirs, forward = torch_gpt.build(kind, config.model, 65)
     torch_gpt.load(theirs, jax_gpt.flat(params))
     ours = programs.mean_loss(params, programs.put(val), 0, whole=True)
     loss = torch_gpt.whole_split_loss(theirs, forward, val, config.model.block_size)
