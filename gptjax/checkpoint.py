@@ -118,6 +118,10 @@ class Checkpoints:
         """Rename a damaged checkpoint, so that its step can be saved again and nothing is lost."""
         self._folder(step).rename(self._folder(step).with_suffix(f".damaged-{time.time_ns()}"))
 
+    def sealed(self, step: int) -> bool:
+        """Whether it has its checksums: a process killed right after a save leaves none."""
+        return (self._folder(step) / MANIFEST).exists()
+
     def verify(self, step: int) -> None:
         """Compare a checkpoint's files with their checksums.
 
@@ -125,7 +129,7 @@ class Checkpoints:
             UserError: naming the first file that is missing, changed or strange.
         """
         folder = self._folder(step)
-        if not (folder / MANIFEST).exists():
+        if not self.sealed(step):
             return  # whole, or it would not have its name; stopped before it was sealed
         wanted, found = read_file(folder / MANIFEST, json.loads), _digests(folder)
         for name in sorted(wanted.keys() | found.keys()):

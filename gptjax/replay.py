@@ -12,8 +12,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
 
 from gptjax.checkpoint import Checkpoints
 from gptjax.data import open_dataset
@@ -43,12 +45,21 @@ def keep(run: Run, programs: Programs, state: TrainState, step: int, tokens: jax
     write_atomically(run.bad_path / f"step-{step}.json", json.dumps(values))
 
 
-def replay(directory: Path, step: int, report: Report | None = None) -> dict[str, float]:
+def replay(
+    directory: Path,
+    step: int,
+    *,
+    model: nn.Module | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    report: Report | None = None,
+) -> dict[str, float]:
     """Make a step again, and show its loss, its gradient and its batch; nothing is written.
 
     Args:
         directory: of the run.
         step: 1 is the first.
+        model: your own, if the run was trained with one; None: the config's.
+        optimizer: likewise.
         report: where to; None: standard output.
 
     Returns:
@@ -63,7 +74,7 @@ def replay(directory: Path, step: int, report: Report | None = None) -> dict[str
     if not 1 <= step <= config.steps:
         raise UserError(f"--replay {step} is not a step of this run; give 1 to {config.steps}")
     dataset = open_dataset(config, run.tokenizer)
-    programs = Programs(config, dataset.tokenizer.vocab_size)
+    programs = Programs(config, dataset.tokenizer.vocab_size, model, optimizer)
     tokens, seed_key = programs.put(dataset.train), programs.seed_key
     logged = {record["step"]: record for record in run.metrics()}
     checkpoints, first = _newest_before(run, step)

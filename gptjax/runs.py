@@ -75,10 +75,7 @@ def new_directory(name: str | None, preset: str) -> Path:
     _check_name(name)
     directory = Path(name) if os.sep in name else RUNS / name
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(
-            f"{directory} holds another run already; go on with it (--run {name} --resume) or "
-            f"give another name"
-        )
+        raise _taken(directory)
     return directory
 
 
@@ -101,6 +98,13 @@ def locked(directory: Path) -> Iterator[None]:
         raise _unwritable(directory, error) from None
     with lock:
         yield
+
+
+def _taken(directory: Path) -> UserError:
+    return UserError(
+        f"{directory} holds another run already; go on with it (--run {run_name(directory)} "
+        f"--resume) or give another name"
+    )
 
 
 def _unwritable(directory: Path, error: OSError) -> UserError:
@@ -143,8 +147,10 @@ class Run:
         """Make the folder of a new run.
 
         Raises:
-            UserError: no permission, or a disk that takes no more.
+            UserError: no permission, a disk that takes no more, or a run that is there already.
         """
+        if (directory / "config.json").exists():
+            raise _taken(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             write_atomically(directory / "tokenizer.json", tokenizer.to_json())

@@ -42,6 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("replay", "report", "runs", "step"),
     },
     "sample": {"build", "checkpoint", "cli", "generate", "runs"},
+    "verify": {
+        *("cache", "checkpoint", "cli", "data", "errors", "programs", "runs"),
+    },
     "notes": {"cli", "config", "errors", "model"},
     "ladder": {
         *("build", "cli", "config", "data", "errors", "lecture", "metrics", "presets", "report"),

@@ -182,8 +182,9 @@ def test_divergence_stops_the_run_and_keeps_its_checkpoint(finished, tmp_path):
     config = replace(config, optim=replace(config.optim, learning_rate=1e30, grad_clip=None))
     expected = (
         r"^the loss or the gradient was not finite for 3 steps in a row, up to step (\d+) \(loss "
-        r"(nan|inf), gradient norm (nan|inf)\): training has diverged; look at it with --replay \1, "
-        r"or go on from the last checkpoint with --resume and a lower --optim.learning-rate$"
+        r"(nan|inf), gradient norm (nan|inf)\): training has diverged; look at it with "
+        r"--replay \1, or go on from the last checkpoint with --resume and a lower "
+        r"--optim.learning-rate$"
     )
     with pytest.raises(UserError, match=expected):
         train(config, tmp_path / "diverged", report=Report(quiet=True))

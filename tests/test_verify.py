@@ -1,0 +1,139 @@
+"""Tests of `python -m gptjax.verify`: sound runs pass, and every kind of harm is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gptjax import verify as verify_module
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import Config, ModelConfig, OptimConfig
+from gptjax.programs import Programs
+from gptjax.report import Report
+from gptjax.runs import Run
+from gptjax.train import train
+from gptjax.verify import verify
+
+CONFIG = Config(
+    steps=4,
+    batch_size=4,
+    eval_every=2,
+    save_every=2,
+    model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8),
+    optim=OptimConfig(learning_rate=1e-2),
+)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory, play) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    (folder / "play.txt").write_text(play)
+    config = replace(CONFIG, data=replace(CONFIG.data, text=str(folder / "play.txt")))
+    train(config, folder / "run", report=Report(quiet=True))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(sound, tmp_path) -> Path:
+    shutil.copytree(sound, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def wrong(run: Path) -> dict[str, str]:
+    return {c.name: c.found for c in verify(str(run)) if c.sound is False}
+
+
+def test_a_sound_run(sound, capsys):
+    before = {p: p.stat().st_mtime_ns for p in sound.rglob("*")}
+    checks = verify(str(sound))
+    assert all(c.sound for c in checks)
+    assert [c.name for c in checks] == [
+        *("config", "tokenizer", "metrics", "checkpoint 2", "checkpoint 4", "loss"),
+    ]
+    logged = Run(sound).metrics()[-1]["val_loss"]
+    assert checks[-1].found == f"val_loss of step 4: logged {logged:.6f}, again {logged:.6f}"
+    verify_module.main([str(sound)])
+    assert capsys.readouterr().err == ""
+    assert {p: p.stat().st_mtime_ns for p in sound.rglob("*")} == before  # it only reads
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def some_file(run: Path) -> Path:
+    return next(p for p in sorted((run / "checkpoints" / "4" / "params").rglob("*")) if p.is_file())
+
+
+def drop_line(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:2] + lines[3:]))
+
+
+def half_a_line(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+
+
+def other_loss(run: Path) -> None:
+    records = Run(run).metrics()
+    records[-1]["val_loss"] += 0.001
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+HARM: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "config": (lambda run: (run / "config.json").write_text("{"), "config", "is damaged: not JSON"),
+    "tokenizer": (lambda run: (run / "tokenizer.json").unlink(), "tokenizer", "No such file"),
+    "half a line": (half_a_line, "metrics", "line 6 of"),
+    "a line missing": (drop_line, "metrics", "is of step 3, expected 2"),
+    "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "metrics", "is missing"),
+    "a bit": (lambda run: flip(some_file(run)), "checkpoint 4", "does not match its checksum"),
+    "a file": (lambda run: some_file(run).unlink(), "checkpoint 4", "is missing"),
+    "the loss": (other_loss, "loss", "val_loss of step 4"),
+    "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "checkpoints", "none"),
+    "another's": (
+        lambda run: (run / "checkpoints" / "4").rename(run / "checkpoints" / "3"),
+        "checkpoint 3",
+        "is of step 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_harm_is_named(run, harm, capsys):
+    do, name, found = HARM[harm]
+    do(run)
+    problems = wrong(run)
+    assert list(problems) == [name] and found in problems[name]
+    with pytest.raises(SystemExit) as exit:
+        verify_module.main([str(run)])
+    assert exit.value.code == 1
+    assert capsys.readouterr().err == f"{name}: {problems[name]}\n"
+
+
+def test_numbers_that_are_not_finite_are_found(run):
+    opened = Run(run)
+    programs = Programs(opened.config, opened.tokenizer.vocab_size)
+    checkpoints = Checkpoints(opened.checkpoints_path)
+    state = programs.restore(checkpoints, 4)
+    poisoned = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params["ln_f"])
+    shutil.rmtree(run / "checkpoints" / "4")
+    checkpoints.save(4, {**state.params, "ln_f": poisoned}, state.opt_state, {"step": 4})
+    checkpoints.finish_save()
+    assert "ln_f/bias is not finite" in wrong(run)["checkpoint 4"]
+
+
+def test_without_the_text_the_loss_is_not_measured(run, tmp_path):
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["text"] = str(tmp_path / "gone.txt")
+    (run / "config.json").write_text(json.dumps(config))
+    last = verify(str(run))[-1]
+    assert (last.name, last.sound) == ("loss", None)
+    assert last.found.startswith("not measured again: text not found: ")
