@@ -6,8 +6,6 @@ means over the whole validation split, those of the curves over random windows.
 """
 
 import itertools
-import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +27,7 @@ from gptjax.errors import UserError, one_line_errors
 from gptjax.lecture import CountedBigram, counted_bigram
 from gptjax.metrics import count_params
 from gptjax.presets import PRESETS
-from gptjax.report import Report
+from gptjax.report import Report, processor
 from gptjax.runs import Record, Run
 from gptjax.train import train
 
@@ -232,12 +230,7 @@ def machine() -> str:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        name = next((v.strip() for k, _, v in lines if k.strip() == "model name"), name)
-    return f"{name}, {os.cpu_count()} cores"
+    return processor()
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:

@@ -1,8 +1,11 @@
 """What a person sees of a run. Bars and tables on a terminal, plain lines elsewhere."""
 
+import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -103,3 +106,13 @@ class Report:
             if name.endswith("_loss")
         )
         self.say(f"step {step:>{len(str(steps))}}  loss: {losses}")
+
+
+def processor() -> str:
+    """The processor's name, and how many cores."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        name = next((v.strip() for k, _, v in lines if k.strip() == "model name"), name)
+    return f"{name}, {os.cpu_count()} cores"

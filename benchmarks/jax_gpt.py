@@ -1,0 +1,163 @@
+"""Our sides of the comparisons: gptjax's own functions, called as its commands call them."""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import measure
+from gptjax import metrics
+from gptjax.config import Config
+from gptjax.generate import Sampling, generate
+from gptjax.programs import Programs
+from gptjax.step import batch_at
+
+
+def flat(params: Any) -> dict[str, np.ndarray]:
+    """`{"h/attn/c_attn/kernel": array}`."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def training(
+    config: Config, vocab_size: int, tokens: np.ndarray, start: Path | None = None, check: int = 3
+) -> Callable[..., Any]:
+    """A side that trains as `gptjax.train` does.
+
+    Args:
+        config: of the run.
+        vocab_size: rows of the embedding table.
+        tokens: (N,) to train on.
+        start: where to write the initial weights and the first batches, as .npz, for other sides.
+        check: steps whose losses are kept, and batches written.
+
+    Returns:
+        `ask("work", seconds)`: a Visit; `ask("peak")`: FLOP/s of a large matmul; `ask("facts")`:
+        the losses of the first steps, seconds of the first call, which compiles, bytes of memory
+        at their peak; of this side also parameters, and FLOPs of one step.
+    """
+    programs = Programs(config, vocab_size)
+    state, on_device = programs.start(), programs.put(tokens)
+    train_steps, key, n = programs.train_steps, programs.seed_key, config.steps_per_dispatch
+    if start is not None:
+        batches = [np.asarray(batch_at(config, on_device, key, step)) for step in range(check)]
+        arrays = flat(state.params) | {"batches": np.stack(batches)}
+        np.savez(start, **arrays)  # pyright: ignore[reportArgumentType]
+    params = metrics.count_params(state.params)
+    flops = metrics.flops_per_token(config.model, state.params)
+    flops *= config.batch_size * config.model.block_size
+
+    began, losses = time.perf_counter(), []
+    while len(losses) < check:
+        count = min(n, check - len(losses))
+        state, out = train_steps(state, on_device, key, count)
+        losses += [float(loss) for loss in out.loss[:count]]
+        if len(losses) == count:
+            compile_seconds = time.perf_counter() - began
+    pending: Any = None
+
+    def dispatch() -> int:
+        """As in `train`: the metrics of the call before are read while the device works."""
+        nonlocal state, pending
+        before = pending
+        state, pending = train_steps(state, on_device, key, n)
+        jax.device_get(before)
+        return n
+
+    def ask(what: str, seconds: float = 0.0) -> Any:
+        if what == "work":
+            return measure.work(dispatch, seconds, lambda: jax.block_until_ready(state))
+        if what == "peak":
+            return metrics.matmul_peak(config.model.dtype) * programs.mesh.size
+        return {
+            "params": params,
+            "flops": flops,
+            "first_losses": losses,
+            "compile_seconds": compile_seconds,
+            "peak_memory": measure.peak_memory(),
+        }
+
+    return ask
+
+
+def sampling(config: Config, vocab_size: int, weights: Path) -> Callable[..., Any]:
+    """A side that samples as `sample.py` does; it draws the weights and writes them as .npz.
+
+    Returns:
+        `ask("warm", batch, length)`: gets ready for that; `ask("work", batch, length, seconds)`: a
+        Visit counting tokens, of samples of `length` tokens after a prompt of one;
+        `ask("greedy", length)`: the likeliest tokens after token 0; `ask("floor", batch, length)`:
+        a Floor.
+    """
+    programs = Programs(config, vocab_size)
+    model, params, key = programs.model, programs.start().params, programs.seed_key
+    np.savez(weights, **flat(params))  # pyright: ignore[reportArgumentType]
+    prompt = np.zeros(1, np.int32)
+
+    peak = functools.cache(lambda: metrics.matmul_peak(config.model.dtype))
+
+    def tokens(batch: int, length: int, temperature: float = 1.0) -> np.ndarray:
+        how = Sampling(temperature, vocab_size=vocab_size)
+        chunks = generate(model, params, prompt, key, length, how, batch)
+        return np.concatenate(list(chunks), axis=1)
+
+    def ask(what: str, *args: Any) -> Any:
+        if what == "warm":
+            return tokens(*args).size
+        if what == "work":
+            *task, seconds = args
+            return measure.work(lambda: tokens(*task).size, seconds)
+        if what == "greedy":
+            return tokens(1, args[0], 0.0)[0].tolist()
+        return floor(config, params, *args, peak=peak())
+
+    return ask
+
+
+class Floor(NamedTuple):
+    """What no implementation in this precision can beat: tokens/s, and where they come from."""
+
+    tokens_per_second: float
+    bytes_per_step: int
+    """Weights, once for all streams, and the cache of every stream."""
+    bandwidth: float
+    """Bytes/s at which an array of that size is read here, from a cache if it fits there."""
+    memory_bandwidth: float
+    """The same of an array that fits nowhere."""
+    flops_per_step: int
+    peak: float
+
+
+def floor(config: Config, params: Any, batch: int, length: int, peak: float) -> Floor:
+    """The roofline of drawing one token for each of `batch` streams of up to `length` tokens."""
+    m = config.model
+    # flops_per_token counts 6 for each parameter that is multiplied with, and attention's.
+    width = m.n_embd * (m.n_kv_head or m.n_head) // m.n_head
+    attention = 12 * m.n_layer * m.n_embd * m.block_size
+    multiplied = (metrics.flops_per_token(m, params) - attention) // 6
+    context = min(length, m.block_size) // 2  # the mean over a window that fills
+    read = 4 * (multiplied + batch * 2 * m.n_layer * context * width)
+    flops = batch * (2 * multiplied + 4 * m.n_layer * m.n_embd * context)
+    bandwidth, memory = read_bandwidth(read), read_bandwidth(2**28)
+    seconds = max(read / bandwidth, flops / peak)
+    return Floor(batch / seconds, read, bandwidth, memory, flops, peak)
+
+
+@functools.cache
+def read_bandwidth(size: int) -> float:
+    """Bytes/s of reading `size` bytes again and again, by the fastest of three ways."""
+    rows = max(1, size // 4096)
+    host, vector = np.ones((rows, 1024), np.float32), np.ones(1024, np.float32)
+    array, on_device = jnp.asarray(host), jnp.asarray(vector)
+    add, multiply = jax.jit(jnp.sum), jax.jit(jnp.matmul)
+    ways = (
+        lambda: host @ vector,
+        lambda: add(array).block_until_ready(),
+        lambda: multiply(array, on_device).block_until_ready(),
+    )
+    return host.nbytes / min(map(measure.best_seconds, ways))

@@ -1,0 +1,238 @@
+"""Tests of the benchmarks: each command end to end, tiny, and the arithmetic of their figures."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import growth, jax_gpt, measure, sampling, startup, step, time_to_loss
+from gptjax.build import build_model
+from gptjax.config import Config, MeshConfig, ModelConfig
+from gptjax.errors import UserError
+from gptjax.programs import Programs
+
+
+def results(path: Path, name: str) -> Any:
+    """What a benchmark wrote, after what is common to all of them."""
+    content = json.loads(path.read_text())
+    assert content["benchmark"] == name
+    assert content["machine"]["processor"] and content["machine"]["versions"]["jax"]
+    assert content["settings"]["out"] == str(path)
+    return content["rows"]
+
+
+@pytest.fixture
+def text(tmp_path: Path, play: str) -> str:
+    (tmp_path / "play.txt").write_text(play)
+    return str(tmp_path / "play.txt")
+
+
+@pytest.mark.torch
+def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("transformers")
+    out = tmp_path / "step.json"
+    step.main(f"--sizes tiny --sides plain transformers --rounds 2 --seconds 0 --out {out}".split())
+    [row] = results(out, "step")
+    assert list(row["sides"]) == ["gptjax", "plain", "transformers"]
+    times = {name: side["seconds_per_step"] for name, side in row["sides"].items()}
+    for name, side in row["sides"].items():
+        assert len(times[name]) == 2
+        quotients = [a / b for a, b in zip(times["gptjax"], times[name], strict=True)]
+        assert side["gptjax_over_this"]["median"] == pytest.approx(np.median(quotients))
+        # Far closer than what is let by: the same weights, batches and updates.
+        np.testing.assert_allclose(
+            side["first_losses"], row["sides"]["gptjax"]["first_losses"], rtol=1e-5
+        )
+        assert side["peak_memory"] > 50e6
+    assert "ms a step" in capsys.readouterr().out
+
+
+def test_sides_that_compute_something_else_are_not_compared():
+    same = [4.17, 4.16]
+    step.check_losses({"gptjax": same, "plain": [4.1701, 4.1601]})
+    with pytest.raises(RuntimeError, match="plain computes something else than gptjax"):
+        step.check_losses({"gptjax": same, "plain": [4.17, 4.19]})
+    with pytest.raises(RuntimeError, match="computes something else"):
+        step.check_losses({"gptjax": same, "plain": [4.17, float("nan")]})
+
+
+@pytest.mark.torch
+def test_sampling(tmp_path: Path):
+    pytest.importorskip("transformers")
+    out = tmp_path / "sampling.json"
+    few = "--batches 2 --rounds 1 --seconds 0 --length 20"
+    sampling.main(f"--sizes tiny {few} --out {out}".split())
+    rows = results(out, "sampling")
+    assert [(row["task"], row["batch"]) for row in rows] == [("window", 2), ("long", 2)]
+    assert list(rows[0]["tokens_per_second"]) == list(sampling.SamplingCommand().sides)
+    assert list(rows[1]["tokens_per_second"]) == ["gptjax", "nanogpt"]
+    assert all(0 < row["share_of_floor"] < 1 for row in rows)
+
+
+def test_the_floor_of_sampling():
+    """A token needs each weight and each cached vector once."""
+    model = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=8, block_size=16, bias=False)
+    tokens = jax.numpy.zeros((1, 1), int)
+    params = jax.eval_shape(build_model(model, 5).init, jax.random.key(0), tokens)["params"]
+    floor = jax_gpt.floor(Config(model=model), params, 3, 100, peak=1e9)
+    norms = 2 * 8  # of a layer
+    matrices = 2 * (8 * 8 + 8 * 2 * 4 + 8 * 8 + 2 * 8 * 32 + norms) + 5 * 8
+    cached = 3 * 2 * 2 * 8 * 4  # streams, layers, keys and values, half a window, half the width
+    assert floor.bytes_per_step == 4 * (matrices + cached)
+    assert floor.flops_per_step == 3 * (2 * matrices + 2 * 2 * 2 * 8 * 8)
+    seconds = max(floor.bytes_per_step / floor.bandwidth, floor.flops_per_step / 1e9)
+    assert floor.tokens_per_second == pytest.approx(3 / seconds)
+
+
+def test_startup(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(startup, "FOR_SCALE", {"nothing": "pass", "failing": "1 / 0"})
+    out = tmp_path / "startup.json"
+    startup.main(f"--config bigram --rounds 1 --text {text} --out {out}".split())
+    rows = results(out, "startup")
+    assert len(rows["seconds"]["nothing"]) == 1 and "failing" not in rows["seconds"]
+    for heat in ("cold", "warm"):
+        assert rows["seconds"][f"train.py to the first step, {heat}"][0] > 0
+        assert rows["seconds"][f"sample.py to the first character, {heat}"][0] > 0
+        parts = rows["parts"][heat][0]
+        assert {"import jax", "first step", "all compiling or loading"} <= parts.keys()
+        assert all(seconds >= 0 for seconds in parts.values())
+
+
+def test_growth(tmp_path: Path):
+    out = tmp_path / "growth.json"
+    growth.main(f"--axes batch --points 2 --rounds 1 --seconds 0 --out {out}".split())
+    rows = results(out, "growth")
+    assert [row["value"] for row in rows] == [4, 8]
+    assert rows[1]["flops_per_step"] == 2 * rows[0]["flops_per_step"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_axis_of_growth_changes_one_thing():
+    for axis, values in growth.POINTS.items():
+        for value in values:
+            config = growth.config_of(axis, value)
+            m = config.model
+            found = {
+                "batch": config.batch_size,
+                "context": m.block_size,
+                "width": m.n_embd,
+                "layers": m.n_layer,
+            }
+            usual = {"batch": 16, "context": 64, "width": 128, "layers": 4}
+            assert found == usual | ({axis: value} if axis != "corpus" else {})
+
+
+def test_slopes():
+    xs = [1.0, 2.0, 4.0]
+    assert growth.slopes(xs, [3.0, 12.0, 48.0]) == pytest.approx((2.0, 2.0))
+    assert growth.slopes(xs, [5.0, 5.0, 10.0]) == pytest.approx((1.0, 0.5))
+
+
+@pytest.mark.torch
+def test_time_to_loss(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("torch")
+    page, out = tmp_path / "leaderboard.md", tmp_path / "loss.json"
+    page.write_text("| day |\n| --- |\n")
+    monkeypatch.setattr(time_to_loss, "LEADERBOARD", page)
+    few = "--seeds 1 --steps 6 --eval-every 3 --baseline --baseline-steps 3"
+    time_to_loss.main(f"--config tiny {few} --target 5 --text {text} --docs --out {out}".split())
+    ours, theirs = results(out, "time_to_loss")
+    assert ours["recipe"] == "tiny, 6 steps" and theirs["recipe"] == "nanoGPT's, PyTorch, 3 steps"
+    [history] = ours["histories"]
+    assert [record["step"] for record in history] == [0, 3, 6]
+    assert ours["seconds_to_target"] == [0.0]  # a model that knows nothing is below 5 already
+    assert 0 < ours["compile_seconds"][0] <= ours["seconds"][0]
+    assert [record["step"] for record in theirs["histories"][0]] == [0, 3]
+    lines = page.read_text().splitlines()
+    assert len(lines) == 4 and "| tiny, 6 steps | 5.0000 | 0.0 |" in lines[2]
+
+
+def test_the_target_is_reached_at_the_first_evaluation_below_it():
+    losses = [(0.0, 4.2), (10.0, 1.9), (20.0, 1.88), (30.0, 1.885), (40.0, 1.7)]
+    history = [{"seconds": s, "val_loss": loss} for s, loss in losses]
+    assert time_to_loss.seconds_to(history, 1.8857) == 20.0
+    assert time_to_loss.seconds_to(history, 1.5) is None
+    result = time_to_loss.summary("x", 1.8857, [history, history[:2]])
+    assert time_to_loss.cells(result)[2] == "reached by 1 of 2"
+    assert time_to_loss.cells(result)[4:] == ["25.0 (10.0 to 40.0)", "1.8000 (1.7000 to 1.9000)"]
+
+
+def test_compile_time_is_the_first_call_less_a_usual_one():
+    seconds = [9.0, 9.0, 10.0, 10.0, 11.0, 11.0]
+    records: list[dict[str, float]] = [{"step": 0, "seconds": 0.0, "val_loss": 4.2}]
+    records += [{"step": i + 1, "seconds": s} for i, s in enumerate(seconds)]
+    assert time_to_loss._evaluations(records, 2)[0]["compile_seconds"] == 8.0
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["plain", "transformers"])
+def test_their_networks_measure_the_same_loss(kind: str):
+    """Our weights in them, far from where they begin; a split that no window divides."""
+    pytest.importorskip("transformers")
+    torch_gpt = pytest.importorskip("benchmarks.torch_gpt", reason="torch is not here")
+    config = Config(batch_size=4, model=step.SIZES["tiny"].config.model)
+    programs = Programs(replace(config, mesh=MeshConfig(data=1)), 65)
+    params = programs.start().params
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
+    val = measure.random_tokens(65, 333)
+    theirs, forward = torch_gpt.build(kind, config.model, 65)
+    torch_gpt.load(theirs, jax_gpt.flat(params))
+    ours = programs.mean_loss(params, programs.put(val), 0, whole=True)
+    loss = torch_gpt.whole_split_loss(theirs, forward, val, config.model.block_size)
+    assert loss == pytest.approx(ours, rel=1e-6)
+
+
+def test_spread_and_ratios():
+    assert measure.spread([3.0, 1.0, 2.0]) == (1.0, 2.0, 3.0)
+    assert measure.ratios([1.0, 9.0], [2.0, 3.0]) == (0.5, 1.75, 3.0)
+    assert str(measure.spread([0.01234, 0.5, 1234.5])) == "0.500 (0.0123 to 1,234)"
+
+
+def failing(kind: str) -> Any:
+    if kind == "user":
+        raise UserError("one line")
+    if kind == "bug":
+        raise ZeroDivisionError("x")
+    import os
+
+    os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("user", UserError, "one line"),
+        ("bug", RuntimeError, "ZeroDivisionError: x"),
+        ("death", RuntimeError, "died with exit code 3"),
+    ],
+)
+def test_a_side_that_fails_says_so(kind: str, error: type, message: str):
+    with pytest.raises(error, match=message), measure.sides({"a": (failing, kind)}):
+        pass
+
+
+def test_errors_a_user_can_cause(tmp_path: Path):
+    for command, message in {
+        lambda: step.main(["--rounds", "0"]): "--rounds 0 is too small; give 1 or more",
+        lambda: step.main(["--seconds", "-1"]): "--seconds -1.0 is too small; give 0 or more",
+        lambda: growth.main(["--points", "0"]): "--points 0 is too small; give 1 or more",
+        lambda: sampling.main(["--batches", "0"]): "--batches 0 is too small; give 1 or more",
+        lambda: startup.main(["--config", "x"]): "unknown preset 'x'; presets: bigram, tiny",
+        lambda: time_to_loss.main(["--config", "x"]): "unknown preset 'x'; presets: bigram, tiny",
+        lambda: measure.need("torch_x", instead="--sides gptjax"): (
+            "torch_x to compare with: not installed; pip install torch_x, or --sides gptjax"
+        ),
+        lambda: time_to_loss.append(tmp_path / "no.md", []): (
+            f"cannot write {tmp_path}/no.md: No such file or directory; run it where it is"
+        ),
+        lambda: measure.save(Path("/dev/null/x.json"), "x", {}, None, []): (
+            "cannot write /dev/null/x.json: File exists; give another --out"
+        ),
+    }.items():
+        with pytest.raises(UserError) as caught:
+            command()
+        assert str(caught.value).startswith(message)
