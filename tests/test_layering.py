@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer": {"errors"},
     "corpora": {"errors"},
     "cache": set(),
+    "hlo": set(),
     "runs": {"config", "config_json", "errors", "tokenizer"},
     "presets": {"config"},
     "cli": {"config", "errors", "presets", "runs", "tokenizer"},
@@ -63,6 +64,7 @@ WITHOUT_JAX = (
         "presets",
         "cli",
         "plot",
+        "hlo",
     ),
 )
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}  # importing any of these takes a second or more

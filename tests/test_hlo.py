@@ -1,0 +1,173 @@
+"""Tests of what is read from compiled programs: of programs whose collectives are known, and of
+lines as the TPU's and the GPU's compilers write them."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from gptjax.hlo import Collective, Program
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    sizes, auto = tuple(MESH.values()), (AxisType.Auto,) * 3
+    return jax.make_mesh(sizes, tuple(MESH), axis_types=auto, devices=jax.devices()[:8])
+
+
+def program(function: Any, *shapes: tuple[int, ...], **options: Any) -> tuple[Program, Any]:
+    arguments = [jnp.zeros(shape) for shape in shapes]
+    compiled = jax.jit(function, **options).lower(*arguments).compile()
+    return Program(compiled.as_text() or ""), compiled
+
+
+COLLECTIVES = {
+    "all-reduce": lambda x, axes: jax.lax.psum(x, axes),
+    "all-gather": lambda x, axes: jax.lax.all_gather(x, axes, tiled=True).sum() + x,
+    "reduce-scatter": lambda x, axes: jnp.tile(jax.lax.psum_scatter(x, axes, tiled=True), (2, 1)),
+    "all-to-all": lambda x, axes: jax.lax.all_to_all(x, axes, 0, 0, tiled=True),
+    "collective-permute": lambda x, axes: jax.lax.ppermute(x, axes, [(0, 1), (1, 0)]),
+}
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+@pytest.mark.parametrize("axis", MESH)
+def test_a_collective_counts_as_often_as_its_loop_goes_round(mesh, kind, axis):
+    """6 rounds, of (8, 16) float32 on each device, between pairs."""
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=P(axis), out_specs=P(axis), check_vma=False)
+    def looped(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (COLLECTIVES[kind](x, axis) * 0.5, None), x, length=6)[0]
+
+    [found] = [c for c in program(looped, (16, 16))[0].collectives() if c.bytes > 4]
+    assert found[0] == kind
+    assert (found.bytes, len(found.group), found.times) == (8 * 16 * 4, 2, 6)
+    assert found.axes(MESH) == (axis,)
+    wires = {"all-reduce": 1, "all-gather": 1, "collective-permute": 1}  # of 2 devices
+    assert found.wire == found.bytes * wires.get(kind, 0.5)
+
+
+def test_loops_in_loops_multiply(mesh):
+    @partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    def looped(x: jax.Array) -> jax.Array:
+        inner = lambda x, _: (jax.lax.psum(x, ("fsdp", "tensor")) * 0.5, None)
+        outer = lambda x, _: (jax.lax.scan(inner, x + 1, length=5)[0], None)
+        return jax.lax.scan(outer, x, length=3)[0]
+
+    [found] = program(looped, (16, 16))[0].collectives()
+    assert (found.kind, found.times, found.axes(MESH)) == ("all-reduce", 15, ("fsdp", "tensor"))
+    assert found.wire == found.bytes * 2 * 3 / 4
+
+
+def test_what_runs_on_one_device_has_none():
+    assert program(lambda x: jnp.tanh(x) @ x.T, (8, 8))[0].collectives() == []
+
+
+# One device's part of a program, as three compilers write it.
+LINE = "  %c = f32[{}] {}(%x), channel_id=1, {}, use_global_device_ids=true, to_apply=%add"
+
+
+@pytest.mark.parametrize(
+    ("groups", "group"),
+    [
+        ("replica_groups={{0,3},{1,2}}", (0, 3)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", (0, 2)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 4, 5)),
+        ("source_target_pairs={{0,2},{2,1},{1,0},{3,4}}", (0, 2, 1)),
+    ],
+)
+def test_groups_are_read_in_every_spelling(groups, group):
+    lines = ["ENTRY %main (x: f32[4]) -> f32[4] {", "  %x = f32[4]{0} parameter(0)"]
+    text = "\n".join([*lines, LINE.format("4", "all-reduce", groups), "}"])
+    assert Program(text).collectives() == [Collective("all-reduce", 16, group, 1)]
+
+
+def test_iota_groups_equal_numpy():
+    for shape, order in (((4, 2), (1, 0)), ((2, 3, 4), (2, 0, 1)), ((2, 2, 2), (1, 0, 2))):
+        expected = np.arange(np.prod(shape)).reshape(shape).transpose(order).reshape(2, -1)[0]
+        sizes = ",".join(map(str, shape)), ",".join(map(str, order))
+        line = f"replica_groups=[2,{expected.size}]<=[{sizes[0]}]T({sizes[1]})"
+        lines = ["ENTRY %main (x: f32[4]) -> f32[4] {", "  %x = f32[4]{0} parameter(0)"]
+        text = "\n".join([*lines, LINE.format("4", "all-gather", line), "}"])
+        assert Program(text).collectives()[0].group == tuple(expected)
+
+
+TPU = """\
+HloModule jit_f, is_scheduled=true
+
+%fused (p: f32[8,4], q: s32[]) -> f32[1,4] {
+  %p = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %q = s32[]{:T(128)} parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,4]{1,0} dynamic-slice(%p, %q, %zero), dynamic_slice_sizes={1,4}
+}
+
+%piece (a: f32[8,4]) -> f32[16,4] {
+  %a = f32[8,4]{1,0:T(8,128)} parameter(0)
+  ROOT %all-gather.2 = f32[16,4]{1,0} all-gather(%a), channel_id=7, replica_groups={{0,1}}
+}
+
+%cond (t: (s32[], f32[8,4])) -> pred[] {
+  %t = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %n = s32[]{:T(128)} constant(48)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (t: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %t = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %x = f32[8,4]{1,0:T(8,128)} get-tuple-element(%t), index=1
+  %row = f32[1,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+  %near = f32[8,4]{1,0:T(8,128)S(1)} negate(%x)
+  %start = f32[16,4]{1,0} fusion(%x), kind=kCustom, calls=%piece
+  %again = f32[16,4]{1,0} all-gather(%x), channel_id=7, replica_groups={{0,1}}
+  ROOT %out = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%i, %x)
+}
+
+ENTRY %main (t: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %t = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) parameter(0)
+  ROOT %while = (s32[]{:T(128)}, f32[8,4]{1,0}) while(%t), condition=%cond, body=%body
+}
+"""
+
+
+def test_a_tpu_program():
+    """Its loop's rounds stand in the condition only; the pieces of a collective have one channel;
+    what lies in the core's own memory, S(1), is no traffic of the main one."""
+    program = Program(TPU)
+    assert program.collectives() == [Collective("all-gather", 128, (0, 1), 48)]
+    a_round = (16 + 4 + 16) + 128 + (128 + 256) + (128 + 256)  # row, near, start, again
+    assert program.traffic() == 48 * a_round + 48 * (1 + 4 + 4)  # the comparison too
+
+
+def test_traffic_is_xlas_own_where_nothing_loops():
+    """Of a program of matmuls, whose operands and results XLA counts too."""
+
+    def chain(a: jax.Array, b: jax.Array) -> jax.Array:
+        return (a @ b) @ a
+
+    found, compiled = program(chain, (64, 128), (128, 64))
+    assert found.traffic() == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.05)
+
+
+def test_traffic_of_a_loop_is_that_of_its_rounds_and_slices_count_as_slices():
+    """50 layers of 64 x 64: each is read once, not the whole stack each time."""
+
+    def layers(x: jax.Array, stack: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+    found, _ = program(layers, (8, 64), (50, 64, 64))
+    least = 50 * 64 * 64 * 4
+    assert least < found.traffic() < 4 * least
