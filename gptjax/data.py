@@ -13,18 +13,18 @@ import numpy as np
 from gptjax import corpora
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.tokenizer import CharTokenizer
+from gptjax.tokenizer import CharTokenizer, Tokenizer
 
 
 class Dataset(NamedTuple):
     """A text as tokens: train, val are (N,) arrays, uint16 where the vocabulary allows."""
 
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     train: np.ndarray
     val: np.ndarray
 
 
-def open_dataset(config: Config, tokenizer: CharTokenizer | None = None) -> Dataset:
+def open_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     """Read the configured text, encode it, and split it by position.
 
     Args:

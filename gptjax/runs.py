@@ -24,7 +24,7 @@ from gptjax import config_json
 from gptjax import tokenizer as tokenizer_module
 from gptjax.config import Config, differences
 from gptjax.errors import UserError
-from gptjax.tokenizer import CharTokenizer
+from gptjax.tokenizer import Tokenizer
 
 RUNS = Path("runs")
 LOCK = ".lock"
@@ -138,12 +138,12 @@ class Run:
     def __init__(self, directory: Path):
         self.directory = directory
         self.config = read_config(directory)
-        self.tokenizer: CharTokenizer = read_file(
+        self.tokenizer: Tokenizer = read_file(
             directory / "tokenizer.json", tokenizer_module.from_json
         )
 
     @classmethod
-    def create(cls, directory: Path, config: Config, tokenizer: CharTokenizer) -> "Run":
+    def create(cls, directory: Path, config: Config, tokenizer: Tokenizer) -> "Run":
         """Make the folder of a new run.
 
         Raises:

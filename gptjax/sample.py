@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax import runs
 from gptjax.build import build_model
@@ -14,7 +15,9 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.cli import SampleCommand, read_prompt
 from gptjax.generate import CHUNK, Sampling, generate
 from gptjax.runs import Run
+from gptjax.tokenizer import Tokenizer
 
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # how bytes read that are no UTF-8, or not yet
 WARM_UP = 1 + CHUNK  # tokens of the first two yields, which both programs are compiled for
 
 
@@ -26,7 +29,7 @@ def stream(command: SampleCommand, model: nn.Module | None = None) -> Iterator[l
         model: your own, if the run was trained with one; None: the config's.
 
     Yields:
-        num_samples pieces of new text at a time, one for each sample.
+        num_samples pieces of new text at a time, one for each sample; no character in halves.
 
     Raises:
         UserError: no such run or checkpoint, a damaged one, or a prompt that cannot be encoded.
@@ -45,10 +48,49 @@ def stream(command: SampleCommand, model: nn.Module | None = None) -> Iterator[l
     params = checkpoints.load(step, {"params": target})["params"]
     sampling = Sampling(command.temperature, command.top_k, command.top_p, tokenizer.vocab_size)
     key = jax.random.key(command.seed)
+    growing = [Growing(tokenizer, prompt) for _ in range(command.num_samples)]
     for chunk in generate(
         model, params, prompt, key, command.max_new_tokens, sampling, command.num_samples
     ):
-        yield [tokenizer.decode(row) for row in chunk]
+        yield [text.add(row) for text, row in zip(growing, chunk, strict=True)]
+    yield [text.end() for text in growing]
+
+
+class Growing:
+    """The text of tokens as they come: a character that is not whole yet is held back.
+
+    Args:
+        tokenizer: of the tokens; one of them may hold a part of a character only.
+        prompt: what they come after, which some tokenizers need to know (not given out again).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._restart(prompt[-1:].tolist())
+
+    def _restart(self, ids: list[int]) -> None:
+        """Decode from `ids` on, whose text has been given out."""
+        self._ids, self._given = ids, len(self._tokenizer.decode(ids))
+        self._new = len(ids)
+
+    def add(self, ids: np.ndarray) -> str:
+        """What can be said after these too; together the pieces are the text of all tokens."""
+        pieces = []
+        for token in ids.tolist():
+            self._ids.append(token)
+            text = self._tokenizer.decode(self._ids)
+            # Of a character, three bytes of four can be waiting for the last.
+            ready = max(len(text.rstrip(BROKEN)), len(text) - 3)
+            pieces.append(text[self._given : ready])
+            self._given = max(self._given, ready)
+            if ready == len(text):
+                self._restart(self._ids[self._new :])
+        return "".join(pieces)
+
+    def end(self) -> str:
+        """What was held back and will not be completed."""
+        return self._tokenizer.decode(self._ids)[self._given :]
 
 
 def main(command: SampleCommand) -> None:
@@ -63,5 +105,5 @@ def main(command: SampleCommand) -> None:
         times.append(time.perf_counter())
     print("" if one else "\n---\n".join(texts))
     if (made := command.max_new_tokens - WARM_UP) > 0:
-        rate = made * command.num_samples / (times[-1] - times[1])
+        rate = made * command.num_samples / (times[-2] - times[1])
         print(f"{rate:,.0f} tokens/s, compilation not counted", file=sys.stderr)

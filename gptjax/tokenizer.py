@@ -1,16 +1,61 @@
 """Text to ids and back, and the JSON that a run keeps of it."""
 
+import base64
+import binascii
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Protocol
 
 import numpy as np
 
 from gptjax.errors import UserError
+from gptjax.subwords import END_OF_TEXT as END_OF_TEXT
+from gptjax.subwords import HFTokenizer, SentencePieceTokenizer, Unknown, join, scalars
 
-Unknown = Literal["error", "replace", "skip"]
 REPLACEMENTS = "\N{REPLACEMENT CHARACTER}? \n"  # the first of these that the vocabulary has
+
+
+class Tokenizer(Protocol):
+    """What all tokenizers can do; anything that can serves.
+
+    A text is taken as it is: what looks like a special token in it is encoded letter by letter.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are in [0, vocab_size)."""
+        ...
+
+    @property
+    def end_of_text(self) -> int | None:
+        """Id of the token that ends a document, which no text encodes to; None: there is none."""
+        ...
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether a text cut between a letter and a space encodes to the same ids, in two parts."""
+        ...
+
+    def encode(self, text: str, unknown: Unknown = "error") -> np.ndarray:
+        """(N,) int32 ids of `text`; UserError for what it lacks, unless told to go on."""
+        ...
+
+    def encode_batch(self, texts: list[str], unknown: Unknown = "error") -> list[np.ndarray]:
+        """The ids of each text."""
+        ...
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """The text of (N,) ids, END_OF_TEXT where documents end."""
+        ...
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """UTF-8 bytes of the text that (N,) ids stand for; ends of documents count nothing."""
+        ...
+
+    def to_json(self) -> str:
+        """The text of a run's `tokenizer.json`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,11 +64,15 @@ class CharTokenizer:
 
     Args:
         vocabulary: the characters, sorted and without repeats.
+        end_of_text: None, or len(vocabulary): the id after them, that ends a document.
 
     Source: lecture, "tokenization".
     """
 
     vocabulary: str
+    end_of_text: int | None = None
+
+    cuttable = True
 
     @classmethod
     def fit(cls, text: str) -> "CharTokenizer":
@@ -32,7 +81,7 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self.vocabulary)
+        return len(self.vocabulary) + (self.end_of_text is not None)
 
     @cached_property
     def _codes(self) -> np.ndarray:
@@ -54,7 +103,7 @@ class CharTokenizer:
             UserError: unknown characters, with their positions.
         """
         codes = _code_points(text)
-        ids = np.searchsorted(self._codes, codes).clip(max=self.vocab_size - 1)
+        ids = np.searchsorted(self._codes, codes).clip(max=len(self.vocabulary) - 1)
         known = self._codes[ids] == codes
         if not known.all():
             if unknown == "error":
@@ -65,15 +114,30 @@ class CharTokenizer:
                 ids[~known] = self._replacement()
         return ids.astype(np.int32)
 
+    def encode_batch(self, texts: list[str], unknown: Unknown = "error") -> list[np.ndarray]:
+        """See `Tokenizer`."""
+        return [self.encode(text, unknown) for text in texts]
+
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """The text of (N,) ids; the exact inverse of `encode`."""
-        codes = self._codes[np.asarray(ids, np.int64)]
-        return codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+        return join(np.asarray(ids, np.int64), self.end_of_text, self._decode)
+
+    def _decode(self, ids: np.ndarray) -> str:
+        codes = self._codes[ids].astype("<u4")
+        return codes.tobytes().decode("utf-32-le", "surrogatepass")
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """See `Tokenizer`."""
+        lengths = [len(c.encode("utf-8", "surrogatepass")) for c in self.vocabulary]
+        return int(np.array([*lengths, 0])[ids].sum())  # the 0 is of the end of a text
 
     def to_json(self) -> str:
         """The text of a run's `tokenizer.json`."""
         # One string for each: two lone surrogates in one would be read back as one character.
-        return json.dumps({"type": "char", "vocabulary": list(self.vocabulary)}) + "\n"
+        values: dict[str, Any] = {"type": "char", "vocabulary": list(self.vocabulary)}
+        if self.end_of_text is not None:
+            values["end_of_text"] = self.end_of_text
+        return json.dumps(values) + "\n"
 
     def _replacement(self) -> int:
         for character in REPLACEMENTS:
@@ -98,18 +162,71 @@ class CharTokenizer:
         )
 
 
-def from_json(text: str) -> CharTokenizer:
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """One id per byte of UTF-8: takes any text, and needs no corpus to be made.
+
+    Args:
+        end_of_text: None, or 256, which ends a document.
+    """
+
+    end_of_text: int | None = None
+
+    cuttable = True
+
+    @property
+    def vocab_size(self) -> int:
+        return 256 + (self.end_of_text is not None)
+
+    def encode(self, text: str, unknown: Unknown = "error") -> np.ndarray:
+        """See `Tokenizer`; only lone surrogates are unknown."""
+        return np.frombuffer(scalars(text, unknown).encode("utf-8"), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: list[str], unknown: Unknown = "error") -> list[np.ndarray]:
+        """See `Tokenizer`."""
+        return [self.encode(text, unknown) for text in texts]
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """The text of (N,) ids; U+FFFD stands where bytes are no UTF-8."""
+        decode = lambda part: part.astype(np.uint8).tobytes().decode("utf-8", "replace")
+        return join(np.asarray(ids, np.int64), self.end_of_text, decode)
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """See `Tokenizer`."""
+        return int((np.asarray(ids) < 256).sum())
+
+    def to_json(self) -> str:
+        """See `Tokenizer`."""
+        end = {} if self.end_of_text is None else {"end_of_text": self.end_of_text}
+        return json.dumps({"type": "byte", **end}) + "\n"
+
+
+def from_json(text: str) -> Tokenizer:
     """Read a run's `tokenizer.json`.
 
     Raises:
-        UserError: not JSON, another kind of tokenizer, or an unusable vocabulary.
+        UserError: not JSON, another kind of tokenizer, an unusable vocabulary, or a library that
+            is missing.
     """
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from None
-    if not isinstance(values, dict) or values.get("type") != "char":
-        raise UserError('expected {"type": "char", ...}; this gptjax reads no other tokenizer')
+    kind = values.get("type") if isinstance(values, dict) else None
+    if kind == "hf":
+        return HFTokenizer(json.dumps(values.get("tokenizer")))
+    if kind == "sentencepiece":
+        try:
+            return SentencePieceTokenizer(base64.b64decode(values["model"], validate=True))
+        except (KeyError, TypeError, binascii.Error):
+            raise UserError("the SentencePiece model must be in base64") from None
+    if kind == "byte":
+        return ByteTokenizer(_end_of_text(values, 256))
+    if kind != "char":
+        raise UserError(
+            'expected {"type": "char", ...}, or byte, hf, sentencepiece; this gptjax reads no '
+            "other tokenizer"
+        )
     vocabulary = values.get("vocabulary")
     if not isinstance(vocabulary, list) or not vocabulary:
         raise UserError("the vocabulary must be a list of one character or more")
@@ -117,7 +234,14 @@ def from_json(text: str) -> CharTokenizer:
         raise UserError("the vocabulary must be a list of strings of one character each")
     if vocabulary != sorted(set(vocabulary)):
         raise UserError("the vocabulary must be sorted and without repeats")
-    return CharTokenizer("".join(vocabulary))
+    return CharTokenizer("".join(vocabulary), _end_of_text(values, len(vocabulary)))
+
+
+def _end_of_text(values: dict[str, Any], expected: int) -> int | None:
+    end = values.get("end_of_text")
+    if end is not None and (type(end) is not int or end != expected):
+        raise UserError(f"end_of_text must be {expected}, the id after all others, not {end!r}")
+    return end
 
 
 def _code_points(text: str) -> np.ndarray:

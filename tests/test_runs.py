@@ -94,7 +94,7 @@ def test_no_run_at_all(here):
     [
         ("config.json", "{", "not JSON: Expecting property name enclosed in double quotes: "),
         ("config.json", '{"format": 2}', "format 2 is not the format 1 this gptjax reads; "),
-        ("tokenizer.json", "[]", 'expected {"type": "char", ...}; '),
+        ("tokenizer.json", "[]", 'expected {"type": "char", ...}, or byte, '),
     ],
 )
 def test_a_damaged_run_is_named(run, name, text, reason):

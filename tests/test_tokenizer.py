@@ -10,10 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.errors import UserError
-from gptjax.tokenizer import CharTokenizer, from_json
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer, from_json
 
 # Unlike st.text()'s default, with surrogates: a terminal or a file name can bring them in.
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
+OTHER_KIND = (
+    'expected {"type": "char", ...}, or byte, hf, sentencepiece; this gptjax reads no other '
+    "tokenizer"
+)
 LECTURE_VOCABULARY = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 
 
@@ -143,11 +147,11 @@ def test_skip_keeps_what_is_known(text: str, other: str):
         ("", "not JSON: Expecting value: line 1 column 1 (char 0)"),
         ("{", "not JSON: Expecting property name enclosed in double quotes: "),
         ("[" * 100_000, "not JSON: "),
-        ("[1]", 'expected {"type": "char", ...}; this gptjax reads no other tokenizer'),
-        ("{}", 'expected {"type": "char", ...}; this gptjax reads no other tokenizer'),
+        ("[1]", OTHER_KIND),
+        ("{}", OTHER_KIND),
         (
             '{"type": "bpe", "vocabulary": "ab"}',
-            'expected {"type": "char", ...}; this gptjax reads no other tokenizer',
+            OTHER_KIND,
         ),
         ('{"type": "char"}', "the vocabulary must be a list of one character or more"),
         (
@@ -166,6 +170,16 @@ def test_skip_keeps_what_is_known(text: str, other: str):
             '{"type": "char", "vocabulary": ["a", "a", "b"]}',
             "the vocabulary must be sorted and without repeats",
         ),
+        (
+            '{"type": "char", "vocabulary": ["a"], "end_of_text": 0}',
+            "end_of_text must be 1, the id after all others, not 0",
+        ),
+        (
+            '{"type": "byte", "end_of_text": "256"}',
+            "end_of_text must be 256, the id after all others, not '256'",
+        ),
+        ('{"type": "sentencepiece"}', "the SentencePiece model must be in base64"),
+        ('{"type": "sentencepiece", "model": "?"}', "the SentencePiece model must be in base64"),
     ],
 )
 def test_refused_json(text: str, message: str):
@@ -173,3 +187,41 @@ def test_refused_json(text: str, message: str):
     whole = "$" if not message.startswith("not JSON") else ""
     with pytest.raises(UserError, match=f"^{re.escape(message)}{whole}"):
         from_json(text)
+
+
+SCALARS = st.text(st.characters(exclude_categories=("Cs",)))
+
+
+@given(SCALARS)
+def test_bytes_are_those_of_utf8(text: str):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.tolist() == list(text.encode("utf-8"))
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.count_bytes(ids) == len(ids)
+
+
+def test_bytes_that_are_no_text():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode([0xE2, 0x82, 0x41, 0xFF]) == "\ufffdA\ufffd"
+    with pytest.raises(UserError) as error:
+        tokenizer.encode("ab\ud800")
+    assert str(error.value) == (
+        "character 2 is '\\ud800', half of a surrogate pair, which no UTF-8 text holds; remove it, "
+        "or choose replace or skip"
+    )
+    assert tokenizer.decode(tokenizer.encode("ab\ud800c", "replace")) == "ab\ufffdc"
+    assert tokenizer.decode(tokenizer.encode("ab\ud800c", "skip")) == "abc"
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer("\nabcé", 5), ByteTokenizer(256)], ids=["char", "byte"]
+)
+def test_the_end_of_a_text(tokenizer: CharTokenizer | ByteTokenizer):
+    end = tokenizer.end_of_text
+    assert end == tokenizer.vocab_size - 1
+    ids = [*tokenizer.encode("ab"), end, end, *tokenizer.encode("é"), end]
+    assert tokenizer.decode(ids) == "ab<|endoftext|><|endoftext|>é<|endoftext|>"
+    assert tokenizer.count_bytes(np.array(ids)) == 4
+    assert from_json(tokenizer.to_json()) == tokenizer
+    assert end not in tokenizer.encode("<|endoftext|>", "skip")
