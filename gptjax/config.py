@@ -68,6 +68,9 @@ class ModelConfig:
     """Of matmuls and activations; parameters, softmax, norms and loss are always float32."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    remat_saves: Literal["nothing", "dots"] = "nothing"
+    """With remat, what a block keeps all the same: nothing but its input; or what its linear
+    layers gave, which are the dear part (attention's weights are made again)."""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "ngram"):
@@ -93,6 +96,11 @@ class ModelConfig:
             raise UserError(
                 f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}; "
                 f"change one of them (each serves as many queries)"
+            )
+        if self.remat_saves != "nothing" and not self.remat:
+            raise UserError(
+                f"model.remat_saves={self.remat_saves} says what rematerialisation keeps, and "
+                f"model.remat is off; add --model.remat True"
             )
         if self.position == "rotary" and self.head_size % 2:
             raise UserError(
@@ -213,6 +221,9 @@ class Config:
     """A step whose loss or gradient is not finite is skipped; so many in a row end the run."""
     steps_per_dispatch: int = 8
     """Updates that the device runs per call from the host; changes speed, never the numbers."""
+    loss_chunk: int | None = None
+    """Positions of a window whose logits exist at once, a divisor of block_size: a large vocabulary
+    then takes little memory, and the head is computed once more; None: all positions."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -228,6 +239,18 @@ class Config:
             _positive(name, getattr(self, name))
         if self.eval_batches is not None:
             _positive("eval_batches", self.eval_batches)
+        if self.loss_chunk is not None:
+            _positive("loss_chunk", self.loss_chunk)
+            if self.model.kind != "gpt":
+                raise UserError(
+                    f"loss_chunk={self.loss_chunk} needs model.kind=gpt, and it is "
+                    f"{self.model.kind}; leave --loss-chunk out"
+                )
+            if self.model.block_size % self.loss_chunk:
+                raise UserError(
+                    f"model.block_size={self.model.block_size} is not divisible by "
+                    f"loss_chunk={self.loss_chunk}; change one of them"
+                )
         if self.batch_size % self.optim.accumulate:
             raise UserError(
                 f"batch_size={self.batch_size} is not divisible by "

@@ -11,12 +11,16 @@ sampler and your own module fit together:
     logits, cache = model.apply({"params": params}, tokens, cache=None, train=False)
     cache = model.init_cache(batch)                      # None: the model has no use for one
 
+The GPT comes apart as `features`, (B, T, C), and `head`, logits of them, so that a loss need not
+hold all logits at once.
+
 Parameter names are GPT-2's (`wte wpe h/{ln_1, attn/{c_attn, c_proj}, ln_2, mlp/{c_fc, c_proj}}
 ln_f`); the leaves below `h` have a leading L axis, for the blocks are one scanned module. Options
 of the modern family (rotary positions, RMS norm, SwiGLU, grouped queries) are fields of the config.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +32,7 @@ from gptjax.errors import UserError
 from gptjax.layers import INIT_STD, Linear, activate, init_stds, norm, rms, rotate
 
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v to y, causal
 
 
 class KVCache(NamedTuple):
@@ -80,6 +85,7 @@ class CausalSelfAttention(nn.Module):
     train: bool = False
     causal: bool = True
     project: bool = True
+    attend: Attend | None = None  # a faster kernel, where its work is the same
 
     @nn.compact
     def __call__(
@@ -108,12 +114,14 @@ class CausalSelfAttention(nn.Module):
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, 1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, 1)
             cache = k, v
-        mask = None
-        if self.causal and context is None:
-            mask = causal_mask(x.shape[1], k.shape[1], start)
         share = c.dropout if c.attn_dropout is None else c.attn_dropout
-        drop = nn.Dropout(share, deterministic=not self.train)
-        y = attention(q, k, v, mask, drop if share else None)
+        masked = self.causal and context is None
+        if self.attend is not None and masked and cache is None and not share:
+            y = self.attend(q, k, v)
+        else:
+            mask = causal_mask(x.shape[1], k.shape[1], start) if masked else None
+            drop = nn.Dropout(share, deterministic=not self.train)
+            y = attention(q, k, v, mask, drop if share else None)
         if not self.project:
             return y.reshape(x.shape), cache
         y = Linear(
@@ -150,13 +158,14 @@ class Block(nn.Module):
 
     config: ModelConfig
     train: bool = False
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
         self, x: jax.Array, cache: tuple[jax.Array, jax.Array] | None, start: jax.Array | int
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
-        attn = CausalSelfAttention(c, train=self.train, name="attn")
+        attn = CausalSelfAttention(c, train=self.train, attend=self.attend, name="attn")
         y, cache = attn(norm(c, "ln_1")(x), cache, start)
         x = x + y
         x = x + MLP(c, train=self.train, name="mlp")(norm(c, "ln_2")(x))
@@ -168,8 +177,17 @@ class GPT(nn.Module):
 
     config: ModelConfig
     vocab_size: int
+    attend: Attend | None = None  # None: `attention`, which all others must equal
 
-    @nn.compact
+    def setup(self) -> None:
+        c = self.config
+        # The lecture's PyTorch draws embeddings from N(0, 1).
+        self.normal = nn.initializers.normal(1.0 if c.init == "torch" else INIT_STD)
+        self.wte = nn.Embed(self.vocab_size, c.n_embd, embedding_init=self.normal)
+        if not c.tie_head:
+            std = 0.0 if c.init == "zero" else init_stds(c)[0]
+            self.lm_head = Linear((self.vocab_size,), bias=c.bias, std=std, dtype=c.dtype)
+
     def __call__(
         self, tokens: jax.Array, cache: KVCache | None = None, train: bool = False
     ) -> tuple[jax.Array, KVCache | None]:
@@ -186,17 +204,22 @@ class GPT(nn.Module):
         Raises:
             UserError: T is more than block_size.
         """
+        x, cache = self.features(tokens, cache, train)
+        return self.head(x), cache
+
+    @nn.compact
+    def features(
+        self, tokens: jax.Array, cache: KVCache | None = None, train: bool = False
+    ) -> tuple[jax.Array, KVCache | None]:
+        """What the head reads logits off: (B, T, C) in the config's dtype, and the cache."""
         c = self.config
         T = tokens.shape[1]
         if T > c.block_size:
             raise UserError(f"T={T} tokens exceed model.block_size={c.block_size}; give fewer")
-        # The lecture's PyTorch draws embeddings from N(0, 1).
-        normal = nn.initializers.normal(1.0 if c.init == "torch" else INIT_STD)
-        wte = nn.Embed(self.vocab_size, c.n_embd, embedding_init=normal, name="wte")
-        x = wte(tokens)  # (B, T, C)
+        x = self.wte(tokens)  # (B, T, C)
         start = 0 if cache is None else cache.length
         if c.position == "learned":
-            wpe = self.param("wpe", normal, (c.block_size, c.n_embd))
+            wpe = self.param("wpe", self.normal, (c.block_size, c.n_embd))
             x = x + jax.lax.dynamic_slice_in_dim(wpe, start, T)[None]
         if c.ngram > 1:
             read = tokens
@@ -205,18 +228,20 @@ class GPT(nn.Module):
                 cache = cache._replace(tokens=read)
             x = x + self.before(read, start, T)
         x, cache = self.blocks(x.astype(c.dtype), cache, train)
-        x = norm(c, "ln_f")(x).astype(c.dtype)
+        return norm(c, "ln_f")(x).astype(c.dtype), cache
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """(B, T, V) float32 logits of (B, T, C) features."""
+        c = self.config
         if c.tie_head:
-            head = wte.embedding.astype(c.dtype)
-            logits = jnp.tensordot(x.reshape(-1, c.n_embd), head.T, 1).reshape(*x.shape[:2], -1)
+            table = self.wte.embedding.astype(c.dtype)
+            logits = jnp.tensordot(x.reshape(-1, c.n_embd), table.T, 1).reshape(*x.shape[:2], -1)
         else:
-            std = 0.0 if c.init == "zero" else init_stds(c)[0]
-            head = Linear((self.vocab_size,), bias=c.bias, std=std, dtype=c.dtype, name="lm_head")
-            logits = head(x)
+            logits = self.lm_head(x)
         logits = logits.astype(jnp.float32)
         if c.softcap is not None:  # Gemma 2, section 2
             logits = c.softcap * jnp.tanh(logits / c.softcap)
-        return logits, cache
+        return logits
 
     def before(self, read: jax.Array, start: jax.Array | int, T: int) -> jax.Array:
         """(B, T, C) of what stands at 1 .. ngram - 1 places before each of T positions from
@@ -237,7 +262,11 @@ class GPT(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """What stands between embeddings and logits: (B, T, C) to (B, T, C), and the cache."""
         c = self.config
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        block = Block
+        if c.remat:
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = keep if c.remat_saves == "dots" else None
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -245,7 +274,7 @@ class GPT(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.n_layer,
             unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
-        )(c, train=train, name="h")
+        )(c, train=train, attend=self.attend, name="h")
         kv: Any = None if cache is None else (cache.k, cache.v)
         x, kv = blocks(x, kv, 0 if cache is None else cache.length)
         if cache is not None:

@@ -124,6 +124,7 @@ GPT2 = Config(
     eval_batches=200,
     save_every=1000,
     steps_per_dispatch=1,
+    loss_chunk=128,
     model=ModelConfig(
         n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, dtype="bfloat16"
     ),
@@ -136,6 +137,35 @@ def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Config:
     return replace(GPT2, model=shape)
 
 
+# python train.py --config 7b: Llama 2's smallest shape and recipe (Touvron et al.
+# 2023: batch of 4 M tokens, 2 T tokens). Not run here: no accelerator.
+LLAMA_7B = Config(
+    steps=500_000,
+    batch_size=1024,
+    eval_every=1000,
+    eval_batches=20,
+    save_every=1000,
+    steps_per_dispatch=1,
+    loss_chunk=512,
+    model=ModelConfig(
+        n_layer=32,
+        n_head=32,
+        n_embd=4096,
+        n_inner=11008,
+        block_size=4096,
+        vocab_size=32000,
+        bias=False,
+        norm="rms",
+        position="rotary",
+        activation="swiglu",
+        tie_head=False,
+        dtype="bfloat16",
+        remat=True,
+    ),
+    optim=OptimConfig(learning_rate=3e-4, warmup_steps=2000, beta2=0.95, accumulate=8),
+)
+
+
 PRESETS: dict[str, Config] = {
     "bigram": BIGRAM,
     "tiny": TINY,
@@ -146,6 +176,7 @@ PRESETS: dict[str, Config] = {
     "gpt2-medium": _gpt2(24, 16, 1024),
     "gpt2-large": _gpt2(36, 20, 1280),
     "gpt2-xl": _gpt2(48, 25, 1600),
+    "7b": LLAMA_7B,
     "lecture/1-bigram": BIGRAM,
     "lecture/2-averaging": AVERAGING,
     "lecture/3-head": HEAD,

@@ -16,6 +16,7 @@ from jax.sharding import Sharding
 
 from gptjax.config import Config
 from gptjax.data import cut, random_starts, sample_batch, whole_split_starts
+from gptjax.errors import UserError
 from gptjax.optim import make_schedule
 
 INIT, BATCH, DROPOUT, EVAL = range(4)  # purposes of a key
@@ -84,6 +85,56 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
+def chunked_cross_entropy(
+    head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, chunk: int
+) -> jax.Array:
+    """`cross_entropy(head(x), targets)` without all logits at once: those of `chunk` positions of
+    each window, again and again, and once more in the backward pass.
+
+    Args:
+        head: (B, chunk, C) features to (B, chunk, V) logits.
+        x: (B, T, C) features; chunk divides T.
+        targets: (B, T) int32 ids in [0, V).
+
+    Returns:
+        (B, T) float32, nats per token.
+    """
+    B, T = targets.shape
+    parts = lambda x: x.reshape(B, T // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
+    part_losses = jax.checkpoint(lambda part: cross_entropy(head(part[0]), part[1]))
+    losses = jax.lax.map(part_losses, (parts(x), parts(targets)))
+    return losses.swapaxes(0, 1).reshape(B, T)
+
+
+def token_losses(
+    model: nn.Module, params: Any, windows: jax.Array, chunk: int | None, **options: Any
+) -> jax.Array:
+    """(B, T) float32 loss of each token but the first of (B, T + 1) windows.
+
+    Args:
+        model: of the contract in `model.py`; with a chunk, one that has `features` and `head`.
+        params: its parameters.
+        windows: int32 ids.
+        chunk: see `chunked_cross_entropy`; None: all positions at once.
+        options: of `model.apply`.
+
+    Raises:
+        UserError: a chunk for a model of your own that has no `features`.
+    """
+    x, y = windows[:, :-1], windows[:, 1:]
+    if chunk is None:
+        logits, _ = model.apply({"params": params}, x, **options)
+        return cross_entropy(logits, y)
+    if not hasattr(model, "features"):
+        raise UserError(
+            f"loss_chunk={chunk} needs a model with the methods features and head, as GPT has; "
+            f"leave loss_chunk out"
+        )
+    x, _ = model.apply({"params": params}, x, method="features", **options)
+    head = lambda x: model.apply({"params": params}, x, method="head")
+    return chunked_cross_entropy(head, x, y, chunk)
+
+
 def batch_at(
     config: Config, tokens: jax.Array, seed_key: jax.Array, step: jax.Array | int
 ) -> jax.Array:
@@ -105,9 +156,8 @@ def make_gradient(
     G, T = config.optim.accumulate, config.model.block_size
 
     def loss_fn(params: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
-        x, y = batch[:, :-1], batch[:, 1:]
-        logits, _ = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
-        return cross_entropy(logits, y).mean()
+        options = {"train": True, "rngs": {"dropout": key}}
+        return token_losses(model, params, batch, config.loss_chunk, **options).mean()
 
     def gradient(
         params: Any, batch: jax.Array, seed_key: jax.Array, step: jax.Array | int
@@ -204,6 +254,7 @@ def make_evaluate(
         that begin at the (n, B) starts; targets past the end of the tokens do not count.
     """
     T = config.model.block_size
+    rows = config.batch_size // config.optim.accumulate  # at once, as when training
 
     def evaluate(params: Any, tokens: jax.Array, starts: jax.Array) -> jax.Array:
         n_tokens = tokens.shape[0]
@@ -213,12 +264,11 @@ def make_evaluate(
             windows = cut(padded, row, T + 1)
             if batch_sharding is not None:
                 windows = jax.lax.with_sharding_constraint(windows, batch_sharding)
-            logits, _ = model.apply({"params": params}, windows[:, :-1])
             inside = row[:, None] + jnp.arange(T)[None, :] < n_tokens - 1
-            losses = jnp.where(inside, cross_entropy(logits, windows[:, 1:]), 0.0)
-            return losses.sum(), inside.sum()
+            losses = token_losses(model, params, windows, config.loss_chunk)
+            return jnp.where(inside, losses, 0.0).sum(), inside.sum()
 
-        losses, counts = jax.lax.map(batch_loss, starts)
+        losses, counts = jax.lax.map(batch_loss, starts.reshape(-1, rows))
         return losses.sum() / counts.sum()
 
     return evaluate

@@ -205,6 +205,20 @@ CHECKS = [
         "width equally)",
     ),
     (
+        lambda: ModelConfig(remat_saves="dots"),
+        "model.remat_saves=dots says what rematerialisation keeps, and model.remat is off; add "
+        "--model.remat True",
+    ),
+    (lambda: Config(loss_chunk=0), small("loss_chunk", 0)),
+    (
+        lambda: Config(loss_chunk=7),
+        "model.block_size=64 is not divisible by loss_chunk=7; change one of them",
+    ),
+    (
+        lambda: Config(loss_chunk=8, model=ModelConfig(kind="bigram")),
+        "loss_chunk=8 needs model.kind=gpt, and it is bigram; leave --loss-chunk out",
+    ),
+    (
         lambda: DataConfig(val_fraction=1.0),
         "data.val_fraction=1.0 is out of range; give 0.0 <= data.val_fraction < 1.0",
     ),

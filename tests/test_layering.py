@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharding": {"config", "errors"},
     "metrics": {"config"},
     "generate": set(),
-    "step": {"config", "data", "optim"},
+    "step": {"config", "data", "errors", "optim"},
     "checkpoint": {"errors", "runs"},
     "report": {"config", "runs"},
     "programs": {"build", "checkpoint", "config", "optim", "sharding", "step"},

@@ -328,14 +328,45 @@ def test_remat_changes_nothing(monkeypatch: pytest.MonkeyPatch):
     """With dropout, for the blocks that are computed again must drop the same again."""
     monkeypatch.setattr(model_module, "UNROLL_UP_TO", 1)  # compiles in half the time
     plain = replace(SMALL, dropout=0.3)
-    remat = replace(plain, remat=True)
-    assert plain != remat
     params, tokens = random_params(GPT(plain, V)), random_tokens(2, 9)
     expected, program = loss_and_gradient(GPT(plain, V), params, tokens, train=True)
-    actual, rematted = loss_and_gradient(GPT(remat, V), params, tokens, train=True)
     is_remat = lambda text: "checkpoint" in text or "remat" in text
-    assert is_remat(rematted) and not is_remat(program)
-    jax.tree.map(functools.partial(close, tolerance=1e-6), actual, expected)
+    assert not is_remat(program)
+    for saves in ("nothing", "dots"):
+        remat = replace(plain, remat=True, remat_saves=saves)
+        actual, rematted = loss_and_gradient(GPT(remat, V), params, tokens, train=True)
+        assert is_remat(rematted)
+        assert ("policy=None" in rematted) == (saves == "nothing")
+        jax.tree.map(functools.partial(close, tolerance=1e-6), actual, expected)
+
+
+def residuals(config: ModelConfig) -> list[tuple[int, ...]]:
+    """Shapes of what the forward pass hands to the backward pass."""
+    model = GPT(config, V)
+    tokens = jnp.asarray(random_tokens(2, 8))
+    forward = lambda params: model.apply({"params": params}, tokens)[0].sum()
+    _, pullback = jax.eval_shape(functools.partial(jax.vjp, forward), abstract_params(model))
+    return [leaf.shape for leaf in jax.tree.leaves(pullback)]
+
+
+def test_remat_keeps_what_it_says(monkeypatch: pytest.MonkeyPatch):
+    """Of a rolled stack of 3 layers, 2 rows of 8 positions: attention's weights only without
+    remat, the MLP's inner layer only with the dots, the block's input always."""
+    monkeypatch.setattr(model_module, "UNROLL_UP_TO", 1)
+    config = replace(SMALL, n_layer=3, n_head=1, n_embd=12)
+    kept = {
+        saves: {shape[1:] for shape in residuals(c) if shape[:1] == (3,)}
+        for saves, c in {
+            "all": config,
+            "nothing": replace(config, remat=True),
+            "dots": replace(config, remat=True, remat_saves="dots"),
+        }.items()
+    }
+    weights, inner, given = (2, 1, 8, 8), (16, 48), (2, 8, 12)
+    assert all(given in shapes for shapes in kept.values())
+    assert weights in kept["all"]
+    assert not {weights, inner} & kept["nothing"]
+    assert inner in kept["dots"] and weights not in kept["dots"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -615,6 +646,7 @@ def gpt2_count(L: int, C: int, T: int, vocab_size: int) -> int:
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
         ("gpt2-xl", 1_557_611_200),
+        ("7b", 6_738_415_616),  # Llama 2's
     ],
 )
 def test_parameter_count(preset: str, count: int):

@@ -18,6 +18,7 @@ import pytest
 
 from gptjax.build import build_model
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
+from gptjax.errors import UserError
 from gptjax.optim import make_optimizer
 from gptjax.presets import PRESETS
 from gptjax.report import Report
@@ -27,6 +28,7 @@ from gptjax.step import (
     eval_starts,
     init_state,
     make_evaluate,
+    make_gradient,
     make_train_steps,
 )
 from gptjax.tokenizer import CharTokenizer
@@ -46,6 +48,7 @@ BIGRAM = replace(CONFIG, model=ModelConfig(kind="bigram", block_size=8))
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, 400), jnp.uint16)
 # Tiny programs take longer to compile than to run; this way a third as long.
 QUICK = {"xla_backend_optimization_level": 0}
+KEY = jax.random.key(0)
 GOLDEN = Path(__file__).with_name("golden_cpu.json")
 
 
@@ -127,6 +130,77 @@ def test_cross_entropy_equals_numpy(dtype, scale):
     assert losses.dtype == jnp.float32
     expected = numpy_cross_entropy(np.asarray(logits, np.float32), targets)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+
+
+ONE = replace(CONFIG, model=replace(MODEL, n_layer=1), optim=OptimConfig())
+HEADS = [
+    pytest.param({"softcap": 2.0}, id="tied"),
+    pytest.param({"tie_head": False, "norm": "rms", "position": "rotary"}, id="untied"),
+]
+
+
+def gradient_of(config: Config) -> tuple[jax.Array, Any]:
+    model = build_model(config.model, VOCAB)
+    params = jax.tree.map(  # far from the start, where all logits are alike
+        lambda x: x * 5, init_params(build_model(replace(config.model, dropout=0.0), VOCAB))(KEY)
+    )
+    windows = TOKENS[: 4 * 9].reshape(4, 9).astype(jnp.int32)
+    return quick_jit(make_gradient(model, config))(params, windows, KEY, 3)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_loss_in_chunks_is_the_loss_and_so_is_its_gradient(head):
+    config = replace(ONE, model=replace(ONE.model, **head))
+    loss, gradient = gradient_of(config)
+    chunked_loss, chunked = gradient_of(replace(config, loss_chunk=2))
+    assert float(chunked_loss) == pytest.approx(float(loss), rel=1e-6)
+    assert_close(chunked, gradient, 1e-6 * float(optax.tree.norm(gradient)))
+
+
+def test_chunks_of_bfloat16_add_up_in_float32():
+    """The head's gradient is a sum over chunks; rounding each of them is all that may differ."""
+    config = replace(ONE, model=replace(ONE.model, dtype="bfloat16", dropout=0.0))
+    loss, gradient = gradient_of(config)
+    chunked_loss, chunked = gradient_of(replace(config, loss_chunk=1))
+    assert float(chunked_loss) == pytest.approx(float(loss), rel=1e-3)
+    assert {x.dtype for x in jax.tree.leaves(chunked)} == {jnp.dtype("float32")}
+    assert_close(chunked, gradient, 0.01 * float(optax.tree.norm(gradient)))
+
+
+def test_chunked_logits_never_exist_at_once():
+    config = ONE
+    whole, part = f"f32[4,8,{VOCAB}]", f"f32[4,2,{VOCAB}]"
+    assert whole in jaxpr(config) and part not in jaxpr(config)
+    chunked = jaxpr(replace(config, loss_chunk=2))
+    assert part in chunked and whole not in chunked and f"f32[32,{VOCAB}]" not in chunked
+
+
+def test_a_large_vocabulary_takes_less_memory_in_chunks():
+    """64 x 8 logits of 20,000 tokens are 41 MB, and an eighth of that in chunks of one."""
+    config = replace(ONE, batch_size=64, model=replace(ONE.model, vocab_size=20_000, dropout=0.0))
+
+    def temporaries(config: Config) -> int:
+        model = build_model(config.model, VOCAB)
+        params = jax.eval_shape(functools.partial(init_state, model, optax.identity()), KEY).params
+        windows = jax.ShapeDtypeStruct((64, 9), jnp.int32)
+        lowered = quick_jit(make_gradient(model, config)).lower(params, windows, KEY, 0)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    logits = 64 * 8 * 20_000 * 4
+    assert temporaries(config) > 1.5 * logits
+    assert temporaries(replace(config, loss_chunk=1)) < 0.75 * logits
+
+
+def test_a_model_of_your_own_without_a_head_has_no_chunks():
+    model = MeanOfThePast(MODEL, VOCAB)
+    with pytest.raises(UserError) as caught:
+        jax.eval_shape(
+            make_gradient(model, replace(CONFIG, loss_chunk=4)), {}, jnp.zeros((4, 9), int), KEY, 0
+        )
+    assert str(caught.value) == (
+        "loss_chunk=4 needs a model with the methods features and head, as GPT has; leave "
+        "loss_chunk out"
+    )
 
 
 def test_a_new_model_knows_nothing():
