@@ -1,18 +1,20 @@
 """Checkpoints: the only room that knows orbax.
 
-checkpoints/N/params, opt_state   orbax, after N updates; the folder gets its name when whole
-              sha256.json         checksums of its files, for orbax loads a flipped byte gladly
+checkpoints/N/params, training             orbax, after N updates
+              config.json, tokenizer.json  of the run, should those be damaged one day
+              sha256.json                  checksums, for orbax loads a flipped byte gladly
+
+The folder gets its name N last of all, so whatever has one is whole, sealed and on the disk.
 """
 
 import errno
-import hashlib
-import json
 import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,10 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from gptjax import files
 from gptjax.errors import UserError
-from gptjax.runs import Record, read_file, write_atomically
-
-MANIFEST = "sha256.json"
+from gptjax.files import Damaged
+from gptjax.records import Record, as_record
 
 # A save that fails is one line of ours, not fifty tracebacks from orbax's threads.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -40,15 +42,21 @@ class Checkpoints:
     def __init__(self, path: Path, keep: Callable[[list[int]], set[int]] = set):
         self.path = path
         self._keep = keep
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, Future[None]] | None = None
+        self._worker = ThreadPoolExecutor(1)  # hashing must not hold up the steps
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        if not self.path.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.path.iterdir() if p.name.isdecimal())
+        """Steps of the checkpoints, oldest first."""
+        return files.numbered(self.path)
 
-    def save(self, step: int, params: Any, opt_state: Any, record: Record) -> None:
+    def save(
+        self,
+        step: int,
+        params: Any,
+        opt_state: Any,
+        record: Record,
+        texts: dict[str, str] | None = None,
+    ) -> None:
         """Start to save, in the background.
 
         Args:
@@ -56,6 +64,7 @@ class Checkpoints:
             params: pytree of arrays.
             opt_state: pytree of arrays.
             record: the step's metrics, in case they are not logged before the next crash.
+            texts: small files to keep beside, by their names; None: none.
 
         Raises:
             UserError: this save, or the one before, found no room or permission.
@@ -73,12 +82,22 @@ class Checkpoints:
             if shutil.disk_usage(self.path).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             response = ocp.save_checkpointables_async(
-                str(self._folder(step)), items, custom_metadata={"record": {**record}}
+                str(self._unsealed(step)), items, custom_metadata={"record": {**record}}
             )
-            self._pending = step, response
+            self._pending = step, self._worker.submit(self._seal, step, response, texts or {})
+
+    def _seal(self, step: int, response: Any, texts: dict[str, str]) -> None:
+        """Once orbax has written all: add the texts and the checksums, then give the name."""
+        response.result()
+        folder = self._unsealed(step)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        files.seal(folder)
+        folder.rename(self._folder(step))
+        files.sync_folder(self.path)
 
     def finish_save(self, wait: bool = True) -> None:
-        """Seal the save under way with its checksums, then drop what need not be kept.
+        """See the save under way to its end, then drop what need not be kept.
 
         Args:
             wait: for it to end; False: do nothing unless it has.
@@ -86,23 +105,21 @@ class Checkpoints:
         Raises:
             UserError: the disk took no more; the checkpoints before it are untouched.
         """
-        if self._pending is None:
+        if self._pending is None or not (wait or self._pending[1].done()):
             return
-        step, response = self._pending
+        step, sealed = self._pending
+        self._pending = None
         with self._reporting(step):
             try:
-                response.result(timeout=None if wait else 0)
-            except TimeoutError:
-                return
-            except BaseException:
-                self._pending = None
+                sealed.result()
+            except Exception:
+                self.clean()  # a full disk needs the room
                 raise
-            self._pending = None
-            folder = self._folder(step)
-            write_atomically(folder / MANIFEST, json.dumps(_digests(folder), indent=0) + "\n")
-        steps = self.steps()
-        for old in set(steps) - self._keep(steps):
-            shutil.rmtree(self._folder(old))
+            steps = self.steps()
+            for old in set(steps) - self._keep(steps):
+                dropped = self._folder(old).with_suffix(".dropped")
+                self._folder(old).rename(dropped)  # killed here, no half of it has a name
+                shutil.rmtree(dropped)
 
     @contextmanager
     def sealing(self) -> Iterator[None]:
@@ -115,31 +132,42 @@ class Checkpoints:
         self.finish_save()
 
     def set_aside(self, step: int) -> None:
-        """Rename a damaged checkpoint, so that its step can be saved again and nothing is lost."""
-        self._folder(step).rename(self._folder(step).with_suffix(f".damaged-{time.time_ns()}"))
+        """Rename a damaged checkpoint, so that its step can be saved again and nothing is lost.
 
-    def sealed(self, step: int) -> bool:
-        """Whether it has its checksums: a process killed right after a save leaves none."""
-        return (self._folder(step) / MANIFEST).exists()
+        Raises:
+            UserError: no permission.
+        """
+        with files.writing(self.path / str(step)):
+            self._folder(step).rename(self._folder(step).with_suffix(f".damaged-{time.time_ns()}"))
 
     def verify(self, step: int) -> None:
         """Compare a checkpoint's files with their checksums.
 
         Raises:
-            UserError: naming the first file that is missing, changed or strange.
+            UserError: of a newer format, or not to be read; `Damaged`: naming the first file that
+                is missing, changed or strange.
         """
-        folder = self._folder(step)
-        if not self.sealed(step):
-            return  # whole, or it would not have its name; stopped before it was sealed
-        wanted, found = read_file(folder / MANIFEST, json.loads), _digests(folder)
-        for name in sorted(wanted.keys() | found.keys()):
-            if found.get(name) != wanted.get(name):
-                state = "is missing" if name not in found else "does not match its checksum"
-                others = ", ".join(str(s) for s in self.steps() if s != step) or "none"
-                raise UserError(
-                    f"checkpoint {self.path / str(step)} is damaged: {name} {state}; "
-                    f"other checkpoints: {others}"
-                )
+        place = self.path / str(step)
+        try:
+            files.check_seal(place)
+        except Damaged as error:
+            raise Damaged(f"checkpoint {place} is damaged: {error}") from None
+        except UserError as error:
+            raise UserError(f"checkpoint {place} cannot be used: {error}") from None
+
+    def newest_sound(self) -> int | None:
+        """The newest checkpoint that is as it was written; None: there is none.
+
+        Raises:
+            UserError: a newer one is of a newer format, or may not be read.
+        """
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+            except Damaged:
+                continue
+            return step
+        return None
 
     def load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """Read parts of a checkpoint onto the devices that `abstract` names.
@@ -152,7 +180,12 @@ class Checkpoints:
         Raises:
             UserError: damaged, or of other shapes than the model's.
         """
-        self.verify(step)
+        try:
+            self.verify(step)
+        except Damaged as error:
+            sound = self.newest_sound()
+            offer = "there is no sound one" if sound is None else f"the newest sound one is {sound}"
+            raise Damaged(f"{error}; {offer}") from None
         try:
             self._check_shapes(step, abstract)
             return ocp.load_checkpointables(str(self._folder(step)), abstract)
@@ -181,15 +214,23 @@ class Checkpoints:
     def record(self, step: int) -> Record:
         """The step's own metrics, as saved with its checkpoint."""
         metadata: Any = ocp.checkpointables_metadata(str(self._folder(step))).custom_metadata
-        return dict((metadata or {}).get("record", {"step": step, "seconds": 0.0}))
+        try:
+            record = as_record((metadata or {})["record"])
+        except (KeyError, TypeError, ValueError):
+            return {"step": step, "seconds": 0.0}
+        return {**record, "step": step}
 
     def clean(self) -> None:
-        """Remove what saves that were cut short have left."""
-        for path in self.path.glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(path)
+        """Remove what saves and removals that were cut short have left."""
+        for pattern in ("*.orbax-checkpoint-tmp", "*.unsealed", "*.dropped"):
+            for path in self.path.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _folder(self, step: int) -> Path:
         return self.path.absolute() / str(step)
+
+    def _unsealed(self, step: int) -> Path:
+        return self._folder(step).with_suffix(".unsealed")
 
     @contextmanager
     def _reporting(self, step: int) -> Iterator[None]:
@@ -211,17 +252,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(getattr(leaf, "shape", ()))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder`, by its path there."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            digests[path.relative_to(folder).as_posix()] = digest
-    return digests
 
 
 def _reason(error: BaseException) -> str:

@@ -18,6 +18,9 @@ def one_line_errors(command: str) -> Iterator[None]:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # before or after the time in which a run ends in order
+        print(f"{command}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

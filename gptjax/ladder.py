@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gptjax import cli, runs
+from gptjax import cli, files, runs
 from gptjax.build import build_model
 from gptjax.config import Config, differences
 from gptjax.data import Dataset, open_dataset
@@ -27,8 +27,9 @@ from gptjax.errors import UserError, one_line_errors
 from gptjax.lecture import CountedBigram, counted_bigram
 from gptjax.metrics import count_params
 from gptjax.presets import PRESETS
+from gptjax.records import Record
 from gptjax.report import Report, processor
-from gptjax.runs import Record, Run
+from gptjax.runs import Run
 from gptjax.train import train
 
 # The lecture's validation losses, over 200 random batches: read off its run (bigram, at step
@@ -292,7 +293,7 @@ def write_page(text: str, page: Path = PAGE) -> None:
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise UserError(f"{page} lacks the lines {start} and {end}, between which the table goes")
-    runs.write_atomically(page, f"{before}{start}\n{text}{end}{after}")
+    files.write_atomically(page, f"{before}{start}\n{text}{end}{after}")
 
 
 def _page_text(stages: list[Stage], notes: list[str]) -> Iterator[str]:

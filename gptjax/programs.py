@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from gptjax import sharding
@@ -65,6 +66,7 @@ class Programs:
             out_shardings=(self.placed, self._everywhere),
         )
         self.gradient = jax.jit(make_gradient(self.model, config))
+        self._is_finite = jax.jit(_all_finite)
         self._evaluate = jax.jit(make_evaluate(self.model, config, rows))
 
     def start(self) -> TrainState:
@@ -96,6 +98,10 @@ class Programs:
             return state.params, state.opt_state
         return state.average, [state.params, state.opt_state]
 
+    def is_finite(self, state: TrainState) -> bool:
+        """Whether all of it is finite numbers: a state worth keeping."""
+        return bool(self._is_finite(state))
+
     def skip(self, state: TrainState) -> TrainState:
         """The state after a step that was not made: its batch is left out."""
         return state._replace(step=jax.device_put(state.step + 1, self.placed.step))
@@ -108,3 +114,8 @@ class Programs:
         """Nats per token: of the whole split, or of the random batches that follow from `step`."""
         starts = eval_starts(self.config, tokens.shape[0], self.seed_key, step, whole)
         return float(self._evaluate(params, tokens, self.put(starts)))
+
+
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()

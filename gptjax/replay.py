@@ -20,9 +20,10 @@ import optax
 from gptjax.checkpoint import Checkpoints
 from gptjax.data import open_dataset
 from gptjax.errors import UserError
+from gptjax.files import write_atomically
 from gptjax.programs import Programs
 from gptjax.report import Report
-from gptjax.runs import Run, write_atomically
+from gptjax.runs import Run
 from gptjax.step import TrainState, batch_at
 
 KEPT = 3  # newest states of skipped steps
@@ -38,6 +39,7 @@ def keep(run: Run, programs: Programs, state: TrainState, step: int, tokens: jax
     """
     batch = _batch(programs, tokens, step)
     kept = Checkpoints(run.bad_path, lambda steps: {*steps[-KEPT:]})
+    kept.clean()
     kept.save(step - 1, *programs.stored(state), {"step": step - 1})
     kept.finish_save()
     text = [run.tokenizer.decode(row) for row in batch]

@@ -9,7 +9,6 @@
 No pickle, and nothing outside the folder.
 """
 
-import json
 import math
 import os
 import re
@@ -20,17 +19,17 @@ from typing import Any
 
 import filelock
 
-from gptjax import config_json
+from gptjax import config_json, files, records
 from gptjax import tokenizer as tokenizer_module
 from gptjax.config import Config, differences
 from gptjax.errors import UserError
+from gptjax.files import Damaged
+from gptjax.records import Record
 from gptjax.tokenizer import Tokenizer
 
 RUNS = Path("runs")
 LOCK = ".lock"
-MAX_JSON = 64 * 2**20  # bytes of a config or tokenizer worth reading
-
-Record = dict[str, Any]  # "step": int, and floats by name
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
 def find(name: str | None, like: str | None = None) -> Path:
@@ -46,7 +45,7 @@ def find(name: str | None, like: str | None = None) -> Path:
     if name is not None:
         _check_name(name)
         directory = next((p for p in (RUNS / name, Path(name)) if p.exists()), RUNS / name)
-        if not (directory / "config.json").is_file():
+        if not (directory / CONFIG).is_file() and not any(_copies(directory, CONFIG)):
             raise UserError(
                 f"{directory} is not a run's folder (it has no config.json); runs here: "
                 f"{', '.join(_names()) or 'none'}"
@@ -57,7 +56,7 @@ def find(name: str | None, like: str | None = None) -> Path:
     if not found:
         kind = f"run of preset {like}" if like else "run"
         raise UserError(f"there is no {kind} in {RUNS}/; make one with python train.py")
-    return max(found, key=lambda d: max(p.stat().st_mtime_ns for p in d.iterdir()))
+    return max(found, key=_last_change)
 
 
 def new_directory(name: str | None, preset: str) -> Path:
@@ -74,7 +73,7 @@ def new_directory(name: str | None, preset: str) -> Path:
         return directory
     _check_name(name)
     directory = Path(name) if os.sep in name else RUNS / name
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and not _is_vacant(directory):
         raise _taken(directory)
     return directory
 
@@ -125,7 +124,7 @@ def read_config(directory: Path) -> Config:
     Raises:
         UserError: missing or damaged.
     """
-    return read_file(directory / "config.json", config_json.from_json)
+    return _read(directory, CONFIG, config_json.from_json)
 
 
 class Run:
@@ -133,14 +132,53 @@ class Run:
 
     Args:
         directory: that holds config.json and tokenizer.json.
+
+    Attributes:
+        changed: settings that differ from those of the newest checkpoint: {"steps": (old, new)}.
+
+    Raises:
+        UserError: a file that is missing or damaged, or something that leads out of the folder.
     """
 
     def __init__(self, directory: Path):
+        files.refuse_links(directory)
         self.directory = directory
         self.config = read_config(directory)
-        self.tokenizer: Tokenizer = read_file(
-            directory / "tokenizer.json", tokenizer_module.from_json
+        self.tokenizer: Tokenizer
+        self._tokenizer_text, self.tokenizer = _read(
+            directory, TOKENIZER, lambda text: (text, tokenizer_module.from_json(text))
         )
+        self.changed = self._compare_with_copies()
+        self._val_losses: dict[int, float] | None = None
+
+    def _compare_with_copies(self) -> dict[str, tuple[Any, Any]]:
+        """What of the config has changed since the newest checkpoint.
+
+        Raises:
+            UserError: something has that never may.
+        """
+        for place, text in _copies(self.directory, TOKENIZER):
+            if text != self._tokenizer_text:
+                raise Damaged(
+                    f"{self.directory / TOKENIZER} is damaged: it is not the one that the "
+                    f"checkpoints were made with; a sound copy is {place}"
+                )
+            break
+        for place, text in _copies(self.directory, CONFIG):
+            changed = differences(config_json.from_json(text), self.config)
+            for name, (old, new) in changed.items():
+                if _is_fixed(name) and name != "data.text":  # a text may have moved
+                    raise Damaged(
+                        f"{self.directory / CONFIG} is damaged: it says {name}={new}, and the "
+                        f"checkpoints were made with {name}={old}; a sound copy is {place}"
+                    )
+            return changed
+        return {}
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The small files that each checkpoint keeps a copy of, by their names."""
+        return {CONFIG: config_json.to_json(self.config), TOKENIZER: self._tokenizer_text}
 
     @classmethod
     def create(cls, directory: Path, config: Config, tokenizer: Tokenizer) -> "Run":
@@ -149,14 +187,14 @@ class Run:
         Raises:
             UserError: no permission, a disk that takes no more, or a run that is there already.
         """
-        if (directory / "config.json").exists():
+        if (directory / CONFIG).exists():
             raise _taken(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(directory / "tokenizer.json", tokenizer.to_json())
-            write_atomically(directory / "config.json", config_json.to_json(config))
         except OSError as error:
             raise _unwritable(directory, error) from None
+        files.write_atomically(directory / TOKENIZER, tokenizer.to_json())
+        files.write_atomically(directory / CONFIG, config_json.to_json(config))
         return cls(directory)
 
     def change_config(self, config: Config) -> dict[str, tuple[Any, Any]]:
@@ -170,13 +208,13 @@ class Run:
         """
         changed = differences(self.config, config)
         for name, (old, new) in changed.items():
-            if name.startswith(("model.", "data.")) and name not in ("model.dtype", "model.remat"):
+            if _is_fixed(name):
                 raise UserError(
                     f"cannot resume {self.directory} with {name}={new}: it was trained with "
                     f"{name}={old}; start a new run for that"
                 )
         if changed:
-            write_atomically(self.directory / "config.json", config_json.to_json(config))
+            files.write_atomically(self.directory / CONFIG, config_json.to_json(config))
         self.config = config
         return changed
 
@@ -193,47 +231,53 @@ class Run:
     def metrics_path(self) -> Path:
         return self.directory / "metrics.jsonl"
 
-    def log(self, records: list[Record]) -> None:
-        """Append one line for each record; every record has its "step"."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+    def log(self, lines: list[Record]) -> None:
+        """Append one line for each record; every record has its "step".
+
+        Raises:
+            UserError: the disk takes no more.
+        """
+        records.append(self.metrics_path, lines)
+        if self._val_losses is not None:
+            self._val_losses |= self._losses_of(lines)
 
     def metrics(self) -> list[Record]:
-        """The records, in order, up to the first line that is not one (a write cut short)."""
-        records: list[Record] = []
-        if self.metrics_path.exists():
-            with self.metrics_path.open(encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    try:
-                        record = json.loads(line)
-                    except (ValueError, RecursionError):
-                        break
-                    if not isinstance(record, dict) or type(record.get("step")) is not int:
-                        break
-                    records.append(record)
-        return records
+        """The records, in order; lines that are none are left out."""
+        return records.read(self.metrics_path)[0]
 
-    def rewind_metrics(self, step: int) -> list[Record]:
-        """Drop the records after `step`, which a resumed run will write again; return the rest."""
-        kept = [record for record in self.metrics() if record["step"] <= step]
-        lines = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(self.metrics_path, lines)
-        return kept
+    def rewind_metrics(self, step: int) -> tuple[list[Record], str | None]:
+        """Drop the records after `step`, which a resumed run will write again.
+
+        Returns:
+            The rest, and what is wrong with the file, if anything.
+
+        Raises:
+            UserError: the disk takes no more.
+        """
+        self._val_losses = None
+        return records.rewind(self.metrics_path, step)
+
+    def _losses_of(self, lines: list[Record]) -> dict[int, float]:
+        """By step: the loss that tells which checkpoint is the best, or NaN."""
+        key = "val_loss" if self.config.eval_batches is None else "val_sampled_loss"
+        losses = {record["step"]: record.get(key) for record in lines}
+        return {step: math.nan if loss is None else loss for step, loss in losses.items()}
 
     def best_step(self, steps: list[int]) -> int | None:
         """Which of `steps` has the lowest validation loss; None if none was evaluated."""
-        key = "val_loss" if self.config.eval_batches is None else "val_sampled_loss"
-        losses = [
-            (record[key], record["step"])
-            for record in self.metrics()
-            if record["step"] in steps and math.isfinite(record.get(key, math.nan))
-        ]
+        if self._val_losses is None:
+            self._val_losses = self._losses_of(self.metrics())
+        found = [(self._val_losses.get(step, math.nan), step) for step in steps]
+        losses = [(loss, step) for loss, step in found if math.isfinite(loss)]
         return min(losses)[1] if losses else None
 
     def keep(self, steps: list[int]) -> set[int]:
-        """The checkpoints worth keeping: the newest `keep_last`, and the best."""
+        """The checkpoints worth keeping: the newest `keep_last`, the best, and those whose metrics
+        were lost, for one of them may have been the best."""
         best = self.best_step(steps)
-        return {*steps[-self.config.keep_last :]} | ({best} if best is not None else set())
+        lost = {step for step in steps if step not in (self._val_losses or {})}
+        newest = {*steps[-self.config.keep_last :]}
+        return newest | lost | ({best} if best is not None else set())
 
     def choose(self, which: str, steps: list[int]) -> int:
         """The checkpoint that "best", "last" or a number names.
@@ -259,30 +303,34 @@ class Run:
         )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write so that, whatever happens, the file is the old one or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_file(path: Path, parse: Callable[[str], Any]) -> Any:
-    """What `parse` makes of a small text file of the run.
-
-    Raises:
-        UserError: it cannot be read, or not parsed.
-    """
+def _read(directory: Path, name: str, parse: Callable[[str], Any]) -> Any:
+    """A small file of the run; if it is damaged, the error names a sound copy."""
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise UserError(f"it has over {MAX_JSON} bytes")
-        return parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # a UserError is a ValueError
-        raise UserError(f"{path} is damaged: {error}") from None
+        return files.read_file(directory / name, parse)
+    except UserError as error:
+        for place, _ in _copies(directory, name):
+            raise type(error)(f"{error}; a sound copy is {place}") from None
+        raise
+
+
+def _copies(directory: Path, name: str) -> Iterator[tuple[Path, str]]:
+    return files.sealed_copies(directory / "checkpoints", name)
+
+
+def _is_fixed(setting: str) -> bool:
+    """Whether a run must keep this setting to its end."""
+    return setting.startswith(("model.", "data.")) and setting not in ("model.dtype", "model.remat")
+
+
+def _is_vacant(directory: Path) -> bool:
+    """Whether there is nothing in it but what a process leaves that died before it made a run."""
+    leftovers = {LOCK, TOKENIZER, f"{TOKENIZER}.tmp", f"{CONFIG}.tmp"}
+    return directory.is_dir() and {path.name for path in directory.iterdir()} <= leftovers
+
+
+def _last_change(directory: Path) -> int:
+    changing = (directory / CONFIG, directory / "metrics.jsonl")
+    return max(path.stat().st_mtime_ns for path in changing if path.exists())
 
 
 def _check_name(name: str) -> None:

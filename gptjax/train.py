@@ -21,10 +21,12 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
 from gptjax.data import Dataset, open_dataset
 from gptjax.errors import UserError
+from gptjax.files import Damaged
 from gptjax.generate import Sampling, generate
 from gptjax.programs import Programs
+from gptjax.records import Record
 from gptjax.report import Report
-from gptjax.runs import Record, Run, run_name
+from gptjax.runs import Run, run_name
 from gptjax.step import StepMetrics
 
 SAMPLE_TOKENS = 300  # shown when a run ends
@@ -64,7 +66,7 @@ def train(
         if run is None:
             run = Run.create(directory, config, dataset.tokenizer)
         else:
-            for name, (old, new) in run.change_config(config).items():
+            for name, (old, new) in {**run.changed, **run.change_config(config)}.items():
                 report.say(f"changed: {name} was {old}, is {new}")
         return _train(run, dataset, programs, report, own_model=model is not None)
 
@@ -88,7 +90,13 @@ def _train(
         """Save, then evaluate, then log: a crash while evaluating loses nothing."""
         last = step == config.steps
         if step and (step % config.save_every == 0 or last or stopped):
-            checkpoints.save(step, *programs.stored(state), record)
+            if not programs.is_finite(state):
+                raise UserError(
+                    f"the parameters or the optimizer's state are not finite after step {step}: "
+                    f"training has diverged, and nothing was saved; go on from the last "
+                    f"checkpoint with --resume and a lower --optim.learning-rate"
+                )
+            checkpoints.save(step, *programs.stored(state), record, run.texts)
         if step % config.eval_every == 0 or last:
             if stopped and not last:
                 return record  # evaluated and logged on resume, from the record in the checkpoint
@@ -104,11 +112,13 @@ def _train(
 
     params = programs.abstract.params
     report.summary(f"run {directory}", _description(config, dataset, params, programs.mesh, start))
-    logged = run.rewind_metrics(start)
+    logged, damage = run.rewind_metrics(start)
+    if damage and start:
+        report.say(f"going on with the metrics that are left: {damage}")
     record: Record = logged[-1] if logged else {"step": 0, "seconds": 0.0}
     if start and record["step"] < start:
         record = checkpoints.record(start)
-    clock = _Clock(record["seconds"])
+    clock = _Clock(record.get("seconds", 0.0))
     step = start
     skips = _skips(logged)
     with _until_signal() as stop_asked, report.progress(start, config), checkpoints.sealing():
@@ -173,17 +183,16 @@ def _newest_sound_step(checkpoints: Checkpoints, report: Report) -> int:
     Raises:
         UserError: there are checkpoints, and every one is damaged.
     """
-    steps = checkpoints.steps()
-    for step in reversed(steps):
+    steps, sound = checkpoints.steps(), checkpoints.newest_sound()
+    if steps and sound is None:
+        raise UserError(f"every checkpoint in {checkpoints.path} is damaged; start a new run")
+    for step in steps[steps.index(sound) + 1 :] if sound is not None else []:
         try:
             checkpoints.verify(step)
-            return step
-        except UserError as error:
+        except Damaged as error:
             report.say(f"set aside: {error}")
             checkpoints.set_aside(step)
-    if steps:
-        raise UserError(f"every checkpoint in {checkpoints.path} is damaged; start a new run")
-    return 0
+    return sound or 0
 
 
 def _next_boundary(config: Config, step: int) -> int:

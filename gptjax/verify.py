@@ -22,6 +22,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.data import open_dataset
 from gptjax.errors import UserError, one_line_errors
 from gptjax.programs import Programs
+from gptjax.records import read as read_records
 from gptjax.runs import Run
 
 TOLERANCE = 1e-4  # nats: another machine or device count rounds otherwise
@@ -89,20 +90,13 @@ def _described(model: Any) -> str:
 
 
 def _metrics(run: Run) -> str:
-    """Each step once, in order, from 0 on; every line an object."""
-    if not run.metrics_path.exists():
-        raise UserError(f"{run.metrics_path} is missing")
-    records = run.metrics()
+    """Each step once, in order, from 0 on; every line a record."""
+    records, damage = read_records(run.metrics_path)
+    if damage:
+        raise UserError(damage)
     with run.metrics_path.open("rb") as file:
-        n_lines = sum(1 for _ in file)
-    if n_lines > len(records):
-        raise UserError(f"line {len(records) + 1} of {run.metrics_path} is damaged")
-    for place, record in enumerate(records):
-        if record["step"] != place:
-            raise UserError(
-                f"line {place + 1} of {run.metrics_path} is of step {record['step']}, "
-                f"expected {place}"
-            )
+        if not file.read().endswith(b"\n"):
+            raise UserError(f"{run.metrics_path}: the last line was cut short; --resume mends it")
     skipped = sum("skipped" in record for record in records)
     return f"steps 0 to {len(records) - 1}" + (f", {skipped} skipped" if skipped else "")
 
@@ -116,8 +110,7 @@ def _checkpoint(programs: Programs, checkpoints: Checkpoints, step: int) -> str:
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(f"checkpoint {checkpoints.path / str(step)}: {where} is not finite")
-    sealed = checkpoints.sealed(step)
-    return f"{len(jax.tree.leaves(state))} arrays" + ("" if sealed else "; it has no checksums")
+    return f"{len(jax.tree.leaves(state))} arrays"
 
 
 def _logged_loss(run: Run, step: int) -> tuple[str, float] | None:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax import runs
-from gptjax.checkpoint import MANIFEST, Checkpoints
+from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
+from gptjax.files import MANIFEST
 from gptjax.runs import Run
 from gptjax.tokenizer import CharTokenizer
 
@@ -128,7 +129,7 @@ def test_metrics_end_at_the_first_damaged_line_and_rewind(run):
     with run.metrics_path.open("a") as file:
         file.write('{"step": 5, "lo')
     assert [r["step"] for r in run.metrics()] == [0, 1, 2, 3, 4]
-    assert run.rewind_metrics(3) == [{"step": s, "loss": 0.5 * s} for s in range(4)]
+    assert run.rewind_metrics(3) == ([{"step": s, "loss": 0.5 * s} for s in range(4)], None)
     run.log([{"step": 4, "loss": 2.0}])
     lines = run.metrics_path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
@@ -184,7 +185,7 @@ def test_every_file_of_a_checkpoint_is_guarded(run):
             path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
             assert message(checkpoints.load, 20, abstract({"params": PARAMS})) == (
                 f"checkpoint runs/a/checkpoints/20 is damaged: {name} does not match its "
-                f"checksum; other checkpoints: 10"
+                f"checksum; the newest sound one is 10"
             )
         path.unlink()
         assert f"{name} is missing" in message(checkpoints.verify, 20)
@@ -238,6 +239,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from gptjax.checkpoint import Checkpoints
 from gptjax.errors import UserError
+from gptjax.files import MANIFEST
 
 checkpoints = Checkpoints(Path("checkpoints"))
 def save(step):

@@ -91,8 +91,8 @@ def other_loss(run: Path) -> None:
 HARM: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "config": (lambda run: (run / "config.json").write_text("{"), "config", "is damaged: not JSON"),
     "tokenizer": (lambda run: (run / "tokenizer.json").unlink(), "tokenizer", "No such file"),
-    "half a line": (half_a_line, "metrics", "line 6 of"),
-    "a line missing": (drop_line, "metrics", "is of step 3, expected 2"),
+    "half a line": (half_a_line, "metrics", "the last line was cut short; --resume mends it"),
+    "a line missing": (drop_line, "metrics", "is damaged: line 3: of step 3, expected 2"),
     "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "metrics", "is missing"),
     "a bit": (lambda run: flip(some_file(run)), "checkpoint 4", "does not match its checksum"),
     "a file": (lambda run: some_file(run).unlink(), "checkpoint 4", "is missing"),
