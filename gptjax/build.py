@@ -5,7 +5,7 @@ import flax.linen as nn
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.lecture import Attention, Averaging, FeedForward
-from gptjax.model import GPT, Bigram
+from gptjax.model import GPT, Attend, Bigram
 
 MODELS = {
     "gpt": GPT,
@@ -16,12 +16,13 @@ MODELS = {
 }
 
 
-def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
+def build_model(config: ModelConfig, vocab_size: int, attend: Attend | None = None) -> nn.Module:
     """The module that `config` describes.
 
     Args:
         config: the network.
         vocab_size: the tokenizer's; `config.vocab_size` may be larger (padding).
+        attend: a GPT's kernel of attention, from `kernels.py`; None: the plain one.
 
     Raises:
         UserError: the table has fewer rows than the tokenizer has tokens.
@@ -32,4 +33,6 @@ def build_model(config: ModelConfig, vocab_size: int) -> nn.Module:
             f"model.vocab_size={rows} is less than the tokenizer's {vocab_size} tokens; "
             f"leave it out, or give {vocab_size} or more"
         )
+    if config.kind == "gpt":
+        return GPT(config, rows, attend)
     return MODELS[config.kind](config, rows)

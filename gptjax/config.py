@@ -66,6 +66,10 @@ class ModelConfig:
     which the recorded lecture uses. zero: gpt2, residual projections and an untied head at 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matmuls and activations; parameters, softmax, norms and loss are always float32."""
+    attention: Literal["plain", "auto", "cudnn", "splash"] = "plain"
+    """Of training and evaluation. plain: as the lecture writes it, compiled by XLA. cudnn: flash
+    attention on NVIDIA GPUs. splash: Pallas' kernel on TPUs. auto: the one for the devices, or
+    plain where none fits (on a CPU; with attention weights dropped)."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     remat_saves: Literal["nothing", "dots"] = "nothing"

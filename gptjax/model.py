@@ -85,7 +85,7 @@ class CausalSelfAttention(nn.Module):
     train: bool = False
     causal: bool = True
     project: bool = True
-    attend: Attend | None = None  # a faster kernel, where its work is the same
+    attend: Attend | None = None  # a faster kernel (`kernels.py`), where its work is the same
 
     @nn.compact
     def __call__(

@@ -126,7 +126,13 @@ GPT2 = Config(
     steps_per_dispatch=1,
     loss_chunk=128,
     model=ModelConfig(
-        n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, dtype="bfloat16"
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        block_size=1024,
+        vocab_size=50257,
+        dtype="bfloat16",
+        attention="auto",
     ),
     optim=OptimConfig(learning_rate=6e-4, warmup_steps=2000, beta2=0.95, accumulate=5),
 )
@@ -160,6 +166,7 @@ LLAMA_7B = Config(
         activation="swiglu",
         tie_head=False,
         dtype="bfloat16",
+        attention="auto",
         remat=True,
     ),
     optim=OptimConfig(learning_rate=3e-4, warmup_steps=2000, beta2=0.95, accumulate=8),

@@ -12,6 +12,7 @@ from gptjax import sharding
 from gptjax.build import build_model
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
+from gptjax.kernels import make_attend
 from gptjax.optim import make_optimizer
 from gptjax.step import (
     TrainState,
@@ -39,7 +40,7 @@ class Programs:
         optimizer: your own; None: the config's.
 
     Raises:
-        UserError: sizes that the mesh does not divide.
+        UserError: sizes that the mesh does not divide, or a kernel that its devices do not have.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Programs:
         optimizer: optax.GradientTransformation | None = None,
     ):
         self.config = config
-        self.model = model or build_model(config.model, vocab_size)
-        self.optimizer = optimizer or make_optimizer(config)
         self.mesh = sharding.make_mesh(config)
+        self.model = model or build_model(
+            config.model, vocab_size, make_attend(config.model, self.mesh)
+        )
+        self.optimizer = optimizer or make_optimizer(config)
         self._everywhere = sharding.replicated(self.mesh)
         self.seed_key = jax.device_put(jax.random.key(config.seed), self._everywhere)
         averaged = config.optim.ema is not None

@@ -131,7 +131,7 @@ def token_losses(
             f"leave loss_chunk out"
         )
     x, _ = model.apply({"params": params}, x, method="features", **options)
-    head = lambda x: model.apply({"params": params}, x, method="head")
+    head: Any = lambda x: model.apply({"params": params}, x, method="head")
     return chunked_cross_entropy(head, x, y, chunk)
 
 

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "layers": {"config"},
     "model": {"config", "errors", "layers"},
     "lecture": {"errors", "layers", "model"},
+    "kernels": {"config", "errors", "model"},
     "build": {"config", "errors", "lecture", "model"},
     "optim": {"config"},
     "sharding": {"config", "errors"},
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"config", "data", "errors", "optim"},
     "checkpoint": {"errors", "files", "records"},
     "report": {"config", "records"},
-    "programs": {"build", "checkpoint", "config", "optim", "sharding", "step"},
+    "programs": {"build", "checkpoint", "config", "kernels", "optim", "sharding", "step"},
     "replay": {"checkpoint", "data", "errors", "files", "programs", "report", "runs", "step"},
     "train": {
         *("checkpoint", "config", "data", "errors", "files", "generate", "metrics", "programs"),

@@ -184,7 +184,8 @@ def test_a_large_vocabulary_takes_less_memory_in_chunks():
         params = jax.eval_shape(functools.partial(init_state, model, optax.identity()), KEY).params
         windows = jax.ShapeDtypeStruct((64, 9), jnp.int32)
         lowered = quick_jit(make_gradient(model, config)).lower(params, windows, KEY, 0)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        memory: Any = lowered.compile().memory_analysis()
+        return memory.temp_size_in_bytes
 
     logits = 64 * 8 * 20_000 * 4
     assert temporaries(config) > 1.5 * logits

@@ -1,0 +1,213 @@
+"""Tests of the attention kernels: equal to the plain attention, and chosen as asked."""
+
+import functools
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import kernels
+from gptjax.config import Config, MeshConfig, ModelConfig
+from gptjax.errors import UserError
+from gptjax.model import GPT, attention, causal_mask
+from gptjax.sharding import make_mesh
+from gptjax.step import make_gradient
+
+CONFIG = ModelConfig(
+    n_layer=1, n_head=4, n_kv_head=2, n_embd=32, block_size=128, position="rotary", attention="auto"
+)
+interpreted = functools.partial(kernels.splash, interpret=True)
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return attention(q, k, v, causal_mask(q.shape[1], q.shape[1]))
+
+
+def value_and_gradients(attend: Any, q: Any, k: Any, v: Any) -> Any:
+    """The output, and the gradients of a weighted sum of it."""
+    weights = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = attend(q, k, v)
+        return (y.astype(jnp.float32) * weights).sum(), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    return [y, *gradients]
+
+
+def drawn(B: int, T: int, H: int, G: int, D: int, dtype: str = "float32") -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(B, T, heads, D)), dtype) for heads in (H, G, G)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "tolerance"),
+    [
+        ((2, 128, 2, 2, 16), "float32", 1e-5),
+        ((1, 384, 4, 2, 64), "float32", 1e-5),  # three blocks; queries share keys
+        ((2, 256, 2, 2, 64), "bfloat16", 2e-2),
+    ],
+)
+def test_splash_equals_plain_attention_and_its_gradients(sizes, dtype, tolerance):
+    inputs = drawn(*sizes, dtype=dtype)
+    expected = value_and_gradients(plain, *inputs)
+    for x, y in zip(value_and_gradients(interpreted, *inputs), expected, strict=True):
+        assert x.dtype == y.dtype == dtype
+        x, y = (np.asarray(a, np.float32) for a in (x, y))
+        assert np.abs(x - y).max() < tolerance * max(1, np.abs(y).max())
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 1])
+def test_each_device_attends_for_its_rows_and_heads(monkeypatch, n_kv_head):
+    """As if this machine's devices were TPUs. One head of keys is repeated, to be shared out."""
+    shapes = set()
+
+    def splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        shapes.update({q.shape, k.shape, v.shape})
+        return interpreted(q, k, v)
+
+    monkeypatch.setattr(kernels, "splash", splash)
+    monkeypatch.setattr(kernels, "_unfit", lambda *_: None)
+    model = replace(CONFIG, n_kv_head=n_kv_head, attention="splash")
+    config = Config(batch_size=4, mesh=MeshConfig(data=2, fsdp=2, tensor=2), model=model)
+    attend = kernels.make_attend(model, make_mesh(config))
+    assert attend is not None
+    inputs = drawn(4, 128, 4, n_kv_head, 8)
+    for x, y in zip(*(value_and_gradients(a, *inputs) for a in (attend, plain)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert shapes == {(1, 128, 2, 8)}
+
+
+def test_a_gpt_with_the_kernel_is_the_gpt():
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 129)), jnp.int32)
+    config = Config(batch_size=2, model=CONFIG)
+    models = [GPT(CONFIG, 11), GPT(CONFIG, 11, interpreted)]
+    key = jax.random.key(0)
+    params = jax.jit(models[0].init)(key, tokens[:, :-1])["params"]
+    results = [jax.jit(make_gradient(m, config))(params, tokens, key, 0) for m in models]
+    same = functools.partial(np.testing.assert_allclose, atol=1e-6)
+    jax.tree.map(same, *results)
+
+
+class Called(Exception):
+    pass
+
+
+def refuse(*_: Any) -> Any:
+    raise Called
+
+
+def test_the_kernel_serves_training_and_evaluation_but_no_cache_and_no_dropout():
+    tokens = jnp.zeros((1, 128), jnp.int32)
+    shape = lambda model, **kwargs: jax.eval_shape(
+        lambda: model.init_with_output(
+            {"params": jax.random.key(0), "dropout": jax.random.key(1)}, tokens, **kwargs
+        )
+    )
+    model = GPT(CONFIG, 11, refuse)
+    for train in (True, False):
+        with pytest.raises(Called):
+            shape(model, train=train)
+    shape(model, cache=model.init_cache(1))
+    shape(GPT(replace(CONFIG, attn_dropout=0.1), 11, refuse), train=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# The choice
+
+
+def mesh_of(platform: str, kind: str) -> Any:
+    device = SimpleNamespace(platform=platform, device_kind=kind)
+    return SimpleNamespace(devices=np.array([device], object), size=1, shape={"tensor": 1})
+
+
+TPU = mesh_of("tpu", "TPU v5 lite")
+H100 = mesh_of("gpu", "NVIDIA H100 80GB HBM3")
+AMD = mesh_of("gpu", "AMD Instinct MI300X")
+CPU = mesh_of("cpu", "cpu")
+BF16 = replace(CONFIG, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh", "kernel"),
+    [
+        (BF16, TPU, kernels.splash),
+        (CONFIG, TPU, kernels.splash),
+        (BF16, H100, kernels.cudnn),
+        (CONFIG, H100, None),  # float32
+        (BF16, AMD, None),
+        (BF16, CPU, None),
+        (replace(BF16, dropout=0.1), TPU, None),
+        (replace(BF16, dropout=0.1, attn_dropout=0.0), TPU, kernels.splash),
+        (replace(BF16, block_size=100), TPU, None),
+        (replace(BF16, attention="plain"), TPU, None),
+    ],
+)
+def test_auto_takes_what_fits(config, mesh, kernel):
+    assert kernels.make_attend(config, mesh) is kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "mesh", "reason"),
+    [
+        ("splash", BF16, CPU, "runs on TPUs, and this is a cpu"),
+        ("cudnn", BF16, TPU, "runs on NVIDIA GPUs, and this is a TPU v5 lite"),
+        ("cudnn", CONFIG, H100, "needs model.dtype=bfloat16, and it is float32"),
+        (
+            "cudnn",
+            replace(BF16, n_head=1, n_kv_head=1, n_embd=136),
+            H100,
+            "needs heads of a multiple of 8 up to 128, and a head's size n_embd / n_head is 136",
+        ),
+        (
+            "splash",
+            replace(BF16, block_size=100),
+            TPU,
+            "needs a model.block_size that is a multiple of 128, and it is 100",
+        ),
+        (
+            "splash",
+            replace(BF16, dropout=0.1),
+            TPU,
+            "cannot drop attention weights, and the share to drop is 0.1",
+        ),
+    ],
+)
+def test_a_kernel_that_was_asked_for_and_cannot_serve_is_refused(name, config, mesh, reason):
+    with pytest.raises(UserError) as caught:
+        kernels.make_attend(replace(config, attention=name), mesh)
+    assert str(caught.value) == f"model.attention={name} {reason}; give plain or auto"
+
+
+# ---------------------------------------------------------------------------------------------
+# Lowered for machines that are not here
+
+
+def lowered(attend: Any, platform: str) -> str:
+    inputs = drawn(1, 128, 2, 2, 64, "bfloat16")
+    total = lambda *inputs: attend(*inputs).astype(jnp.float32).sum()
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*inputs)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_splash_lowers_for_tpus():
+    assert lowered(kernels.splash, "tpu").count("tpu_custom_call") >= 3  # forward, dq, dkv
+
+
+def test_cudnn_lowers_for_nvidia_gpus(monkeypatch):
+    """With JAX made to believe that cuDNN is here, which it looks for before it lowers."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda _: False)
+    text = lowered(kernels.cudnn, "cuda")
+    assert "fmhaSoftmax" in text and "fmhaSoftmaxBackward" in text
