@@ -7,14 +7,14 @@ import contextlib
 import difflib
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import tyro
 
 from gptjax import runs
-from gptjax.config import Config
+from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError
 from gptjax.presets import PRESETS
 from gptjax.tokenizer import Unknown
@@ -71,6 +71,7 @@ class SampleCommand:
     """Draw from the fewest tokens that hold this much probability."""
     seed: int = 1337
     """The same seed, prompt and settings give the same text."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
 
 
 def parse_train(argv: list[str]) -> TrainCommand:
@@ -170,7 +171,7 @@ def parse(cls: type[T], default: T, argv: list[str], prog: str, description: str
     """
     text = f"{(cls.__doc__ or '').strip()} {description}".strip()
     if _wants_help(argv):
-        return tyro.cli(cls, default=default, args=argv, prog=prog, description=text)
+        return tyro.cli(cls, default=default, args=["--help"], prog=prog, description=text)
     printed, columns = io.StringIO(), os.environ.get("COLUMNS")
     try:
         os.environ["COLUMNS"] = "2000"  # so that no message is wrapped

@@ -263,13 +263,16 @@ def _group(attributes: str) -> tuple[int, ...]:
     if iota:
         [shape, source, order] = [_ints(text) for text in iota.groups()]
         return _transposed(source, order or tuple(range(len(source))))[: shape[-1]]
-    if named := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", attributes):
+    ids = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"  # in another order than 0, 1, ...
+    if named := re.search(rf"replica_groups=mesh\[(.*?)\]{ids} ?\{{(.*?)\}}", attributes):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        inside = re.findall(r"'(\w+)'", named[2])
+        inside = re.findall(r"'(\w+)'", named[4])
         order = [n for n, name in enumerate(sizes) if name not in inside]
         order += [n for n, name in enumerate(sizes) if name in inside]
         count = math.prod(sizes[name] for name in inside)
-        return _transposed(tuple(sizes.values()), tuple(order))[:count]
+        source = _ints(named[2]) or (math.prod(sizes.values()),)
+        devices = _transposed(source, _ints(named[3]) or tuple(range(len(source))))
+        return tuple(devices[n] for n in _transposed(tuple(sizes.values()), tuple(order))[:count])
     return (0,)
 
 

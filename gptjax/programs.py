@@ -32,6 +32,7 @@ class Programs:
         gradient: see `make_gradient`.
         abstract: shapes and dtypes of the train state.
         placed: the sharding of each of its leaves.
+        model_here: the model, as it is to be applied on these devices.
 
     Args:
         config: of the run.
@@ -62,15 +63,16 @@ class Programs:
         self._init = partial(init_state, self.model, self.optimizer, averaged=averaged)
         self.abstract = jax.eval_shape(self._init, self.seed_key)
         self.placed = sharding.shardings(self.mesh, self.abstract)
-        rows = sharding.batch_sharding(self.mesh)
+        self.model_here = sharding.on_mesh(self.model, self.mesh)
+        here, rows = self.model_here, sharding.batch_sharding(self.mesh)
         self.train_steps = jax.jit(
-            make_train_steps(self.model, self.optimizer, config, rows),
+            make_train_steps(here, self.optimizer, config, rows),
             donate_argnums=0,
             out_shardings=(self.placed, self._everywhere),
         )
-        self.gradient = jax.jit(make_gradient(self.model, config))
+        self.gradient = jax.jit(make_gradient(here, config))
         self._is_finite = jax.jit(_all_finite)
-        self._evaluate = jax.jit(make_evaluate(self.model, config, rows))
+        self._evaluate = jax.jit(make_evaluate(here, config, rows))
 
     def start(self) -> TrainState:
         """The train state before the first step, each leaf on its devices from the start."""

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import runs
+from gptjax import runs, sharding
 from gptjax.build import build_model
 from gptjax.checkpoint import Checkpoints
 from gptjax.cli import SampleCommand, read_prompt
+from gptjax.errors import UserError
 from gptjax.generate import CHUNK, Sampling, generate
 from gptjax.runs import Run
 from gptjax.tokenizer import Tokenizer
@@ -32,7 +33,8 @@ def stream(command: SampleCommand, model: nn.Module | None = None) -> Iterator[l
         num_samples pieces of new text at a time, one for each sample; no character in halves.
 
     Raises:
-        UserError: no such run or checkpoint, a damaged one, or a prompt that cannot be encoded.
+        UserError: no such run or checkpoint, a damaged one, a prompt that cannot be encoded, or
+            a mesh that does not fit.
     """
     run = Run(runs.find(command.run))
     tokenizer = run.tokenizer
@@ -40,15 +42,25 @@ def stream(command: SampleCommand, model: nn.Module | None = None) -> Iterator[l
     if not len(prompt):
         prompt = tokenizer.encode("\n", "replace")[:1]
     model = model or build_model(run.config.model, tokenizer.vocab_size)
+    mesh = sharding.mesh_of(command.mesh)
+    if command.num_samples % mesh.shape["data"]:
+        raise UserError(
+            f"--num-samples {command.num_samples} is not divisible by --mesh.data "
+            f"{mesh.shape['data']}; change one of them (each device draws as many)"
+        )
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    target = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        sharding.shardings(mesh, shapes),
+    )
     checkpoints = Checkpoints(run.checkpoints_path)
     step = run.choose(command.checkpoint, checkpoints.steps())
     params = checkpoints.load(step, {"params": target})["params"]
     sampling = Sampling(command.temperature, command.top_k, command.top_p, tokenizer.vocab_size)
     key = jax.random.key(command.seed)
     growing = [Growing(tokenizer, prompt) for _ in range(command.num_samples)]
+    model = sharding.on_mesh(model, mesh)
     for chunk in generate(
         model, params, prompt, key, command.max_new_tokens, sampling, command.num_samples
     ):

@@ -1,29 +1,39 @@
 """Devices: one mesh, one table of rules. The model knows neither.
 
 XLA's GSPMD partitions the jitted step from where its inputs lie, so parameters, optimizer state
-and batches are placed here and nothing else changes between one device and many.
+and batches are placed here. `on_mesh` tells it the two things that it would guess wrong: that a
+batch's rows stay where they are, and that a table is gathered to be looked up in.
 """
 
 import math
 import re
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
+import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import Config
+from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))  # rows of a batch are spread over both
+ROWS = ("data", "fsdp")  # rows of a batch are spread over both
+BATCH = P(ROWS)
+# The tensor axis for sizes that a user does not choose freely (the tokenizer's vocabulary, few
+# heads of keys and values): where it does not divide, the leaf is whole along it.
+TENSOR = "tensor, if it divides"
 
 # Path of a leaf, from its end, to the mesh axis of each of its axes. AdamW's moments have the
 # parameters' names, so one table covers the whole train state. Scalars need no rule.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"((wte|wse)/embedding|wpe)", P(None, "fsdp")),  # (V, C), (block_size, C)
-    (r"h/attn/(c_attn|c_kv)/kernel", P(None, "fsdp", None, "tensor", None)),  # (L, C, 3, H, D)
-    (r"h/attn/(c_attn|c_kv)/bias", P(None, None, "tensor", None)),  # (L, 3, H, D)
+    (r"(wte|wse)/embedding", P(TENSOR, "fsdp")),  # (V, C)
+    (r"wpe", P(None, "fsdp")),  # (block_size, C)
+    (r"h/attn/c_attn/kernel", P(None, "fsdp", None, "tensor", None)),  # (L, C, 3, H, D)
+    (r"h/attn/c_attn/bias", P(None, None, "tensor", None)),  # (L, 3, H, D)
+    (r"h/attn/c_kv/kernel", P(None, "fsdp", None, TENSOR, None)),  # (L, C, 2, G, D)
+    (r"h/attn/c_kv/bias", P(None, None, TENSOR, None)),  # (L, 2, G, D)
     (r"h/attn/c_q/kernel", P(None, "fsdp", "tensor", None)),  # (L, C, H, D)
     (r"h/attn/c_q/bias", P(None, "tensor", None)),  # (L, H, D)
     (r"h/attn/c_proj/kernel", P(None, "tensor", None, "fsdp")),  # (L, H, D, C)
@@ -34,35 +44,45 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"h/mlp/c_proj/kernel", P(None, "tensor", "fsdp")),  # (L, F, C)
     (r"h/(attn|mlp)/c_proj/bias", P()),  # (L, C)
     (r"(ln_1|ln_2|ln_f)/(scale|bias)", P()),  # (L, C), (C,)
-    (r"lm_head/kernel", P("fsdp", None)),  # (C, V)
-    (r"lm_head/bias", P()),  # (V,)
+    (r"lm_head/kernel", P("fsdp", TENSOR)),  # (C, V)
+    (r"lm_head/bias", P(TENSOR)),  # (V,)
 )
 
 
 def make_mesh(config: Config) -> Mesh:
-    """The (data, fsdp, tensor) mesh over this machine's devices.
+    """The (data, fsdp, tensor) mesh that a run trains on.
 
     `mesh.data=None` takes as many of the remaining devices as divide the batch.
 
     Raises:
         UserError: more devices asked for than there are, or a batch that does not divide.
     """
-    m, available = config.mesh, jax.device_count()
-    rows = config.batch_size // config.optim.accumulate
+    m, rows = config.mesh, config.batch_size // config.optim.accumulate
     data = m.data
     if data is None:
-        room = max(1, available // (m.fsdp * m.tensor))
+        room = max(1, jax.device_count() // (m.fsdp * m.tensor))
         data = max(n for n in range(1, room + 1) if n == 1 or rows % (n * m.fsdp) == 0)
-    shape = (data, m.fsdp, m.tensor)
-    if math.prod(shape) > available:
-        raise UserError(
-            f"the mesh data={data} x fsdp={m.fsdp} x tensor={m.tensor} needs {math.prod(shape)} "
-            f"devices and there are {available}; lower mesh.data, mesh.fsdp or mesh.tensor"
-        )
+    mesh = mesh_of(replace(m, data=data))
     if rows % (data * m.fsdp):
         raise UserError(
             f"a micro-batch of {rows} rows is not divisible by mesh.data * mesh.fsdp = "
             f"{data * m.fsdp}; sizes that divide it: {_divisors(rows)}"
+        )
+    return mesh
+
+
+def mesh_of(m: MeshConfig) -> Mesh:
+    """The mesh of these sizes (`data=None`: 1), over the first devices.
+
+    Raises:
+        UserError: more devices asked for than there are.
+    """
+    shape, available = (m.data or 1, m.fsdp, m.tensor), jax.device_count()
+    if math.prod(shape) > available:
+        raise UserError(
+            f"the mesh data={shape[0]} x fsdp={m.fsdp} x tensor={m.tensor} needs "
+            f"{math.prod(shape)} devices and there are {available}; lower mesh.data, mesh.fsdp or "
+            f"mesh.tensor"
         )
     devices = jax.devices()[: math.prod(shape)]
     # Auto: XLA infers every sharding. The default, Explicit, would ask the model to name them.
@@ -81,8 +101,8 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     """
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = _spec(name, leaf.ndim)
+        name = _name(path)
+        spec = _spec(name, leaf.shape, mesh)
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(
@@ -104,12 +124,86 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def _spec(name: str, ndim: int) -> P:
+def on_mesh(model: nn.Module, mesh: Mesh) -> nn.Module:
+    """The model, its activations told where to lie on the mesh; to be used as any other."""
+    return model if mesh.size == 1 else cast(nn.Module, OnMesh(model, mesh))
+
+
+@dataclass(frozen=True)
+class OnMesh:
+    """A module whose `apply` keeps the rows of a batch on their devices.
+
+    Left to itself, XLA lets activations follow the shards of the parameters: with fsdp it then
+    moves activations between devices in place of the smaller parameters, in every layer.
+    """
+
+    model: nn.Module
+    mesh: Mesh
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own, what each part returns pinned along its first axis."""
+        params = jax.tree_util.tree_map_with_path(self._table_whole, variables["params"])
+        with nn.intercept_methods(self._pin):
+            return self.model.apply({**variables, "params": params}, *args, **kwargs)
+
+    def init_cache(self, batch: int) -> Any:
+        """As the module's own, its rows and its heads spread over the mesh."""
+        rows = self._rows(batch)
+        specs = {"k": P(None, rows, None, TENSOR), "v": P(None, rows, None, TENSOR)}
+
+        def place(path: Any, leaf: jax.Array) -> jax.Array:
+            spec = specs.get(_name(path), P(rows) if leaf.ndim else P())
+            return self._constrain(leaf, _fitting(spec, leaf.shape, self.mesh))
+
+        cache = cast(Any, self.model).init_cache(batch)
+        return jax.tree_util.tree_map_with_path(place, cache)
+
+    def _rows(self, batch: int) -> Any:
+        """The mesh axes that this many rows are spread over."""
+        return ROWS if batch % math.prod(self.mesh.shape[axis] for axis in ROWS) == 0 else None
+
+    def _pin(self, method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """Call a part of the module; the rows of what it returns, its cache apart, stay put."""
+        result = method(*args, **kwargs)
+        if context.method_name != "__call__":
+            return result
+        x, *cache = result if isinstance(result, tuple) else (result,)
+        if x.ndim > 1 and (rows := self._rows(x.shape[0])):
+            x = self._constrain(x, P(rows, *[P.UNCONSTRAINED] * (x.ndim - 1)))
+        return (x, *cache) if isinstance(result, tuple) else x
+
+    def _table_whole(self, path: Any, leaf: jax.Array) -> jax.Array:
+        """Gather a table over fsdp: looking up in one that is cut along its width would gather
+        the whole batch's activations instead."""
+        if not re.search(r"(^|/)((wte|wse)/embedding|wpe)$", _name(path)):
+            return leaf
+        spec = _spec(_name(path), leaf.shape, self.mesh)
+        return self._constrain(leaf, P(*(None if axis == "fsdp" else axis for axis in spec)))
+
+    def _constrain(self, x: jax.Array, spec: P) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The spec of the leaf called `name`; what no rule fits (of your own module) is replicated."""
     for pattern, spec in RULES:
-        if re.search(rf"(^|/){pattern}$", name) and len(spec) in (0, ndim):
-            return spec
+        if re.search(rf"(^|/){pattern}$", name) and len(spec) in (0, len(shape)):
+            return _fitting(spec, shape, mesh)
     return P()
+
+
+def _fitting(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The spec with TENSOR decided."""
+    n = mesh.shape["tensor"]
+    decide = lambda axis, size: axis if axis != TENSOR else "tensor" if size % n == 0 else None
+    return P(*map(decide, spec, shape))
 
 
 def _divisors(n: int) -> str:

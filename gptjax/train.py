@@ -171,7 +171,7 @@ def _train(
         return record
     flops = 0 if own_model else metrics.flops_per_token(config.model, params)
     report.summary("done", _results(config, run, record, flops, programs.mesh))
-    report.say("a sample:\n" + _sample(programs.model, state.weights, dataset, config))
+    report.say("a sample:\n" + _sample(programs.model_here, state.weights, dataset, config))
     if not own_model:
         report.say(f"next: python sample.py --run {name}")
     return record

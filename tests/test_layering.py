@@ -47,7 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "errors", "files", "generate", "metrics", "programs"),
         *("records", "replay", "report", "runs", "step"),
     },
-    "sample": {"build", "checkpoint", "cli", "generate", "runs", "tokenizer"},
+    "sample": {
+        *("build", "checkpoint", "cli", "errors", "generate", "runs", "sharding", "tokenizer"),
+    },
+    "meshes": {"cache", "cli", "config", "errors", "hlo", "programs", "step"},
     "verify": {
         *("cache", "checkpoint", "cli", "data", "errors", "programs", "records", "runs"),
     },

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,30 +11,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from gptjax import sharding
+from gptjax import hlo, meshes, sharding
 from gptjax.build import build_model
 from gptjax.cli import SampleCommand
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.optim import make_optimizer
+from gptjax.programs import Programs
 from gptjax.report import Report
+from gptjax.runs import Run
 from gptjax.sample import stream
-from gptjax.step import TrainState, init_state, make_evaluate, make_train_steps, whole_split_starts
+from gptjax.step import TrainState, init_state
 from gptjax.train import train
 
-VOCAB = 13
+VOCAB = 12
 CONFIG = Config(
     steps=20,
     batch_size=16,
-    steps_per_dispatch=5,
+    steps_per_dispatch=20,
     model=ModelConfig(n_layer=1, n_head=4, n_embd=16, block_size=8, dropout=0.2),
     optim=OptimConfig(learning_rate=0.01, accumulate=2),
 )
 MODERN = replace(
     CONFIG,
     model=replace(
-        CONFIG.model, n_kv_head=2, norm="rms", position="rotary", activation="swiglu", ngram=3
+        CONFIG.model, n_kv_head=1, norm="rms", position="rotary", activation="swiglu", ngram=3
     ),
     optim=replace(CONFIG.optim, kind="muon", ema=0.5),
 )
@@ -42,46 +47,34 @@ ONE = MeshConfig(data=1)
 MESHES = {
     "data 8": MeshConfig(data=8),
     "fsdp 8": MeshConfig(data=1, fsdp=8),
-    "tensor 2": MeshConfig(data=1, tensor=2),
+    "tensor 4": MeshConfig(data=1, tensor=4),
     "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
-    "data 4, tensor 2": MeshConfig(data=4, tensor=2),
 }
 # Tiny programs take longer to compile than to run; this way a third as long.
 QUICK = {"xla_backend_optimization_level": 0}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 class Outcome(NamedTuple):
-    """Of updates on a mesh."""
+    """Of 20 updates on a mesh."""
 
     first: TrainState  # on the host
     state: TrainState  # on the mesh
     losses: np.ndarray
     evaluation: float
+    compiled: Any  # train_steps
 
 
 @functools.cache
 def outcome(mesh_config: MeshConfig, modern: bool = False) -> Outcome:
     config = replace(MODERN if modern else CONFIG, mesh=mesh_config)
-    mesh = sharding.make_mesh(config)
-    model, optimizer = build_model(config.model, VOCAB), make_optimizer(config)
-    everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    key, tokens = jax.device_put((jax.random.key(0), TOKENS), everywhere)
-    init = functools.partial(init_state, model, optimizer, averaged=modern)
-    placed = sharding.shardings(mesh, jax.eval_shape(init, key))
-    state = quick_jit(init, out_shardings=placed)(key)
+    programs = Programs(config, VOCAB)
+    tokens = programs.put(TOKENS)
+    state = programs.start()
     first = jax.tree.map(np.asarray, state)
-    steps = quick_jit(
-        make_train_steps(model, optimizer, config, rows),
-        donate_argnums=0,
-        out_shardings=(placed, everywhere),
-    )
-    state, out = steps(state, tokens, key, 5)
-    evaluate = quick_jit(make_evaluate(model, config, rows))
-    starts = jax.device_put(whole_split_starts(len(TOKENS), config.batch_size, 8), everywhere)
-    return Outcome(
-        first, state, np.asarray(out.loss), float(evaluate(state.weights, tokens, starts))
-    )
+    compiled = programs.train_steps.lower(state, tokens, programs.seed_key, 20).compile()
+    state, out = compiled(state, tokens, programs.seed_key, 20)
+    evaluation = programs.mean_loss(state.weights, tokens, 0, whole=True)
+    return Outcome(first, state, np.asarray(out.loss), evaluation, compiled)
 
 
 @pytest.fixture(params=MESHES.values(), ids=list(MESHES))
@@ -94,8 +87,8 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in flat}
 
 
-def abstract_state(config: Config) -> TrainState:
-    model, optimizer = build_model(config.model, VOCAB), make_optimizer(config)
+def abstract_state(config: Config, vocab_size: int = VOCAB) -> TrainState:
+    model, optimizer = build_model(config.model, vocab_size), make_optimizer(config)
     init = functools.partial(init_state, model, optimizer)
     return jax.eval_shape(init, jax.random.key(0))
 
@@ -111,8 +104,10 @@ def test_init_is_the_same_on_every_mesh(mesh_config):
     )
 
 
-def test_muon_and_the_average_are_the_same_on_every_mesh(mesh_config):
-    """With grouped queries, rotary positions and SwiGLU; the state is where the rules say."""
+@pytest.mark.parametrize("mesh_config", [MESHES["tensor 4"], MESHES["data 2, fsdp 2, tensor 2"]])
+def test_the_modern_family_is_the_same_on_every_mesh(mesh_config):
+    """Muon, the average, grouped queries that tensor does not divide, SwiGLU, n-grams; the state
+    is where the rules say."""
     one, here = outcome(ONE, modern=True), outcome(mesh_config, modern=True)
     np.testing.assert_allclose(here.losses, one.losses, rtol=0, atol=1e-5)
     assert here.evaluation == pytest.approx(one.evaluation, abs=1e-5)
@@ -124,7 +119,7 @@ def test_training_is_the_same_on_every_mesh(mesh_config):
     one, here = outcome(ONE), outcome(mesh_config)
     np.testing.assert_allclose(here.losses, one.losses, rtol=0, atol=1e-5)
     assert here.evaluation == pytest.approx(one.evaluation, abs=1e-5)
-    assert len(set(one.losses.tolist())) == 5
+    assert len(set(one.losses.tolist())) == 20
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,8 +137,8 @@ def parts_of(name: str, m: MeshConfig) -> int:
     parts = 1
     if re.search(r"(kernel|embedding|wpe)$", name):
         parts *= m.fsdp  # every matrix
-    if re.search(r"attn/c_attn|mlp/c_fc|c_proj/kernel", name):
-        parts *= m.tensor  # all that has heads or the MLP's width
+    if re.search(r"attn/c_attn|mlp/c_fc|c_proj/kernel|wte", name):
+        parts *= m.tensor  # all that has heads, the MLP's width or the vocabulary
     return parts
 
 
@@ -157,6 +152,63 @@ def test_each_device_holds_its_part_and_no_more(mesh_config):
         assert held < total / 5  # an eighth, and the biases and norms, which are tiny in real life
     if mesh_config.fsdp * mesh_config.tensor == 1:
         assert held == total
+
+
+def test_the_compiled_step_holds_no_more_than_its_part_and_computes_no_more_than_its_share(
+    mesh_config,
+):
+    """What the program takes in is the device's part of the state, the tokens and the key; and a
+    device that computes what another does too would show in the FLOPs."""
+    m, one, here = mesh_config, outcome(ONE), outcome(mesh_config)
+    part = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(here.state))
+    given = here.compiled.memory_analysis().argument_size_in_bytes
+    assert part + TOKENS.nbytes <= given <= part + TOKENS.nbytes + 100
+    flops = [o.compiled.cost_analysis()["flops"] for o in (one, here)]
+    assert flops[1] < 1.5 * flops[0] / (m.data * m.fsdp * m.tensor)
+
+
+def sent(mesh_config: MeshConfig) -> dict[tuple[str, ...], list[tuple[str, int]]]:
+    """Operand bytes of each collective in a step, beyond single numbers, by its axes."""
+    shape = {"data": mesh_config.data, "fsdp": mesh_config.fsdp, "tensor": mesh_config.tensor}
+    found: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
+    for c in hlo.Program(outcome(mesh_config).compiled.as_text()).collectives():
+        found[c.axes(shape)] += [(c.kind, c.bytes)] * c.times
+    return dict(found)
+
+
+PARAMS = 16 * (12 + 8) + 12 * 16**2 + (3 + 1 + 4 + 1) * 16 + 6 * 16  # of CONFIG's model
+TABLE = 16 * 12  # the tied table's gradient comes in two parts: of the lookup and of the head
+
+
+def test_data_parallel_sums_each_gradient_once_a_micro_batch():
+    """And nothing else but the loss, one number."""
+    found = sent(MESHES["data 8"])
+    assert found.keys() == {("data",)}
+    assert {kind for kind, _ in found[("data",)]} == {"all-reduce"}
+    assert sum(nbytes for _, nbytes in found[("data",)]) == 2 * 4 * (PARAMS + TABLE + 1)
+
+
+def test_fsdp_gathers_parameters_and_never_activations():
+    """Each matrix twice, for the way forward and the way back, and each table once; the gradients
+    are summed as with data."""
+    found = sent(MESHES["fsdp 8"])
+    assert found.keys() == {("fsdp",)}
+    gathered = [nbytes * 8 // 4 for kind, nbytes in found[("fsdp",)] if kind == "all-gather"]
+    assert sum(gathered) <= 2 * (16 * (12 + 8) + 2 * 12 * 16**2)
+    assert max(gathered) <= 4 * 16**2  # of one matrix
+    summed = sum(nbytes for kind, nbytes in found[("fsdp",)] if kind == "all-reduce")
+    assert 2 * 4 * PARAMS < summed < 2 * 4 * (PARAMS + TABLE + 20)
+    assert {kind for kind, _ in found[("fsdp",)]} == {"all-gather", "all-reduce"}
+
+
+def test_tensor_sums_activations_and_never_parameters():
+    """Four (B, T, C) in each layer; and the lookup and the head, for the vocabulary is cut too."""
+    found = sent(MESHES["tensor 4"])
+    assert found.keys() == {("tensor",)}
+    assert {kind for kind, _ in found[("tensor",)]} == {"all-reduce"}
+    activations = 4 * 8 * 8 * 16  # float32, of one micro-batch
+    big = [nbytes for _, nbytes in found[("tensor",)] if nbytes >= activations]
+    assert sum(nbytes // activations for nbytes in big) == 2 * (4 + 2)
 
 
 def test_moments_lie_where_their_parameters_do(mesh_config):
@@ -337,14 +389,55 @@ def test_a_run_on_four_devices_speaks_on_one(
         compiled, states = watch_train_steps(patch)
         train(config, tmp_path / "run", report=Report(quiet=True))
     # The state lies as the rules say before and after every call, so one compilation serves all.
-    placed = sharding.shardings(sharding.make_mesh(config), abstract_state(config))
+    vocab_size = Run(tmp_path / "run").tokenizer.vocab_size
+    abstract = abstract_state(config, vocab_size)
+    placed = sharding.shardings(sharding.make_mesh(config), abstract)
     assert len(states) == 2 * 3
     for state in states:
         assert jax.tree.leaves(state) == jax.tree.leaves(placed)
     assert [jitted._cache_size() for jitted in compiled] == [1]
 
-    command = SampleCommand(run=str(tmp_path / "run"), prompt="KING:", max_new_tokens=12, seed=3)
-    pieces = list(stream(replace(command, num_samples=2)))
-    for i in range(2):
-        text = "".join(piece[i] for piece in pieces)
-        assert len(text) == 12 and set(text) <= set(play)
+    command = SampleCommand(run=str(tmp_path / "run"), prompt="KING:", num_samples=2, seed=3)
+    command = replace(command, max_new_tokens=30, temperature=0.0)
+    one = spoken(command)
+    assert all(len(text) == 30 and set(text) <= set(play) for text in one)
+    for other in (mesh, MeshConfig(data=2, tensor=4), MeshConfig(data=1, fsdp=4)):
+        assert spoken(replace(command, mesh=other)) == one
+    drawn = replace(command, temperature=1.0, top_k=5)
+    assert spoken(replace(drawn, mesh=mesh)) == spoken(drawn)
+    with pytest.raises(UserError) as caught:
+        spoken(replace(command, num_samples=3, mesh=MeshConfig(data=2)))
+    assert str(caught.value) == (
+        "--num-samples 3 is not divisible by --mesh.data 2; change one of them (each device draws "
+        "as many)"
+    )
+
+
+def spoken(command: SampleCommand) -> list[str]:
+    """The samples, whole."""
+    return ["".join(pieces) for pieces in zip(*stream(command), strict=True)]
+
+
+@pytest.mark.parametrize("model", [CONFIG.model, MODERN.model], ids=["classic", "modern"])
+def test_the_cache_is_spread_over_rows_and_heads(model):
+    mesh = sharding.mesh_of(MeshConfig(data=2, fsdp=2, tensor=2))
+    here = sharding.on_mesh(build_model(model, VOCAB), mesh)
+    cache = jax.jit(lambda: here.init_cache(4))()
+    heads = "tensor" if model.n_kv_head is None else None  # one head cannot be cut
+    wanted = NamedSharding(mesh, P(None, ("data", "fsdp"), None, heads))
+    for leaf in (cache.k, cache.v):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+
+
+# ---------------------------------------------------------------------------------------------
+# The lesson
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modern", [False, True], ids=["plain", "modern"])
+def test_every_mesh_of_up_to_eight_devices_learns_the_same(modern):
+    config = meshes.MODERN if modern else meshes.PLAIN
+    rows = [meshes.measure(replace(config, mesh=mesh)) for mesh in meshes.meshes()]
+    assert len(rows) == 1 + 3 + 6 + 10
+    for row in rows:
+        np.testing.assert_allclose(row.losses, rows[0].losses, rtol=0, atol=1e-5)
