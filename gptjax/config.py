@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from gptjax.errors import UserError
 
+LARGEST = 2**31 - 1  # of a count: sizes and steps are int32 on the devices
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -270,6 +272,8 @@ class Config:
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise UserError(f"{name}={value} is too small; give 1 or more")
+    if value > LARGEST:
+        raise UserError(f"{name}={value} is too large; give {LARGEST} or less")
 
 
 def _not_negative(name: str, value: float) -> None:

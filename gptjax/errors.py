@@ -5,9 +5,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 1500  # characters of a message
+
 
 class UserError(ValueError):
-    """Bad input: the message is one line saying what was expected, what was given, what to do."""
+    """Bad input: the message is one line saying what was expected, what was given, what to do.
+
+    What a stranger's file puts into a message stays on that line: control characters are shown by
+    their escapes, and it ends somewhere.
+    """
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:LONGEST])
+        super().__init__(line + "..." * (len(message) > LONGEST))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`metrics.jsonl`: one JSON object for each step, each step once, in order; read without trust."""
 
+import hashlib
 import json
 import math
 import os
@@ -62,8 +63,29 @@ def read(path: Path) -> tuple[list[Record], str | None]:
     return records, f"{path} is damaged: {damage[0]}" if damage else None
 
 
-def rewind(path: Path, step: int) -> tuple[list[Record], str | None]:
-    """Drop what comes after `step`; what is no record is first kept in a file beside it.
+def fingerprint(path: Path) -> str:
+    """JSON that tells the file as it is now from one that is damaged later; lines may be added."""
+    raw = path.read_bytes() if path.exists() else b""
+    return json.dumps({"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()})
+
+
+def has_changed(path: Path, fingerprint: str) -> bool:
+    """Whether what was in the file at the time of the fingerprint is there no more."""
+    try:
+        values = json.loads(fingerprint)
+        raw = path.read_bytes()[: values["bytes"]] if path.exists() else b""
+        return hashlib.sha256(raw).hexdigest() != values["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return True  # a fingerprint that nobody made
+
+
+def rewind(path: Path, step: int, damaged: bool) -> tuple[list[Record], str | None]:
+    """Drop what comes after `step`; what is damaged is first kept in a file beside it.
+
+    Args:
+        path: of the file.
+        step: of the last record to keep.
+        damaged: whether it is known to be, however its lines look.
 
     Returns:
         The records that are left, and what is wrong with the file, if anything.
@@ -72,7 +94,9 @@ def rewind(path: Path, step: int) -> tuple[list[Record], str | None]:
         UserError: the disk takes no more; the file is as it was.
     """
     found, damage = read(path)
-    if damage and path.exists() and path.read_bytes() != _lines(found):
+    if damaged and not damage:
+        damage = f"{path} is damaged: it does not match its checksum"
+    if damage and path.exists() and (damaged or path.read_bytes() != _lines(found)):
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
         with files.writing(aside):
             shutil.copyfile(path, aside)
@@ -96,7 +120,7 @@ def as_record(value: Any) -> Record:
     for name, x in value.items():
         number = type(x) is float or (type(x) is int and abs(x) < 2**53)
         words = name == "skipped" and isinstance(x, str)
-        if not (number or words or (x is None and name != "seconds")):
+        if not (number or words or x is None):
             raise ValueError(f"{name[:40]!r} is not a number")
     return value
 

@@ -10,112 +10,25 @@ No pickle, and nothing outside the folder.
 """
 
 import math
-import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from gptjax import config_json, files, records
 from gptjax import tokenizer as tokenizer_module
 from gptjax.config import Config, differences
 from gptjax.errors import UserError
 from gptjax.files import Damaged
+from gptjax.folders import CONFIG, METRICS, TOKENIZER, copies, taken, unwritable
+
+# A caller of this room finds runs here too.
+from gptjax.folders import RUNS as RUNS
+from gptjax.folders import find as find
+from gptjax.folders import locked as locked
+from gptjax.folders import new_directory as new_directory
+from gptjax.folders import run_name as run_name
 from gptjax.records import Record
 from gptjax.tokenizer import Tokenizer
-
-RUNS = Path("runs")
-LOCK = ".lock"
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-
-
-def find(name: str | None, like: str | None = None) -> Path:
-    """The folder of a run that exists.
-
-    Args:
-        name: a name in runs/, or a path; None: the newest run.
-        like: with no name, only runs named after this preset.
-
-    Raises:
-        UserError: no such run.
-    """
-    if name is not None:
-        _check_name(name)
-        directory = next((p for p in (RUNS / name, Path(name)) if p.exists()), RUNS / name)
-        if not (directory / CONFIG).is_file() and not any(_copies(directory, CONFIG)):
-            raise UserError(
-                f"{directory} is not a run's folder (it has no config.json); runs here: "
-                f"{', '.join(_names()) or 'none'}"
-            )
-        return directory
-    pattern = rf"{re.escape(_base_name(like))}(-\d+)?" if like else r".*"
-    found = [RUNS / n for n in _names() if re.fullmatch(pattern, n)]
-    if not found:
-        kind = f"run of preset {like}" if like else "run"
-        raise UserError(f"there is no {kind} in {RUNS}/; make one with python train.py")
-    return max(found, key=_last_change)
-
-
-def new_directory(name: str | None, preset: str) -> Path:
-    """A folder for a new run, not yet made: `name`, or the preset's with the first free number.
-
-    Raises:
-        UserError: the folder holds something already.
-    """
-    if name is None:
-        base = _base_name(preset)
-        directory, number = RUNS / base, 2
-        while directory.exists():
-            directory, number = RUNS / f"{base}-{number}", number + 1
-        return directory
-    _check_name(name)
-    directory = Path(name) if os.sep in name else RUNS / name
-    if directory.exists() and not _is_vacant(directory):
-        raise _taken(directory)
-    return directory
-
-
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Let no other process train this run meanwhile; a process that dies leaves no lock behind.
-
-    Raises:
-        UserError: another process is training it, or the folder cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(directory / LOCK, timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(
-            f"another process is training {directory}; wait until it ends, or stop it"
-        ) from None
-    except OSError as error:
-        raise _unwritable(directory, error) from None
-    with lock:
-        yield
-
-
-def _taken(directory: Path) -> UserError:
-    return UserError(
-        f"{directory} holds another run already; go on with it (--run {run_name(directory)} "
-        f"--resume) or give another name"
-    )
-
-
-def _unwritable(directory: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write the run's folder {directory}: {error.strerror}; give another with "
-        f"--run, or mend its permissions"
-    )
-
-
-def run_name(directory: Path) -> str:
-    """What to type for `--run`."""
-    return directory.name if directory.parent == RUNS else str(directory)
 
 
 def read_config(directory: Path) -> Config:
@@ -144,10 +57,8 @@ class Run:
         files.refuse_links(directory)
         self.directory = directory
         self.config = read_config(directory)
-        self.tokenizer: Tokenizer
-        self._tokenizer_text, self.tokenizer = _read(
-            directory, TOKENIZER, lambda text: (text, tokenizer_module.from_json(text))
-        )
+        self.tokenizer: Tokenizer = _read(directory, TOKENIZER, tokenizer_module.from_json)
+        self._tokenizer_text: str = _read(directory, TOKENIZER, str)
         self.changed = self._compare_with_copies()
         self._val_losses: dict[int, float] | None = None
 
@@ -157,15 +68,15 @@ class Run:
         Raises:
             UserError: something has that never may.
         """
-        for place, text in _copies(self.directory, TOKENIZER):
+        for place, text in copies(self.directory, TOKENIZER):
             if text != self._tokenizer_text:
                 raise Damaged(
                     f"{self.directory / TOKENIZER} is damaged: it is not the one that the "
                     f"checkpoints were made with; a sound copy is {place}"
                 )
             break
-        for place, text in _copies(self.directory, CONFIG):
-            changed = differences(config_json.from_json(text), self.config)
+        for place, _ in copies(self.directory, CONFIG):
+            changed = differences(files.read_file(place, config_json.from_json), self.config)
             for name, (old, new) in changed.items():
                 if _is_fixed(name) and name != "data.text":  # a text may have moved
                     raise Damaged(
@@ -177,8 +88,12 @@ class Run:
 
     @property
     def texts(self) -> dict[str, str]:
-        """The small files that each checkpoint keeps a copy of, by their names."""
-        return {CONFIG: config_json.to_json(self.config), TOKENIZER: self._tokenizer_text}
+        """What each checkpoint keeps of the run, by the files' names."""
+        return {
+            CONFIG: config_json.to_json(self.config),
+            TOKENIZER: self._tokenizer_text,
+            METRICS: records.fingerprint(self.metrics_path),
+        }
 
     @classmethod
     def create(cls, directory: Path, config: Config, tokenizer: Tokenizer) -> "Run":
@@ -188,11 +103,11 @@ class Run:
             UserError: no permission, a disk that takes no more, or a run that is there already.
         """
         if (directory / CONFIG).exists():
-            raise _taken(directory)
+            raise taken(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable(directory, error) from None
+            raise unwritable(directory, error) from None
         files.write_atomically(directory / TOKENIZER, tokenizer.to_json())
         files.write_atomically(directory / CONFIG, config_json.to_json(config))
         return cls(directory)
@@ -245,6 +160,12 @@ class Run:
         """The records, in order; lines that are none are left out."""
         return records.read(self.metrics_path)[0]
 
+    def metrics_have_changed(self) -> bool:
+        """Whether lines that were there at the newest checkpoint are other ones now."""
+        for _, text in copies(self.directory, METRICS):
+            return records.has_changed(self.metrics_path, text)
+        return False
+
     def rewind_metrics(self, step: int) -> tuple[list[Record], str | None]:
         """Drop the records after `step`, which a resumed run will write again.
 
@@ -255,7 +176,7 @@ class Run:
             UserError: the disk takes no more.
         """
         self._val_losses = None
-        return records.rewind(self.metrics_path, step)
+        return records.rewind(self.metrics_path, step, self.metrics_have_changed())
 
     def _losses_of(self, lines: list[Record]) -> dict[int, float]:
         """By step: the loss that tells which checkpoint is the best, or NaN."""
@@ -275,9 +196,10 @@ class Run:
         """The checkpoints worth keeping: the newest `keep_last`, the best, and those whose metrics
         were lost, for one of them may have been the best."""
         best = self.best_step(steps)
-        lost = {step for step in steps if step not in (self._val_losses or {})}
-        newest = {*steps[-self.config.keep_last :]}
-        return newest | lost | ({best} if best is not None else set())
+        unknown = {step for step in steps if step not in (self._val_losses or {})}
+        return {*steps[-self.config.keep_last :], *unknown} | (
+            {best} if best is not None else set()
+        )
 
     def choose(self, which: str, steps: list[int]) -> int:
         """The checkpoint that "best", "last" or a number names.
@@ -308,39 +230,11 @@ def _read(directory: Path, name: str, parse: Callable[[str], Any]) -> Any:
     try:
         return files.read_file(directory / name, parse)
     except UserError as error:
-        for place, _ in _copies(directory, name):
+        for place, _ in copies(directory, name):
             raise type(error)(f"{error}; a sound copy is {place}") from None
         raise
-
-
-def _copies(directory: Path, name: str) -> Iterator[tuple[Path, str]]:
-    return files.sealed_copies(directory / "checkpoints", name)
 
 
 def _is_fixed(setting: str) -> bool:
     """Whether a run must keep this setting to its end."""
     return setting.startswith(("model.", "data.")) and setting not in ("model.dtype", "model.remat")
-
-
-def _is_vacant(directory: Path) -> bool:
-    """Whether there is nothing in it but what a process leaves that died before it made a run."""
-    leftovers = {LOCK, TOKENIZER, f"{TOKENIZER}.tmp", f"{CONFIG}.tmp"}
-    return directory.is_dir() and {path.name for path in directory.iterdir()} <= leftovers
-
-
-def _last_change(directory: Path) -> int:
-    changing = (directory / CONFIG, directory / "metrics.jsonl")
-    return max(path.stat().st_mtime_ns for path in changing if path.exists())
-
-
-def _check_name(name: str) -> None:
-    if not name or "\0" in name or any(len(os.fsencode(p)) > 255 for p in Path(name).parts):
-        raise UserError(f"--run {name[:40]!r} cannot name a folder; give 1 to 255 characters")
-
-
-def _base_name(preset: str) -> str:
-    return preset.replace("/", "-")
-
-
-def _names() -> list[str]:
-    return sorted(p.parent.name for p in RUNS.glob("*/config.json"))

@@ -118,7 +118,7 @@ def _train(
     record: Record = logged[-1] if logged else {"step": 0, "seconds": 0.0}
     if start and record["step"] < start:
         record = checkpoints.record(start)
-    clock = _Clock(record.get("seconds", 0.0))
+    clock = _Clock(record.get("seconds") or 0.0)
     step = start
     skips = _skips(logged)
     with _until_signal() as stop_asked, report.progress(start, config), checkpoints.sealing():

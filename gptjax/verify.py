@@ -97,6 +97,8 @@ def _metrics(run: Run) -> str:
     with run.metrics_path.open("rb") as file:
         if not file.read().endswith(b"\n"):
             raise UserError(f"{run.metrics_path}: the last line was cut short; --resume mends it")
+    if run.metrics_have_changed():
+        raise UserError(f"{run.metrics_path} does not match its checksum")
     skipped = sum("skipped" in record for record in records)
     return f"steps 0 to {len(records) - 1}" + (f", {skipped} skipped" if skipped else "")
 

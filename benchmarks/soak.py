@@ -1,0 +1,179 @@
+"""A long run, watched from outside: `python -m benchmarks.soak [--seconds 3600]`.
+
+The `tiny` preset saves and evaluates every hundred steps and is stopped and resumed several times;
+meanwhile memory, open files and threads of its process are read from /proc. All of these, and the
+time of a step, must stay where they are; slopes are fitted over each life after its first fifth.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import measure
+from gptjax import cli, records
+from gptjax.errors import UserError, one_line_errors
+
+ROOT = Path(__file__).resolve().parents[1]
+EVERY = 5.0  # seconds between looks
+WARM = 0.2  # of a life, in which memory may still grow
+OPTIONS = "--config tiny --steps 100000000 --save-every 100 --eval-every 100 --run soak".split()
+
+
+@dataclass(frozen=True)
+class SoakCommand:
+    """Train for long, and see that nothing grows."""
+
+    seconds: float = 3600.0
+    """Of training in all."""
+    lives: int = 4
+    """Times that the run is started: once, then resumed."""
+    text: str = "tiny_shakespeare"
+    """What to train on."""
+    out: Path | None = None
+    """Where to write the results (default: benchmarks/results/soak.json); the picture goes beside
+    them, as .png."""
+
+
+def look(process: int, run: Path) -> dict[str, float]:
+    """What a process holds at this moment, and how far its run is."""
+    proc = Path(f"/proc/{process}")
+    status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    return {
+        "step": last_step(run),
+        "rss": int(status["VmRSS"].split()[0]) * 1024,
+        "threads": int(status["Threads"]),
+        "files": len(list((proc / "fd").iterdir())),
+    }
+
+
+def last_step(run: Path) -> int:
+    """Of the newest checkpoint; 0 before the first."""
+    names = [p.name for p in (run / "checkpoints").glob("*") if p.name.isdecimal()]
+    return max(map(int, names), default=0)
+
+
+def live(command: list[str], folder: Path, seconds: float) -> list[dict[str, float]]:
+    """One life of the run: start or resume it, watch it, stop it."""
+    began, seen = time.monotonic(), []
+    with (folder / "log").open("a") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+    while process.poll() is None and time.monotonic() - began < seconds:
+        time.sleep(min(EVERY, seconds / 20))
+        try:
+            seen.append(
+                {"seconds": time.monotonic() - began, **look(process.pid, folder / "runs/soak")}
+            )
+        except OSError:
+            break  # it is gone; its exit code tells
+    process.send_signal(signal.SIGTERM)
+    if code := process.wait():
+        raise UserError(f"the run ended with {code}: {(folder / 'log').read_text()[-500:]}")
+    return seen
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Of a straight line through the points."""
+    return float(np.polyfit(xs, ys, 1)[0]) if len(set(xs)) > 1 else 0.0
+
+
+def step_times(run: Path, bins: int = 100) -> tuple[list[float], list[float]]:
+    """Steps, and milliseconds a step around them."""
+    found = [r for r in records.read(run / "metrics.jsonl")[0] if "loss" in r]
+    cuts = np.linspace(0, len(found) - 1, min(bins, len(found)) + 1, dtype=int)
+    pairs = [(found[a], found[b]) for a, b in pairwise(cuts) if a < b]
+    times = [1e3 * (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairs]
+    return [b["step"] for _, b in pairs], times
+
+
+def summary(life: list[dict[str, float]]) -> dict[str, Any]:
+    """Slopes and ranges of a life, once it is warm."""
+    warm = life[int(WARM * len(life)) :]
+    steps = [x["step"] / 1000 for x in warm]
+    return {
+        "steps": life[-1]["step"] - life[0]["step"],
+        "mb": warm[-1]["rss"] / 1e6,
+        "mb_per_1000_steps": slope(steps, [x["rss"] / 1e6 for x in warm]),
+        "files": [min(x["files"] for x in warm), max(x["files"] for x in warm)],
+        "threads": [min(x["threads"] for x in warm), max(x["threads"] for x in warm)],
+    }
+
+
+def draw(
+    lives: list[list[dict[str, float]]], times: tuple[list[float], list[float]], out: Path
+) -> None:
+    """Memory, step time, open files and threads over the steps.
+
+    Raises:
+        UserError: a picture that cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True).ravel()
+    titles = ("resident MB", "open files", "threads")
+    for panel, title, name, unit in zip(
+        panels, titles, ("rss", "files", "threads"), (1e6, 1, 1), strict=False
+    ):
+        for life in lives:
+            panel.plot([x["step"] for x in life], [x[name] / unit for x in life], linewidth=1)
+        panel.set_ylim(bottom=0)
+        panel.set_title(title, fontsize="medium")
+    panels[3].plot(*times, linewidth=1, color="gray")
+    panels[3].set_ylim(bottom=0)
+    panels[3].set_title("ms a step", fontsize="medium")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    for panel in panels[2:]:
+        panel.set_xlabel("step; a colour is a life")
+    try:
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; give another --out") from None
+
+
+def main(argv: list[str]) -> None:
+    """Train, stop, resume, and tell what grew."""
+    command = cli.parse(SoakCommand, SoakCommand(), argv, "benchmarks.soak", "")
+    measure.at_least(lives=command.lives, seconds=command.seconds)
+    here = measure.begin("a long run")
+    text = os.path.abspath(command.text) if os.path.exists(command.text) else command.text
+    with tempfile.TemporaryDirectory() as name:
+        folder, lives = Path(name), []
+        train = [sys.executable, str(ROOT / "train.py")]
+        for number in range(command.lives):
+            options = ["--run", "soak", "--resume"] if number else [*OPTIONS, "--data.text", text]
+            lives.append(live([*train, *options], folder, command.seconds / command.lives))
+        times = step_times(folder / "runs/soak")
+    rows = [{**summary(life), "samples": life} for life in lives]
+    table = [
+        [
+            f"{row['steps']:,.0f}",
+            f"{row['mb']:,.0f}",
+            f"{row['mb_per_1000_steps']:+.3f}",
+            "{} to {}".format(*row["files"]),
+            "{} to {}".format(*row["threads"]),
+        ]
+        for row in rows
+    ]
+    head = ["steps", "MB at the end", "MB / 1,000 steps", "open files", "threads"]
+    measure.show("each life, once warm", head, table)
+    per_step = slope([x / 1000 for x in times[0]], times[1])
+    middle = float(np.median(times[1]))
+    print(f"{middle:.3g} ms a step at the median; {per_step:+.2g} ms / 1,000 steps")
+    out = measure.save(command.out, "soak", here, command, [*rows, {"step_times": times}])
+    draw(lives, times, out.with_suffix(".png"))
+    measure.console.print(f"{out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    with one_line_errors("benchmarks.soak"):
+        main(sys.argv[1:])

@@ -1,0 +1,151 @@
+"""What a stranger may send us, mutated: `python tests/fuzz.py TARGET [--runs 100000]`.
+
+Needs `pip install atheris`, which follows the branches that an input takes. Each target reads bytes
+as gptjax would read a file, and may refuse them in one line (`UserError`), but nothing else. The
+tests of `test_fuzz.py` run the same targets with fewer inputs, by hypothesis.
+"""
+
+import argparse
+import base64
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from gptjax import config_json, corpora, files, records, tokenizer  # noqa: E402
+from gptjax.config import Config  # noqa: E402
+from gptjax.errors import UserError  # noqa: E402
+from gptjax.runs import Run  # noqa: E402
+from gptjax.tokenizer import CharTokenizer  # noqa: E402
+
+FOLDER = Path(tempfile.mkdtemp(prefix="gptjax-fuzz-"))
+HF = {
+    "version": "1.0",
+    "added_tokens": [],
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+    "decoder": {"type": "ByteLevel"},
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+}
+RECORD = b'{"step": 0, "val_loss": 4.5, "seconds": 0.0}\n{"step": 1, "loss": 4.25, "lr": 0.001}\n'
+SEALED = b'{"format": 1, "files": {"params/d/0": "00"}}'
+SEEDS: dict[str, list[bytes]] = {
+    "config": [config_json.to_json(Config()).encode()],
+    "tokenizer": [
+        CharTokenizer.fit("hello\n").to_json().encode(),
+        b'{"type": "byte", "end_of_text": 256}',
+        json.dumps({"type": "hf", "tokenizer": HF}).encode(),
+        json.dumps(
+            {"type": "sentencepiece", "model": base64.b64encode(b"\n\x07").decode()}
+        ).encode(),
+    ],
+    "metrics": [RECORD, RECORD + b'{"step": 2, "skipped": "loss nan", "seconds": 1e999}\n'],
+    "checksums": [SEALED, b'{"params/d/0": "00"}'],
+    "text": ["a\u00e9\U0001f600\r\n".encode()],
+}
+
+
+def written(name: str, data: bytes) -> Path:
+    path = FOLDER / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def read_config(data: bytes) -> None:
+    config = files.read_file(written("config.json", data), config_json.from_json)
+    assert config_json.from_json(config_json.to_json(config)) == config
+
+
+def read_tokenizer(data: bytes) -> None:
+    """What is accepted must work, and come back from its own JSON."""
+    found = files.read_file(written("tokenizer.json", data), tokenizer.from_json)
+    assert found.vocab_size > 0
+    for text in ("hello", "\u00e9\U0001f600\n"):
+        ids = found.encode(text, "skip")
+        assert ((0 <= ids) & (ids < found.vocab_size)).all()
+        assert isinstance(found.decode(ids), str)
+    assert tokenizer.from_json(found.to_json()).vocab_size == found.vocab_size
+
+
+def read_metrics(data: bytes) -> None:
+    """Whatever is there, the records that are left are in order, and the best can be asked for."""
+    path = written("run/metrics.jsonl", data)
+    steps = [record["step"] for record in records.read(path)[0]]
+    assert steps == sorted(set(steps))
+    if not (path.parent / "config.json").exists():
+        Run.create(path.parent, Config(), CharTokenizer("a"))
+    run = Run(path.parent)
+    assert {*steps[-2:]} <= run.keep(steps) <= {*steps}
+    kept, _ = run.rewind_metrics(2**31)
+    assert [record["step"] for record in kept] == steps
+    again, damage = records.read(path)
+    assert [record["step"] for record in again] == steps
+    assert damage is None or "expected" in damage  # a step that is missing stays missing
+    for copy in path.parent.glob("*.damaged-*"):
+        copy.unlink()
+
+
+def read_checksums(data: bytes) -> None:
+    """No list of checksums makes a file pass that is another one."""
+    written("sealed/params/d/0", b"a number")
+    written("sealed/sha256.json", data)
+    with contextlib.suppress(UserError):
+        files.check_seal(FOLDER / "sealed")
+        raise AssertionError("passed")
+
+
+def read_text(data: bytes) -> None:
+    text = corpora.read_text(written("text.txt", data))
+    found = CharTokenizer.fit(text)
+    assert found.decode(found.encode(text)) == text
+
+
+TARGETS = {
+    "config": read_config,
+    "tokenizer": read_tokenizer,
+    "metrics": read_metrics,
+    "checksums": read_checksums,
+    "text": read_text,
+}
+
+
+def try_one(target: str, data: bytes) -> None:
+    """Read bytes; a refusal is one short line.
+
+    Raises:
+        Exception: whatever else there is: a bug.
+    """
+    try:
+        TARGETS[target](data)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1, "a refusal of several lines"
+        assert len(str(error)) < 2000, "a refusal that floods the screen"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Mutate what is read from strangers.")
+    parser.add_argument("target", choices=list(TARGETS))
+    parser.add_argument("--runs", type=int, default=100_000)
+    arguments = parser.parse_args()
+    import atheris
+
+    corpus = FOLDER / "corpus"
+    corpus.mkdir()
+    for number, seed in enumerate(SEEDS[arguments.target]):
+        (corpus / str(number)).write_bytes(seed)
+    for module in (config_json, files, records, tokenizer):
+        for name, value in vars(module).items():
+            if callable(value) and getattr(value, "__module__", "") == module.__name__:
+                with contextlib.suppress(Exception):
+                    setattr(module, name, atheris.instrument_func(value))  # type: ignore
+    options = [sys.argv[0], f"-runs={arguments.runs}", "-max_len=4096", "-timeout=20", str(corpus)]
+    atheris.Setup(options, lambda data: try_one(arguments.target, data))
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

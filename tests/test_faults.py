@@ -1,0 +1,425 @@
+"""Disks and files that fail: what is damaged is named in one line, and nothing good is lost."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gptjax import files, records, runs
+from gptjax.checkpoint import Checkpoints
+from gptjax.cli import SampleCommand
+from gptjax.config import Config, ModelConfig, OptimConfig
+from gptjax.errors import UserError
+from gptjax.files import MANIFEST, Damaged
+from gptjax.report import Report
+from gptjax.runs import Run
+from gptjax.sample import stream
+from gptjax.train import train
+
+CONFIG = Config(
+    steps=6,
+    batch_size=4,
+    eval_every=2,
+    save_every=2,
+    steps_per_dispatch=2,
+    model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8),
+    optim=OptimConfig(learning_rate=1e-2),
+)
+QUIET = Report(quiet=True)
+OFFSETS = int(os.environ.get("GPTJAX_FAULT_OFFSETS", "2"))  # of each file; more: a longer test
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, play) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "play.txt").write_text(play)
+    config = replace(CONFIG, data=replace(CONFIG.data, text=str(folder / "play.txt")))
+    train(config, folder / "run", report=QUIET)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def message(callable_: Callable, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
+        callable_(*args, **kwargs)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def resume(run: Path, **changes) -> dict:
+    return train(replace(Run(run).config, **changes), run, resume=True, report=QUIET)
+
+
+def lines(run: Path) -> list[dict]:
+    return [{**r, "seconds": 0} for r in records.read(run / "metrics.jsonl")[0]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Damage to the files of a checkpoint
+
+
+def damages(path: Path, chance: random.Random) -> Iterator[tuple[str, bytes | None]]:
+    """Ways to harm a file: what it becomes, or None: it is gone."""
+    good = path.read_bytes()
+    yield "missing", None
+    yield "longer", good + b"\0"
+    if good:
+        yield "empty", b""
+    for _ in range(min(OFFSETS, len(good))):
+        at = chance.randrange(len(good))
+        flipped = bytearray(good)
+        flipped[at] ^= 1 << chance.randrange(8)
+        yield f"bit flipped at {at}", bytes(flipped)
+        yield f"cut at {at}", good[:at]
+
+
+def test_every_file_of_a_checkpoint_may_be_damaged_anywhere(run):
+    """Found, named, and the one before is taken instead."""
+    chance, folder = random.Random(0), run / "checkpoints" / "6"
+    checkpoints = Checkpoints(run / "checkpoints")
+    tried = 0
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    assert len(paths) > 20 and {"config.json", "tokenizer.json", "metrics.json", MANIFEST} <= {
+        path.name for path in paths
+    }
+    for path in paths:
+        good, name = path.read_bytes(), path.relative_to(folder).as_posix()
+        for how, bad in damages(path, chance):
+            path.unlink() if bad is None else path.write_bytes(bad)
+            said = message(checkpoints.verify, 6)
+            assert said.startswith(f"checkpoint {folder} is damaged: "), how
+            # A damaged list of checksums may blame a file that it no longer names rightly.
+            assert name in said or path.name == MANIFEST, (how, said)
+            assert checkpoints.newest_sound() == 4, how
+            path.write_bytes(good)
+            tried += 1
+        checkpoints.verify(6)
+    print(f"corruptions tried, detected and recovered from: {tried}")
+
+
+def test_what_does_not_belong_there_is_damage_too(run):
+    (run / "checkpoints" / "6" / "strange").touch()
+    assert message(Checkpoints(run / "checkpoints").verify, 6) == (
+        f"checkpoint {run}/checkpoints/6 is damaged: strange is not in sha256.json"
+    )
+
+
+def test_a_resumed_run_sets_the_damaged_newest_aside_and_makes_it_again(run, finished):
+    (run / "checkpoints" / "6" / "tokenizer.json").write_text("{}")
+    resume(run)
+    assert lines(run) == lines(finished)
+    assert Checkpoints(run / "checkpoints").steps() == [4, 6]
+    [aside] = (run / "checkpoints").glob("6.damaged-*")
+    assert (aside / "tokenizer.json").read_text() == "{}"
+
+
+def test_sampling_offers_the_newest_sound_one(run):
+    (run / "checkpoints" / "6" / MANIFEST).unlink()
+    command = SampleCommand(run=str(run), checkpoint="6", max_new_tokens=3)
+    assert message(list, stream(command)) == (
+        f"checkpoint {run}/checkpoints/6 is damaged: sha256.json is missing; the newest sound one "
+        f"is 4"
+    )
+    assert list(stream(replace(command, checkpoint="4")))
+
+
+def test_without_a_sound_checkpoint_nothing_is_touched(run):
+    for step in (4, 6):
+        (run / "checkpoints" / str(step) / "config.json").write_text("")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for _ in range(2):
+        assert message(resume, run) == (
+            f"every checkpoint in {run}/checkpoints is damaged; start a new run"
+        )
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "manifest", ["", "[]", "7", '{"format": "1"}', '{"format": 1, "files": []}', '{"format": null}']
+)
+def test_checksums_that_are_none(run, manifest):
+    (run / "checkpoints" / "6" / MANIFEST).write_text(manifest)
+    assert message(Checkpoints(run / "checkpoints").verify, 6) == (
+        f"checkpoint {run}/checkpoints/6 is damaged: sha256.json cannot be read as checksums"
+    )
+
+
+def test_a_checkpoint_of_before_there_was_a_format_is_read(run):
+    manifest = run / "checkpoints" / "6" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text())["files"]))
+    Checkpoints(run / "checkpoints").verify(6)
+
+
+def test_a_newer_format_is_refused_and_stays_where_it_is(run):
+    """An older checkpoint would do, and yet nobody wants to lose the newer ones unawares."""
+    (run / "checkpoints" / "6" / MANIFEST).write_text('{"format": 2, "new": "layout"}')
+    expected = (
+        f"checkpoint {run}/checkpoints/6 cannot be used: format 2, newer than the format 1 this "
+        f"gptjax reads"
+    )
+    assert message(resume, run) == expected
+    assert message(list, stream(SampleCommand(run=str(run), checkpoint="6"))) == expected
+    assert (run / "checkpoints" / "6").is_dir()
+
+
+# ---------------------------------------------------------------------------------------------
+# Damage to the small files of a run
+
+
+def copy_of(run: Path, name: str) -> str:
+    return f"a sound copy is {run}/checkpoints/6/{name}"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_damaged_small_file_is_named_and_a_copy_offered(run, name):
+    path = run / name
+    good = path.read_text()
+    path.write_text("{")
+    said = message(Run, run)
+    assert said.startswith(f"{path} is damaged: not JSON: ") and said.endswith(copy_of(run, name))
+    path.unlink()
+    assert message(Run, runs.find(str(run))) == (
+        f"cannot read {path}: No such file or directory; {copy_of(run, name)}"
+    )
+    shutil.copy(run / "checkpoints" / "6" / name, path)
+    assert path.read_text() == good and Run(run)
+
+
+def test_a_bit_flipped_anywhere_in_a_small_file_is_never_silent(run):
+    """An error with a copy to take; or a setting that may change, and resuming says so."""
+    chance, changed = random.Random(0), 0
+    for name in ("config.json", "tokenizer.json"):
+        path = run / name
+        good = path.read_bytes()
+        before = Run(run)
+        for _ in range(60 * OFFSETS):
+            bad = bytearray(good)
+            bad[chance.randrange(len(good))] ^= 1 << chance.randrange(8)
+            path.write_bytes(bad)
+            try:
+                opened = Run(run)
+            except Damaged as error:
+                assert str(error).startswith(f"{path} is damaged: ")
+                assert str(error).endswith(copy_of(run, name))
+            else:
+                assert name == "config.json"
+                assert opened.changed or opened.config == before.config
+                changed += bool(opened.changed)
+        path.write_bytes(good)
+    assert changed
+
+
+def test_a_changed_setting_is_told_when_resuming(run, capsys):
+    config = run / "config.json"
+    config.write_text(config.read_text().replace('"learning_rate": 0.01', '"learning_rate": 0.02'))
+    train(Run(run).config, run, resume=True)
+    assert "changed: optim.learning_rate was 0.01, is 0.02" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------
+# Damage to the metrics
+
+
+def test_half_a_line_at_the_end_is_what_a_kill_leaves(run, finished, capsys):
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+    train(Run(run).config, run, resume=True)
+    assert "damaged" not in capsys.readouterr().out
+    assert lines(run) == lines(finished)
+    assert not list(run.glob("*.damaged-*"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda text: text.replace('"step": 2', '"step" 2'), "line 3: Expecting ':' delimiter"),
+        (lambda text: text.replace('"step": 2', '"step": 1'), "line 3: of step 1, expected 2"),
+        (lambda text: text.replace('"loss": ', '"loss": 1'), "it does not match its checksum"),
+    ],
+)
+def test_a_damaged_line_is_named_and_the_others_stay(run, finished, capsys, harm, said):
+    path = run / "metrics.jsonl"
+    damaged = harm(path.read_text())
+    path.write_text(damaged)
+    train(Run(run).config, run, resume=True)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"going on with the metrics that are left: {path} is damaged: {said}" in printed
+    [aside] = run.glob("metrics.jsonl.damaged-*")
+    assert aside.read_text() == damaged and f"it is kept as {aside.name}" in printed
+    steps = [r["step"] for r in lines(run)]
+    assert steps in ([0, 1, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6])
+
+
+def test_without_metrics_no_checkpoint_is_dropped_for_one_may_be_the_best(run):
+    (run / "metrics.jsonl").unlink()
+    resume(run, steps=12)
+    assert Checkpoints(run / "checkpoints").steps() == [4, 10, 12]  # 6 was measured again
+
+
+# ---------------------------------------------------------------------------------------------
+# Disks that take no more
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of its own of one megabyte, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no permission to mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_loses_nothing(run, finished, small_disk):
+    """Full at every size: whatever is written when it is, the run goes on once there is room."""
+    home = small_disk / "run"
+    shutil.copytree(run, home)
+    shutil.rmtree(home / "checkpoints" / "6")
+    (small_disk / "rest").write_bytes(bytes(2 * 10**5))
+    room = shutil.disk_usage(small_disk).free
+    told = set()
+    for left in (0, 4096, 20_000, 60_000, room // 2):
+        filler = small_disk / "filler"
+        filler.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - left)))
+        try:
+            resume(home)
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+            told.add(str(error).split(" ")[0])
+        filler.unlink()
+        assert Checkpoints(home / "checkpoints").newest_sound() in (4, 6)
+    resume(home)
+    assert lines(home) == lines(finished)
+    assert told
+
+
+def test_a_read_only_disk(run, small_disk):
+    home = small_disk / "run"
+    shutil.copytree(run, home)
+    remount = ["mount", "-o", "remount,ro", str(small_disk)]
+    subprocess.run(remount, check=True)
+    assert message(resume, home) == (
+        f"cannot write the run's folder {home}: Read-only file system; give another with --run, or "
+        f"mend its permissions"
+    )
+    assert list(stream(SampleCommand(run=str(home), max_new_tokens=3)))  # which only reads
+    new = small_disk / "new"
+    assert message(train, CONFIG, new).startswith(f"cannot write the run's folder {new}: ")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "checkpoints"])
+def test_permission_lost_while_training(run, monkeypatch, name):
+    """By a patch, for root has every permission."""
+    real = Path.open
+
+    def refuse(path: Path, mode: str = "r", *args, **kwargs):
+        if name in str(path) and mode != "r" and mode != "rb":
+            raise PermissionError(13, "Permission denied")
+        return real(path, mode, *args, **kwargs)
+
+    shutil.rmtree(run / "checkpoints" / "6")
+    monkeypatch.setattr(Path, "open", refuse)
+    said = message(resume, run, keep_last=3)
+    assert "Permission denied" in said and name in said
+    monkeypatch.undo()
+    assert resume(run)["step"] == 6
+
+
+def test_a_file_that_may_not_be_read_is_no_damage(run, monkeypatch):
+    def refuse(path: Path, sync: bool = True) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files, "_digest", refuse)
+    said = message(resume, run)
+    assert said.startswith(f"checkpoint {run}/checkpoints/6 cannot be used: ")
+    assert said.endswith(" cannot be read: Permission denied")
+    assert not list(run.rglob("*.damaged-*"))
+
+
+def test_a_failing_sector_is_damage(run, monkeypatch):
+    def fail(path: Path, sync: bool = True) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "_digest", fail)
+    assert message(Checkpoints(run / "checkpoints").verify, 6).endswith(
+        " cannot be read: Input/output error"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Order
+
+
+def test_everything_is_on_the_disk_before_the_checkpoint_has_its_name(run, monkeypatch):
+    """As a power cut would find it: names and bytes forced out, then the rename, then the name."""
+    events: list[str] = []
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(descriptor: int) -> None:
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_fsync(descriptor)
+
+    def rename(path: Path, target: Path) -> Path:
+        events.append(f"rename to {Path(target).name}")
+        return real_rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    shutil.rmtree(run / "checkpoints" / "6")
+    resume(run)
+    at = events.index("rename to 6")
+    whole = run / "checkpoints" / "6"
+    for path in (whole, *whole.rglob("*")):
+        name = str(path).replace("/6", "/6.unsealed", 1)
+        name = f"{name}.tmp" if path.name == MANIFEST else name
+        assert name in events[:at], name
+    assert str(run / "checkpoints") in events[at:]
+    assert str(run / "metrics.jsonl") in events[:at]
+
+
+def test_killed_before_the_run_was_made(tmp_path, finished, monkeypatch):
+    """Its name is free again: there was nothing yet."""
+    monkeypatch.chdir(tmp_path)
+    half = Path("runs/half")
+    half.mkdir(parents=True)
+    for name in (".lock", "tokenizer.json", "config.json.tmp"):
+        (half / name).write_text("{")
+    assert runs.new_directory("half", "small") == half
+    config = replace(Run(finished).config, steps=1)
+    assert train(config, half, report=QUIET)["step"] == 1
+
+
+def test_links_out_of_the_folder_are_refused(run, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    for name in ("metrics.jsonl", "config.json.tmp", "checkpoints/6/params/link"):
+        link = run / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(outside)
+        for action in (Run, resume):
+            assert message(action, run) == (
+                f"{link} is a link or a device; a run's folder must hold its files itself (the "
+                f"folder as a whole may be linked to)"
+            )
+        link.unlink()
+    assert outside.read_text() == "precious"
+
+
+def test_a_pipe_is_not_waited_for(run):
+    (run / "config.json").unlink()
+    os.mkfifo(run / "config.json")
+    assert "is a link or a device" in message(Run, run)
+    assert message(runs.read_config, run).startswith(f"{run}/config.json is damaged: it is not a")
