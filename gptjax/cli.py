@@ -14,7 +14,7 @@ from typing import Annotated, TypeVar
 import tyro
 
 from gptjax import runs
-from gptjax.config import Config, MeshConfig
+from gptjax.config import OF_A_LOADED_MODEL, Config, MeshConfig, differences
 from gptjax.errors import UserError
 from gptjax.presets import PRESETS
 from gptjax.tokenizer import Unknown
@@ -91,9 +91,19 @@ def parse_train(argv: list[str]) -> TrainCommand:
         settings, name = runs.read_config(directory), str(directory)
         argv = _without(argv, "--run")
     else:
-        settings = PRESETS[preset or "small"]
+        preset = preset or ("small" if _peek(argv, "--init") is None else "finetune")
+        settings = PRESETS[preset]
     default = TrainCommand(preset or "small", name, False, settings)
-    return parse(TrainCommand, default, argv, "train.py", f"presets: {', '.join(PRESETS)}")
+    command = parse(TrainCommand, default, argv, "train.py", f"presets: {', '.join(PRESETS)}")
+    if command.settings.init is not None and not old:
+        changed = differences(settings.model, command.settings.model)
+        if fixed := [field for field in changed if field not in OF_A_LOADED_MODEL]:
+            flag = f"--model.{fixed[0].replace('_', '-')}"
+            raise UserError(
+                f"{flag} cannot be set with --init, for the model comes with its weights; what "
+                f"can be set of it: {', '.join(OF_A_LOADED_MODEL)}"
+            )
+    return command
 
 
 def parse_sample(argv: list[str]) -> SampleCommand:

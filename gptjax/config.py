@@ -5,12 +5,17 @@ means off; a new field's default must reproduce what was done before it existed,
 `config.json` of an old run keeps its meaning. The strings below the fields are the `--help` text.
 """
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from gptjax.errors import UserError
 
 LARGEST = 2**31 - 1  # of a count: sizes and steps are int32 on the devices
+# The fields of a model that do not come with its weights.
+OF_A_LOADED_MODEL = (
+    *("block_size", "dropout", "attn_dropout", "attention", "dtype", "remat", "remat_saves"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,9 @@ class ModelConfig:
     ngram: int = 1
     """Tokens that a position sees at once: 1: its own (GPT-2); n: n - 1 before it too, their
     embeddings added from tables of their own."""
-    activation: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"
-    """The MLP's non-linearity; gelu is GPT-2's tanh form, relu2 a squared relu, swiglu Llama's gate
-    (a third matrix: n_inner of 8/3 n_embd has as many parameters as the others)."""
+    activation: Literal["gelu", "gelu_erf", "relu", "relu2", "swiglu"] = "gelu"
+    """The MLP's non-linearity; gelu is GPT-2's tanh form, gelu_erf the exact one, relu2 a squared
+    relu, swiglu Llama's gate (a third matrix: n_inner of 8/3 n_embd has as many parameters)."""
     tie_head: bool = True
     """Read logits off the embedding table (GPT-2) instead of a matrix of their own (lecture)."""
     softcap: float | None = None
@@ -168,6 +173,13 @@ class OptimConfig:
     """Largest global norm of a gradient; None: no clipping."""
     accumulate: int = 1
     """Micro-batches that a batch is cut into, to fit memory; the update is the same."""
+    freeze: str | None = None
+    """Parameters that are not trained: a regular expression of names in their paths, such as
+    "wte|wpe|h/attn" (paths as in gptjax/model.py)."""
+    lora_rank: int | None = None
+    """Train only low-rank updates of the blocks' matrices, of this rank; None: train them whole."""
+    lora_targets: str = "attn|mlp"
+    """The matrices that have such an update, as freeze names them."""
 
     def __post_init__(self) -> None:
         _above_zero("optim.learning_rate", self.learning_rate)
@@ -185,6 +197,15 @@ class OptimConfig:
         if self.grad_clip is not None:
             _above_zero("optim.grad_clip", self.grad_clip)
         _positive("optim.accumulate", self.accumulate)
+        for name in ("freeze", "lora_targets"):
+            _pattern(f"optim.{name}", getattr(self, name))
+        if self.lora_rank is not None:
+            _positive("optim.lora_rank", self.lora_rank)
+            if self.freeze is not None:
+                raise UserError(
+                    f"optim.freeze={self.freeze!r} and optim.lora_rank={self.lora_rank} exclude "
+                    f"each other (LoRA freezes all but its updates); leave one of them out"
+                )
 
 
 @dataclass(frozen=True)
@@ -210,6 +231,11 @@ class Config:
 
     seed: int = 1337
     """Of parameters, batches, dropout; the same seed gives the same run."""
+    init: str | None = None
+    """Weights to start from, with their tokenizer: gpt2, gpt2-medium, gpt2-large or gpt2-xl, from
+    the Hugging Face hub; hf:OWNER/NAME; a folder with model.safetensors; a .gguf file; nanoGPT's
+    ckpt.pt; a run. The model is then that one; of its fields here, those that weights do not
+    decide are kept (block_size, dropout, dtype, ...). None: drawn from the seed."""
     steps: int = 1000
     """Optimizer updates."""
     batch_size: int = 32
@@ -284,6 +310,13 @@ def _not_negative(name: str, value: float) -> None:
 def _above_zero(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
         raise UserError(f"{name}={value} is out of range; give a number above 0")
+
+
+def _pattern(name: str, value: str | None) -> None:
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise UserError(f"{name}={value!r} is not a regular expression: {error}") from None
 
 
 def _within(name: str, value: float, low: float, high: float, closed: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Sampling: token ids in, token ids out; nothing here knows about text or files.
 
-Two compiled programs serve a whole session: `_read` takes in a context, `_write` draws tokens one
+Two programs serve a whole session: `_read` takes in a context, `_write` draws tokens one
 after the other inside a device loop and returns to the host once per chunk. Past block_size a
 model with a KV cache reads the last half of its window anew and goes on, so its context varies
 between half a window and a whole one; a model without a cache looks at the last block_size tokens
@@ -127,9 +127,11 @@ def _take_in(
     made: int,
     sampling: Sampling,
 ) -> tuple[jax.Array, Any]:
-    """Read (B, T) ids, padded to half a window or a whole one: two shapes to compile, no more."""
-    S, T = model.config.block_size, text.shape[1]
-    width = S if T > S // 2 else S // 2
+    """Read (B, T) ids, padded to a window, half of one, and so on down to 256: few shapes to
+    compile, and a short prompt of a long window is read quickly."""
+    width, T = model.config.block_size, text.shape[1]
+    while T <= width // 2 and (width == model.config.block_size or width > 256):
+        width //= 2
     padded = np.pad(text, ((0, 0), (0, width - T)))
     return _read(model, params, padded, T, keys, made, sampling)
 

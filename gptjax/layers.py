@@ -80,6 +80,8 @@ def activate(config: ModelConfig, x: jax.Array) -> jax.Array:
     match config.activation:
         case "gelu":
             return nn.gelu(x, approximate=True)
+        case "gelu_erf":
+            return nn.gelu(x, approximate=False)
         case "relu":
             return nn.relu(x)
         case "relu2":

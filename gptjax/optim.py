@@ -57,14 +57,14 @@ def decay_mask(params: Any) -> Any:
 
 def matrices(params: Any) -> Any:
     """For each leaf its `Dims`, or None: embeddings, the head, biases and norms are not Muon's."""
+    return jax.tree_util.tree_map_with_path(_dims, params)
 
-    def dims(path: Any, leaf: Any) -> Any:
-        names = [key.key for key in path]
-        if "h" not in names or names[-1] != "kernel":
-            return None
-        return MATRICES.get((names[-2], leaf.ndim))
 
-    return jax.tree_util.tree_map_with_path(dims, params)
+def _dims(path: Any, leaf: Any) -> Any:
+    names = [key.key for key in path]
+    if "h" not in names or names[-1] != "kernel":
+        return None
+    return MATRICES.get((names[-2], leaf.ndim))
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -96,8 +96,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 def _whose(params: Any) -> Any:
     """Which optimizer each leaf belongs to."""
-    return jax.tree.map(
-        lambda dims: "adamw" if dims is None else "muon",
-        matrices(params),
-        is_leaf=lambda x: x is None or isinstance(x, Dims),
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: "adamw" if _dims(path, leaf) is None else "muon", params
     )

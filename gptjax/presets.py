@@ -137,6 +137,20 @@ GPT2 = Config(
     optim=OptimConfig(learning_rate=6e-4, warmup_steps=2000, beta2=0.95, accumulate=5),
 )
 
+# python train.py --config finetune-shakespeare: GPT-2 on Tiny Shakespeare, by nanoGPT's recipe (20
+# steps of 32,768 tokens, about two epochs; there with gpt2-xl). Not run here: the hub cannot be
+# reached. As "finetune" it is where --init without --config starts from.
+FINETUNE = Config(
+    init="gpt2",
+    steps=20,
+    batch_size=32,
+    eval_every=5,
+    save_every=5,
+    steps_per_dispatch=1,
+    model=replace(GPT2.model, dtype="float32"),
+    optim=OptimConfig(learning_rate=3e-5, schedule="constant", beta2=0.95, accumulate=32),
+)
+
 
 def _gpt2(n_layer: int, n_head: int, n_embd: int) -> Config:
     shape = replace(GPT2.model, n_layer=n_layer, n_head=n_head, n_embd=n_embd, remat=True)
@@ -184,6 +198,8 @@ PRESETS: dict[str, Config] = {
     "gpt2-large": _gpt2(36, 20, 1280),
     "gpt2-xl": _gpt2(48, 25, 1600),
     "7b": LLAMA_7B,
+    "finetune": FINETUNE,
+    "finetune-shakespeare": FINETUNE,
     "lecture/1-bigram": BIGRAM,
     "lecture/2-averaging": AVERAGING,
     "lecture/3-head": HEAD,

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax import sharding
+from gptjax import finetune, sharding
 from gptjax.build import build_model
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.kernels import make_attend
 from gptjax.optim import make_optimizer
 from gptjax.step import (
@@ -59,8 +60,7 @@ class Programs:
         self.optimizer = optimizer or make_optimizer(config)
         self._everywhere = sharding.replicated(self.mesh)
         self.seed_key = jax.device_put(jax.random.key(config.seed), self._everywhere)
-        averaged = config.optim.ema is not None
-        self._init = partial(init_state, self.model, self.optimizer, averaged=averaged)
+        self._init = partial(init_state, self.model, self.optimizer, config=config.optim)
         self.abstract = jax.eval_shape(self._init, self.seed_key)
         self.placed = sharding.shardings(self.mesh, self.abstract)
         self.model_here = sharding.on_mesh(self.model, self.mesh)
@@ -74,9 +74,24 @@ class Programs:
         self._is_finite = jax.jit(_all_finite)
         self._evaluate = jax.jit(make_evaluate(here, config, rows))
 
-    def start(self) -> TrainState:
-        """The train state before the first step, each leaf on its devices from the start."""
-        return jax.jit(self._init, out_shardings=self.placed)(self.seed_key)
+    def start(self, params: Any = None) -> TrainState:
+        """The train state before the first step, each leaf on its devices from the start.
+
+        Args:
+            params: to start from, on the host; None: drawn from the seed.
+
+        Raises:
+            UserError: they are not those of this model.
+        """
+        if params is not None:
+            shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+            if shapes(params) != shapes(finetune.without_lora(self.abstract.params)):
+                raise UserError(
+                    f"the weights of init={self.config.init} are of another shape than this "
+                    f"model's; leave model= out, or start from weights of its kind"
+                )
+            params = jax.device_put(params, sharding.shardings(self.mesh, params))
+        return jax.jit(self._init, out_shardings=self.placed)(self.seed_key, params=params)
 
     def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
         """The train state of a checkpoint, whatever devices it was saved on.
@@ -89,19 +104,35 @@ class Programs:
             self.abstract,
             self.placed,
         )
-        weights, rest = self.stored(state)
-        training = {"step": state.step, "opt_state": rest}
-        items = checkpoints.load(step, {"params": weights, "training": training})
+        weights = finetune.without_lora(state.params)
+        items = checkpoints.load(
+            step,
+            {"params": weights, "training": {"step": state.step, "opt_state": self._rest(state)}},
+        )
         weights, training = items["params"], items["training"]
-        if state.average is None:
-            return TrainState(params=weights, **training)
-        return TrainState(training["step"], *training["opt_state"], average=weights)
+        params, average, rest = weights, None, training["opt_state"]
+        if self._apart:
+            params, rest, *more = rest
+            if state.average is not None:
+                average = more[0] if more else weights
+        return TrainState(training["step"], params, rest, average)
 
     def stored(self, state: TrainState) -> tuple[Any, Any]:
         """The two parts of a checkpoint: the weights to sample with, and what training needs."""
-        if state.average is None:
-            return state.params, state.opt_state
-        return state.average, [state.params, state.opt_state]
+        return state.weights, self._rest(state)
+
+    @property
+    def _apart(self) -> bool:
+        """Whether the weights to sample with are not the ones that are trained."""
+        o = self.config.optim
+        return o.ema is not None or o.lora_rank is not None
+
+    def _rest(self, state: TrainState) -> Any:
+        """What training needs beside the weights to sample with."""
+        if not self._apart:
+            return state.opt_state
+        both = self.config.optim.lora_rank is not None and state.average is not None
+        return [state.params, state.opt_state] + ([state.average] if both else [])
 
     def is_finite(self, state: TrainState) -> bool:
         """Whether all of it is finite numbers: a state worth keeping."""

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import optax
 
+from gptjax import pretrained
 from gptjax.checkpoint import Checkpoints
 from gptjax.data import open_dataset
 from gptjax.errors import UserError
@@ -80,7 +81,10 @@ def replay(
     tokens, seed_key = programs.put(dataset.train), programs.seed_key
     logged = {record["step"]: record for record in run.metrics()}
     checkpoints, first = _newest_before(run, step)
-    state = programs.restore(checkpoints, first) if checkpoints else programs.start()
+    if checkpoints:
+        state = programs.restore(checkpoints, first)
+    else:
+        state = programs.start(pretrained.initial(config))
     report.say(f"step {step} again, from the state after step {first}")
     while first < step - 1:
         n = min(config.steps_per_dispatch, step - 1 - first)

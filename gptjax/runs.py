@@ -237,4 +237,5 @@ def _read(directory: Path, name: str, parse: Callable[[str], Any]) -> Any:
 
 def _is_fixed(setting: str) -> bool:
     """Whether a run must keep this setting to its end."""
-    return setting.startswith(("model.", "data.")) and setting not in ("model.dtype", "model.remat")
+    fixed = setting.startswith(("model.", "data.", "init", "optim.freeze", "optim.lora"))
+    return fixed and setting not in ("model.dtype", "model.remat")

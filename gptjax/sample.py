@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax import runs, sharding
@@ -15,6 +14,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.cli import SampleCommand, read_prompt
 from gptjax.errors import UserError
 from gptjax.generate import CHUNK, Sampling, generate
+from gptjax.pretrained import weights
 from gptjax.runs import Run
 from gptjax.tokenizer import Tokenizer
 
@@ -48,15 +48,8 @@ def stream(command: SampleCommand, model: nn.Module | None = None) -> Iterator[l
             f"--num-samples {command.num_samples} is not divisible by --mesh.data "
             f"{mesh.shape['data']}; change one of them (each device draws as many)"
         )
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        sharding.shardings(mesh, shapes),
-    )
-    checkpoints = Checkpoints(run.checkpoints_path)
-    step = run.choose(command.checkpoint, checkpoints.steps())
-    params = checkpoints.load(step, {"params": target})["params"]
+    step = run.choose(command.checkpoint, Checkpoints(run.checkpoints_path).steps())
+    params = weights(run, step, model, mesh)
     sampling = Sampling(command.temperature, command.top_k, command.top_p, tokenizer.vocab_size)
     key = jax.random.key(command.seed)
     growing = [Growing(tokenizer, prompt) for _ in range(command.num_samples)]

@@ -14,12 +14,13 @@ import numpy as np
 import optax
 from jax.sharding import Sharding
 
-from gptjax.config import Config
+from gptjax import finetune
+from gptjax.config import Config, OptimConfig
 from gptjax.data import cut, random_starts, sample_batch, whole_split_starts
 from gptjax.errors import UserError
 from gptjax.optim import make_schedule
 
-INIT, BATCH, DROPOUT, EVAL = range(4)  # purposes of a key
+INIT, BATCH, DROPOUT, EVAL, LORA = range(5)  # purposes of a key
 
 
 class TrainState(NamedTuple):
@@ -33,7 +34,7 @@ class TrainState(NamedTuple):
     @property
     def weights(self) -> Any:
         """The parameters to evaluate, save and sample with."""
-        return self.params if self.average is None else self.average
+        return finetune.merged(self.params if self.average is None else self.average)
 
 
 class StepMetrics(NamedTuple):
@@ -62,13 +63,28 @@ def init_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     seed_key: jax.Array,
-    averaged: bool = False,
+    config: OptimConfig | None = None,
+    params: Any = None,
 ) -> TrainState:
-    """Parameters drawn from the seed, and an empty optimizer state, at step 0."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    params = model.init(random_key(seed_key, INIT), tokens)["params"]
-    average = jax.tree.map(jnp.copy, params) if averaged else None  # two buffers, to be donated
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+    """The state at step 0, with an empty optimizer state.
+
+    Args:
+        model: any module of the contract in `model.py`.
+        optimizer: an optax transformation.
+        seed_key: of the run.
+        config: of the optimizer: whether there is a running mean, and what is trained.
+        params: to start from; None: drawn from the seed.
+    """
+    config = config or OptimConfig()
+    if params is None:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        params = model.init(random_key(seed_key, INIT), tokens)["params"]
+    params = finetune.add_lora(params, config, random_key(seed_key, LORA))
+    average = None
+    if config.ema is not None:
+        average = jax.tree.map(jnp.copy, params)  # two buffers, to be donated
+    opt_state = optimizer.init(finetune.trained(params, config))
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -150,30 +166,32 @@ def make_gradient(
 
     Returns:
         `gradient(params, batch, seed_key, step)`: mean loss of the (B, T + 1) windows and its
-        gradient, with the dropout masks of the update after `step`; G = accumulate micro-batches
-        one after the other.
+        gradient by what is trained, with the dropout masks of the update after `step`; G =
+        accumulate micro-batches one after the other.
     """
     G, T = config.optim.accumulate, config.model.block_size
 
-    def loss_fn(params: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
+    def loss_fn(moved: Any, params: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
+        whole = finetune.merged(finetune.put_back(moved, params))
         options = {"train": True, "rngs": {"dropout": key}}
-        return token_losses(model, params, batch, config.loss_chunk, **options).mean()
+        return token_losses(model, whole, batch, config.loss_chunk, **options).mean()
 
     def gradient(
         params: Any, batch: jax.Array, seed_key: jax.Array, step: jax.Array | int
     ) -> tuple[jax.Array, Any]:
         key = random_key(seed_key, DROPOUT, step)
         value_and_grad = jax.value_and_grad(loss_fn)
+        moved = finetune.trained(params, config.optim)
         if G == 1:
-            return value_and_grad(params, batch, key)
+            return value_and_grad(moved, params, batch, key)
 
         def add(total: Any, micro: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            part = value_and_grad(params, micro[0], jax.random.fold_in(key, micro[1]))
+            part = value_and_grad(moved, params, micro[0], jax.random.fold_in(key, micro[1]))
             return jax.tree.map(jnp.add, total, part), None
 
         # Row r goes to micro-batch r % G, so that each device keeps its rows.
         micro_batches = batch.reshape(-1, G, T + 1).swapaxes(0, 1)
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), moved))
         total, _ = jax.lax.scan(add, zero, (micro_batches, jnp.arange(G)))
         return jax.tree.map(lambda x: x / G, total)
 
@@ -220,11 +238,15 @@ def make_train_steps(
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
             def move(state: TrainState) -> TrainState:
-                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-                params = optax.apply_updates(state.params, updates)
+                moved = finetune.trained(state.params, config.optim)
+                updates, opt_state = optimizer.update(grads, state.opt_state, moved)
+                moved = optax.apply_updates(moved, updates)
                 average = state.average
                 if average is not None:
-                    average = optax.incremental_update(params, average, 1 - decay(state.step))
+                    mean = finetune.trained(average, config.optim)
+                    mean = optax.incremental_update(moved, mean, 1 - decay(state.step))
+                    average = finetune.put_back(mean, average)
+                params = finetune.put_back(moved, state.params)
                 return TrainState(state.step + 1, params, opt_state, average)
 
             metrics = StepMetrics(loss, norm, jnp.float32(schedule(state.step)))

@@ -220,8 +220,8 @@ class SentencePieceTokenizer:
         return json.dumps({"type": "sentencepiece", "model": model}) + "\n"
 
 
-def extra(module: str) -> Any:
-    """A library of the extra `text`.
+def extra(module: str, name: str = "text") -> Any:
+    """A library of an extra.
 
     Raises:
         UserError: it is not installed.
@@ -230,8 +230,8 @@ def extra(module: str) -> Any:
         return import_module(module)
     except ImportError:
         raise UserError(
-            f"this needs the package {module.partition('.')[0]}: pip install 'gptjax[text]', or "
-            f"from a checkout pip install -e '.[text]'"
+            f"this needs the package {module.partition('.')[0]}: pip install 'gptjax[{name}]', "
+            f"or from a checkout pip install -e '.[{name}]'"
         ) from None
 
 

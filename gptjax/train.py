@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from gptjax import metrics, replay, runs
+from gptjax import finetune, metrics, pretrained, replay, runs
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
 from gptjax.data import Dataset, open_dataset
@@ -59,22 +59,34 @@ def train(
             stays not finite, or a disk that takes no more.
     """
     report = report or Report()
-    run = Run(directory) if resume else None
-    dataset = open_dataset(config, run and run.tokenizer)
+    run, params = Run(directory) if resume else None, None
+    if run is None and config.init is not None:
+        loaded = pretrained.load(config.init)
+        report.say(pretrained.origin(config, loaded))
+        config, params = pretrained.fit(config, loaded)
+        dataset = open_dataset(config, loaded.tokenizer)
+        pretrained.check_tokenizer(loaded, dataset.tokenizer)
+    else:
+        dataset = open_dataset(config, run and run.tokenizer)
     programs = Programs(config, dataset.tokenizer.vocab_size, model, optimizer)
+    if not jax.tree.leaves(finetune.trained(programs.abstract.params, config.optim)):
+        raise UserError(
+            f"optim.freeze={config.optim.freeze!r} leaves nothing to train; give a narrower one, "
+            f"or start a new run from this one with --init"
+        )
     with runs.locked(directory):
         if run is None:
             run = Run.create(directory, config, dataset.tokenizer)
         else:
             for name, (old, new) in {**run.changed, **run.change_config(config)}.items():
                 report.say(f"changed: {name} was {old}, is {new}")
-        return _train(run, dataset, programs, report, own_model=model is not None)
+        return _train(run, dataset, programs, report, params, own_model=model is not None)
 
 
 def _train(
-    run: Run, dataset: Dataset, programs: Programs, report: Report, own_model: bool
+    run: Run, dataset: Dataset, programs: Programs, report: Report, params: Any, own_model: bool
 ) -> Record:
-    """From the newest checkpoint to the last step."""
+    """From the newest checkpoint, or from `params`, to the last step."""
     config, directory = programs.config, run.directory
     checkpoints = Checkpoints(run.checkpoints_path, run.keep)
     checkpoints.clean()
@@ -83,13 +95,16 @@ def _train(
         raise UserError(
             f"{directory} is at step {start} already, past steps={config.steps}; give more --steps"
         )
-    state = programs.restore(checkpoints, start) if start else programs.start()
+    if start in checkpoints.steps():
+        state = programs.restore(checkpoints, start)
+    else:
+        state = programs.start(pretrained.initial(config) if params is None else params)
     train_tokens, val_tokens = programs.put(dataset.train), programs.put(dataset.val)
 
     def finish(step: int, record: Record, stopped: bool) -> Record:
         """Save, then evaluate, then log: a crash while evaluating loses nothing."""
         last = step == config.steps
-        if step and (step % config.save_every == 0 or last or stopped):
+        if (step or config.init) and (step % config.save_every == 0 or last or stopped):
             if not programs.is_finite(state):
                 raise UserError(
                     f"the parameters or the optimizer's state are not finite after step {step}: "
@@ -110,8 +125,7 @@ def _train(
         run.log([record])
         return record
 
-    params = programs.abstract.params
-    report.summary(f"run {directory}", _description(config, dataset, params, programs.mesh, start))
+    report.summary(f"run {directory}", _description(programs, dataset, start))
     logged, damage = run.rewind_metrics(start)
     if damage and start:
         report.say(f"going on with the metrics that are left: {damage}")
@@ -169,7 +183,7 @@ def _train(
     if step < config.steps:
         report.say(f"stopped after step {step}; to go on: python train.py --run {name} --resume")
         return record
-    flops = 0 if own_model else metrics.flops_per_token(config.model, params)
+    flops = 0 if own_model else metrics.flops_per_token(config.model, programs.abstract.params)
     report.summary("done", _results(config, run, record, flops, programs.mesh))
     report.say("a sample:\n" + _sample(programs.model_here, state.weights, dataset, config))
     if not own_model:
@@ -272,12 +286,13 @@ def _until_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _description(
-    config: Config, dataset: Dataset, params: Any, mesh: Mesh, start: int
-) -> dict[str, str]:
+def _description(programs: Programs, dataset: Dataset, start: int) -> dict[str, str]:
     """What is about to happen."""
+    config, mesh, params = programs.config, programs.mesh, programs.abstract.params
     m, n_train = config.model, len(dataset.train)
     count = metrics.count_params(params)
+    moved = metrics.count_params(finetune.trained(params, config.optim))
+    some = f" ({moved:,} of them trained)" if moved < count else ""
     tokens = config.steps * config.batch_size * m.block_size
     heads = f"{m.n_head} heads, {m.n_embd} wide, context {m.block_size}"
     shapes = {"gpt": f"{m.n_layer} layers, {heads}", "bigram": "bigram table"}
@@ -286,7 +301,8 @@ def _description(
     return {
         "text": f"{config.data.text}: {n_train:,} training and {len(dataset.val):,} validation "
         f"tokens, {dataset.tokenizer.vocab_size} kinds",
-        "model": f"{shape}: {count:,} parameters, {n_train / count:.2g} training tokens for each",
+        "model": f"{shape}: {count:,} parameters{some}, {n_train / count:.2g} training tokens for "
+        f"each",
         "training": f"{config.steps - start:,} steps of {config.batch_size} x {m.block_size} "
         f"tokens: {tokens / n_train:.1f} times the training text in all",
         "devices": f"{mesh.size} of {jax.device_count()} {jax.devices()[0].device_kind}"

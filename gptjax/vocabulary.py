@@ -45,7 +45,7 @@ def gpt2() -> HFTokenizer:
             f"its file into a folder that TIKTOKEN_CACHE_DIR names"
         ) from None
     ranks: dict[bytes, int] = encoding["mergeable_ranks"]
-    letters = _letters()
+    letters = byte_letters()
     spell = lambda token: "".join(letters[byte] for byte in token)
     vocabulary = {spell(token): rank for token, rank in ranks.items()}
     merges = []
@@ -67,7 +67,7 @@ def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]]):
     return library
 
 
-def _letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The printable character that stands for each byte in GPT-2's vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

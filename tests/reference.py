@@ -4,6 +4,7 @@ Written from the definitions of GPT-2 and Llama and not from `gptjax.model`; it 
 of the parameters with it, nothing else.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -127,6 +128,7 @@ def gated(x: np.ndarray) -> np.ndarray:
 
 ACTIVATIONS = {
     "gelu": gelu,
+    "gelu_erf": np.vectorize(lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2)))),
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
     "swiglu": gated,

@@ -1,6 +1,7 @@
 """Tests of the command lines: what they understand, and one exact line for what they do not."""
 
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, replace
@@ -123,7 +124,7 @@ TRAIN_MESSAGES = [
     (
         "--model.activation swish",
         "invalid choice 'swish' for argument '--model.activation'. Expected one of ('gelu', "
-        f"'relu', 'relu2', 'swiglu').{SEE_TRAIN}",
+        f"'gelu_erf', 'relu', 'relu2', 'swiglu').{SEE_TRAIN}",
     ),
     (
         "--model.n-head 5",
@@ -268,7 +269,9 @@ def shown_defaults(config: Any, prefix: str = "") -> dict[str, str]:
         value = getattr(config, f.name)
         flag = f"{prefix}{f.name}".replace("_", "-")
         shown |= (
-            shown_defaults(value, f"{flag}.") if is_dataclass(value) else {f"--{flag}": str(value)}
+            shown_defaults(value, f"{flag}.")
+            if is_dataclass(value)
+            else {f"--{flag}": shlex.quote(str(value))}
         )
     return shown
 
@@ -352,3 +355,28 @@ def test_any_words_give_a_command_or_a_user_error(parse, kind, argv):
         assert len(str(error).splitlines()) == 1
     except SystemExit as leave:
         assert leave.code == 0 and ("-h" in argv or "--help" in argv)
+
+
+# ---------------------------------------------------------------------------------------------
+# Starting from weights
+
+
+def test_init_starts_from_the_preset_for_it():
+    config = parse_train(["--init", "gpt2-xl", "--model.block-size", "256"]).settings
+    assert config == replace(
+        PRESETS["finetune"],
+        init="gpt2-xl",
+        model=replace(PRESETS["finetune"].model, block_size=256),
+    )
+    assert parse_train(["--config", "finetune-shakespeare"]).settings.init == "gpt2"
+    small = parse_train(["--config", "small", "--init=runs/other"])
+    assert small.settings == replace(PRESETS["small"], init="runs/other")
+
+
+def test_the_model_of_loaded_weights_cannot_be_changed():
+    with pytest.raises(UserError) as error:
+        parse_train(["--init", "gpt2", "--model.n-layer", "3"])
+    assert str(error.value) == (
+        "--model.n-layer cannot be set with --init, for the model comes with its weights; what can "
+        "be set of it: block_size, dropout, attn_dropout, attention, dtype, remat, remat_saves"
+    )

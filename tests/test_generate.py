@@ -360,3 +360,24 @@ def test_a_session_compiles_once(kind: type[nn.Module]):
         prompt = list(range(length)) if length < V else [0] * length
         run(model, params, prompt, n, sampling, 2, jax.random.key(n))
     assert compiled() == warm
+
+
+def test_a_short_prompt_of_a_long_window_is_read_in_a_short_one(monkeypatch: pytest.MonkeyPatch):
+    """256 places for it, not half of 1024; and the same tokens."""
+    widths: list[int] = []
+    read = generate_module._read
+
+    def counting(model: Any, params: Any, text: Any, *rest: Any) -> Any:
+        widths.append(text.shape[1])
+        return read(model, params, text, *rest)
+
+    monkeypatch.setattr(generate_module, "_read", counting)
+    model, params = gpt(1024, GPT)
+    long = run(model, params, [1, 2, 3], 4, Sampling(temperature=0))
+    run(model, params, list(range(V)) * 100, 4, Sampling(temperature=0))
+    assert widths == [256, 1024]
+    ids = [1, 2, 3]
+    for _ in range(4):
+        logits, _ = model.apply({"params": params}, jnp.asarray([ids]))
+        ids.append(int(logits[0, -1].argmax()))
+    assert np.ravel(long).tolist() == ids[3:]

@@ -57,6 +57,7 @@ CONFIGS = {
     "speedrun": replace(
         SMALL, bias=False, norm="rms", position="rotary", qk_norm=True, activation="relu2"
     ),
+    "exact_gelu": replace(SMALL, activation="gelu_erf"),
     "softcap": replace(SMALL, softcap=0.5),
     "ngram": replace(SMALL, ngram=4, position="none"),
     "no_position": replace(SMALL, position="none", n_inner=5),

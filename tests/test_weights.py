@@ -1,0 +1,761 @@
+"""Tests of weights in and out: against transformers, against nanoGPT's formulas, and refusals."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from reference import random_params
+
+from gptjax import adopt, hf, hf_config, nanogpt, pretrained
+from gptjax.adopt import AdoptCommand
+from gptjax.build import build_model
+from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
+from gptjax.errors import UserError
+from gptjax.export import ExportCommand, export
+from gptjax.generate import Sampling, generate
+from gptjax.model import GPT
+from gptjax.programs import Programs
+from gptjax.runs import Run
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer
+from gptjax.train import train
+
+V, BLOCK = 61, 256
+WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
+GPT2 = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=BLOCK, vocab_size=V)
+LLAMA = ModelConfig(
+    n_layer=2,
+    n_head=4,
+    n_kv_head=2,
+    n_embd=32,
+    n_inner=40,
+    block_size=BLOCK,
+    vocab_size=V,
+    bias=False,
+    norm="rms",
+    position="rotary",
+    activation="swiglu",
+)
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    pytest.importorskip("torch", reason="needs torch and transformers")
+    library = pytest.importorskip("transformers", reason="needs torch and transformers")
+    library.utils.logging.set_verbosity_error()
+    return library
+
+
+def write_folder(folder: Path, config: ModelConfig, seed: int = 0) -> Any:
+    """A model of random weights as a folder of transformers; its parameters."""
+    params = jax.tree.map(np.asarray, random_params(build_model(config, V), seed))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(hf_config.write_config(config, None)))
+    tensors = hf.to_tensors(params, config)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return params
+
+
+def assert_same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_agrees(model: GPT, params: Any, theirs: Any, text: np.ndarray) -> dict[str, float]:
+    """Logits within 1e-4, the loss of a text within 1e-5, and 200 greedy tokens the same."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    T, theirs = model.config.block_size, theirs.eval()
+    rows = text[: (len(text) - 1) // T * T].reshape(-1, T)[:4]
+    logits = np.asarray(model.apply({"params": params}, jnp.asarray(rows))[0], np.float64)
+    with torch.no_grad():
+        other = theirs(torch.tensor(rows)).logits.double().numpy()
+    difference = np.abs(logits - other).max()
+    assert difference < 1e-4 and np.abs(other).max() > 0.1
+    loss = lambda x: (
+        -np.take_along_axis(
+            x[:, :-1] - np.log(np.exp(x[:, :-1]).sum(-1, keepdims=True)), rows[:, 1:, None], -1
+        ).mean()
+    )
+    assert abs(loss(logits) - loss(other)) < 1e-5
+    prompt, n = rows[0, :8].astype(np.int32), min(200, T - 8)
+    sampling = Sampling(temperature=0)
+    chunks = generate(model, params, prompt, jax.random.key(0), n, sampling)
+    ours = np.concatenate(list(chunks), axis=1)[0]
+    with torch.no_grad():
+        ids = theirs.generate(
+            torch.tensor(prompt[None].astype(np.int64)),
+            attention_mask=torch.ones((1, 8), dtype=torch.int64),
+            max_new_tokens=n,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    np.testing.assert_array_equal(ours, ids[0, 8:].numpy())
+    return {"logits": difference, "loss": abs(loss(logits) - loss(other)), "tokens": n}
+
+
+def shake(theirs: Any) -> Any:
+    """Random values everywhere, biases and norms too, so that no term hides at its init."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if value.ndim == 1:
+                value += 0.3 * torch.randn_like(value)
+            else:
+                value.copy_(0.15 * torch.randn_like(value))
+            assert value.requires_grad, name
+    return theirs
+
+
+# ---------------------------------------------------------------------------------------------
+# Against transformers
+
+IMPORTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gpt2": ("GPT2", {}, {}),
+    "gpt2, exact gelu, wide": (
+        "GPT2",
+        {"activation_function": "gelu", "n_inner": 48, "layer_norm_epsilon": 1e-3},
+        {"max_shard_size": "20KB"},
+    ),
+    "llama": ("Llama", {"num_key_value_heads": 2}, {"max_shard_size": "20KB"}),
+    "llama, tied, not grouped": (
+        "Llama",
+        {
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 3e4},
+        },
+        {},
+    ),
+}
+
+
+def make_theirs(transformers: Any, family: str, settings: dict[str, Any]) -> Any:
+    shared = {"vocab_size": V, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if family == "GPT2":
+        sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": BLOCK}
+        config = transformers.GPT2Config(**sizes, **shared, **settings)
+        return shake(transformers.GPT2LMHeadModel(config))
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "max_position_embeddings": BLOCK,
+    }
+    return shake(
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **shared, **settings))
+    )
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", IMPORTS)
+def test_a_model_of_transformers_is_ours(
+    name: str, transformers: Any, tmp_path: Path, play: str, record_property: Any
+):
+    family, settings, how = IMPORTS[name]
+    theirs = make_theirs(transformers, family, settings)
+    theirs.save_pretrained(tmp_path / "theirs", **how)
+    loaded = pretrained.load(str(tmp_path / "theirs"))
+    model = build_model(loaded.config, V)
+    assert isinstance(model, GPT)
+    text = CharTokenizer.fit(play).encode(play) % V
+    figures = assert_agrees(model, loaded.params, theirs, text)
+    print(name, figures)
+    # Out again, and in again.
+    tensors = hf.to_tensors(loaded.params, loaded.config)
+    state = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    if loaded.config.tie_head:
+        state.pop("lm_head.weight")
+    assert_same(tensors, state)
+
+
+@pytest.mark.torch
+def test_half_precision_is_read(transformers: Any, tmp_path: Path):
+    import torch  # pyright: ignore[reportMissingImports]
+
+    for dtype in (torch.bfloat16, torch.float16):
+        folder = tmp_path / str(dtype)
+        theirs = make_theirs(transformers, "Llama", {}).to(dtype)
+        theirs.save_pretrained(folder)
+        params = pretrained.load(str(folder)).params
+        expected = theirs.model.norm.weight.float().detach().numpy()
+        np.testing.assert_array_equal(params["ln_f"]["scale"], expected)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, play: str) -> Run:
+    """A classic model, trained a little."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "play.txt").write_text(play)
+    config = Config(
+        steps=20,
+        batch_size=4,
+        eval_every=20,
+        save_every=20,
+        model=ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=BLOCK, bias=False),
+        data=DataConfig(text=str(folder / "play.txt")),
+        optim=OptimConfig(learning_rate=1e-2),
+    )
+    train(config, folder / "run")
+    return Run(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def exported(run: Run) -> Path:
+    folder = run.directory.parent / "exported"
+    assert export(ExportCommand(str(run.directory), folder)) == "GPT2LMHeadModel"
+    return folder
+
+
+@pytest.mark.torch
+def test_a_trained_run_is_a_model_of_transformers(
+    run: Run, exported: Path, transformers: Any, play: str
+):
+    import torch  # pyright: ignore[reportMissingImports]
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    ids = run.tokenizer.encode(play)
+    assert tokenizer(play)["input_ids"] == ids.tolist()
+    assert tokenizer.decode(ids) == play
+    model = build_model(run.config.model, run.tokenizer.vocab_size)
+    assert isinstance(model, GPT)
+    print("trained run", assert_agrees(model, pretrained.weights(run, 20, model), theirs, ids))
+    # The loss that the run logged is that of transformers on the validation split.
+    val = torch.tensor(ids[int(0.9 * len(ids)) :].astype(np.int64))
+    losses = []
+    for start in range(0, len(val) - 1, BLOCK):
+        window = val[start : start + BLOCK + 1][None]
+        with torch.no_grad():
+            logits = theirs(window[:, :-1]).logits[0]
+        losses += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none")
+    logged = run.metrics()[-1]["val_loss"]
+    assert abs(float(torch.stack(losses).double().mean()) - logged) < 1e-5
+
+
+def test_export_import_export(run: Run, exported: Path, tmp_path: Path):
+    """The second folder is the first, byte by byte; and so is that of a model that was adopted."""
+    directory = adopt.adopt(AdoptCommand(str(exported), run=str(tmp_path / "adopted")))
+    export(ExportCommand(str(directory), tmp_path / "again"))
+    for path in exported.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+    adopted = Run(directory)
+    assert adopted.tokenizer == run.tokenizer
+    assert adopted.config.init == str(exported)
+    programs = Programs(adopted.config, run.tokenizer.vocab_size)
+    moments = [leaf for leaf in jax.tree.leaves(programs.abstract.opt_state) if leaf.size > 1]
+    assert moments == []  # for all of it is frozen
+
+
+@pytest.mark.parametrize("config", [GPT2, replace(LLAMA, tie_head=False)], ids=["gpt2", "llama"])
+def test_import_export_import_is_bit_identical(config: ModelConfig, tmp_path: Path):
+    params = write_folder(tmp_path / "a", config)
+    loaded = pretrained.load(str(tmp_path / "a"))
+    assert_same(loaded.params, params)
+    assert replace(loaded.config, n_kv_head=None) == replace(config, n_kv_head=None)
+    tensors = hf.to_tensors(loaded.params, loaded.config)
+    assert_same(tensors, safetensors.numpy.load_file(tmp_path / "a" / "model.safetensors"))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "tokenizer", [ByteTokenizer(), ByteTokenizer(256), CharTokenizer("\n !ab", 5)]
+)
+def test_tokenizers_of_single_letters_in_transformers(
+    tokenizer: Any, transformers: Any, tmp_path: Path
+):
+    from gptjax import hf_tokenizer
+
+    for name, content in hf_tokenizer.write(tokenizer, 8).items():
+        (tmp_path / name).write_bytes(content)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    text = "a b\n\n b!a" if isinstance(tokenizer, CharTokenizer) else "naïve\r\n 東京\0 \t x  y"
+    ids = tokenizer.encode(text)
+    assert theirs(text)["input_ids"] == ids.tolist() and theirs.decode(ids) == text
+    assert theirs.eos_token_id == tokenizer.end_of_text
+    again = hf_tokenizer.read(tmp_path)
+    assert again is not None and again.encode(text).tolist() == ids.tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# nanoGPT
+
+
+def nanogpt_logits(state: Any, x: Any, n_layer: int, n_head: int) -> Any:
+    """nanoGPT's forward pass on the tensors of its checkpoint, from its formulas."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    F = torch.nn.functional
+    layer = lambda y, name: F.linear(y, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+    def norm(y: Any, name: str) -> Any:
+        return F.layer_norm(y, y.shape[-1:], state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+    T = x.shape[1]
+    y = state["transformer.wte.weight"][x] + state["transformer.wpe.weight"][:T]
+    for i in range(n_layer):
+        at = f"transformer.h.{i}"
+        q, k, v = layer(norm(y, f"{at}.ln_1"), f"{at}.attn.c_attn").chunk(3, dim=-1)
+        heads = lambda z: z.unflatten(-1, (n_head, -1)).transpose(1, 2)
+        seen = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True)
+        y = y + layer(seen.transpose(1, 2).flatten(2), f"{at}.attn.c_proj")
+        y = y + layer(F.gelu(layer(norm(y, f"{at}.ln_2"), f"{at}.mlp.c_fc")), f"{at}.mlp.c_proj")
+    return norm(y, "transformer.ln_f") @ state["lm_head.weight"].T
+
+
+def nanogpt_checkpoint(path: Path, bias: bool, vocab_size: int, prefix: str = "") -> Any:
+    """A checkpoint as nanoGPT saves it, of random weights; its state, without the prefix."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    C, L, T = 32, 2, 16
+    torch.manual_seed(1)
+    shapes: dict[str, Any] = {WTE: (vocab_size, C), WPE: (T, C)}
+    for i in range(L):
+        at = f"transformer.h.{i}"
+        shapes |= {f"{at}.{n}.weight": (C,) for n in ("ln_1", "ln_2")}
+        shapes |= {f"{at}.attn.c_attn.weight": (3 * C, C), f"{at}.attn.c_proj.weight": (C, C)}
+        shapes |= {f"{at}.mlp.c_fc.weight": (4 * C, C), f"{at}.mlp.c_proj.weight": (C, 4 * C)}
+    shapes["transformer.ln_f.weight"] = (C,)
+    if bias:
+        named = list(shapes.items())
+        shapes |= {
+            name.replace("weight", "bias"): (shape[0],)
+            for name, shape in named
+            if ".w" not in name[11:15]
+        }
+    state = {name: 0.2 * torch.randn(shape) for name, shape in shapes.items()}
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, T, T)  # its mask, when it is not fused
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    args = dict(n_layer=L, n_head=4, n_embd=C, block_size=T, bias=bias, vocab_size=vocab_size)
+    checkpoint = {
+        "model": {prefix + name: tensor for name, tensor in state.items()},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3}]},
+        "model_args": {**args, "dropout": 0.0},
+        "iter_num": 3,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": "shakespeare_char"},
+    }
+    torch.save(checkpoint, path)
+    return state
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("bias", "prefix"), [(True, ""), (False, "_orig_mod.")])
+def test_a_checkpoint_of_nanogpt(bias: bool, prefix: str, tmp_path: Path, play: str):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    kinds = len(set(play))
+    state = nanogpt_checkpoint(tmp_path / "ckpt.pt", bias, kinds, prefix)
+    loaded = pretrained.load(str(tmp_path / "ckpt.pt"))
+    assert loaded.tokenizer is None and loaded.config.bias == bias
+    x = np.random.default_rng(0).integers(0, kinds, (3, 16))
+    logits, _ = build_model(loaded.config, kinds).apply({"params": loaded.params}, jnp.asarray(x))
+    expected = nanogpt_logits(state, torch.tensor(x), 2, 4).numpy()
+    print("nanoGPT", np.abs(logits - expected).max())
+    assert np.abs(logits - expected).max() < 1e-5 < np.abs(expected).max()
+    # Its characters are those of its text, which has to be given.
+    command = AdoptCommand(str(tmp_path / "ckpt.pt"), run=str(tmp_path / "run"))
+    with pytest.raises(UserError) as error:
+        adopt.adopt(command)
+    assert str(error.value) == (
+        f"{tmp_path}/ckpt.pt comes without a tokenizer; give the text that it was trained on as "
+        "--text, for its characters"
+    )
+    (tmp_path / "play.txt").write_text(play)
+    (tmp_path / "other.txt").write_text("abc")
+    with pytest.raises(UserError) as error:
+        adopt.adopt(replace(command, text=str(tmp_path / "other.txt")))
+    assert str(error.value) == (
+        f"{tmp_path}/ckpt.pt comes without a tokenizer and knows {kinds} tokens, and those of "
+        f"this text are 3; give the text that it was trained on"
+    )
+    directory = adopt.adopt(replace(command, text=str(tmp_path / "play.txt")))
+    assert Run(directory).tokenizer == CharTokenizer.fit(play)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused, by name
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+        change(tensors)
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def as_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+
+AT = "model.layers.0.self_attn"
+REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
+    "kind": (
+        GPT2,
+        edit_config(model_type="mamba"),
+        "{}/config.json: model_type='mamba' is not supported; it can be 'gpt2' or 'llama'",
+    ),
+    "setting": (
+        GPT2,
+        edit_config(scale_attn_by_inverse_layer_idx=True),
+        "{}/config.json: scale_attn_by_inverse_layer_idx=True is not supported; it can be False",
+    ),
+    "untied": (
+        GPT2,
+        edit_config(tie_word_embeddings=False),
+        "{}/config.json: tie_word_embeddings=False is not supported; it can be True",
+    ),
+    "activation": (
+        GPT2,
+        edit_config(activation_function="silu"),
+        "{}/config.json: activation_function='silu' is not supported; it can be "
+        "'gelu_pytorch_tanh', 'gelu_new', 'gelu', 'relu', 'relu2'",
+    ),
+    "size": (
+        GPT2,
+        edit_config(n_layer="2"),
+        "{}/config.json: n_layer='2' is not a whole number above 0",
+    ),
+    "head size": (
+        LLAMA,
+        edit_config(head_dim=4),
+        "{}/config.json: head_dim=4 is not supported; it can be hidden_size / "
+        "num_attention_heads = 8",
+    ),
+    "bias": (
+        LLAMA,
+        edit_config(attention_bias=True),
+        "{}/config.json: attention_bias=True is not supported; it can be False",
+    ),
+    "scaled positions": (
+        LLAMA,
+        edit_config(rope_scaling={"type": "linear", "factor": 2.0}),
+        "{}/config.json: rope_scaling={{'type': 'linear', 'factor': 2.0}} is not supported; it "
+        "can be None",
+    ),
+    "other positions": (
+        LLAMA,
+        edit_config(rope_parameters={"rope_type": "llama3"}),
+        "{}/config.json: rope_type='llama3' is not supported; it can be 'default'",
+    ),
+    "heads": (
+        GPT2,
+        edit_config(n_head=5),
+        "{}/config.json: model.n_embd=32 is not divisible by model.n_head=5; change one of them "
+        "(heads share the width equally)",
+    ),
+    "vocabulary": (
+        GPT2,
+        edit_config(vocab_size=60),
+        "{}: the tensor transformer.wte.weight is (61, 32), expected (60, 32)",
+    ),
+    "shape": (
+        GPT2,
+        edit_tensors(lambda x: x.update({WPE: x[WPE][:, :-1].copy()})),
+        "{}: the tensor transformer.wpe.weight is (256, 31), expected (256, 32)",
+    ),
+    "missing": (
+        GPT2,
+        edit_tensors(lambda x: x.pop("transformer.h.1.ln_2.bias")),
+        "{}: the tensor transformer.h.1.ln_2.bias is missing",
+    ),
+    "extra": (
+        LLAMA,
+        edit_tensors(lambda x: x.update({f"{AT}.q_norm.weight": x["model.norm.weight"].copy()})),
+        "{}: the tensor model.layers.0.self_attn.q_norm.weight is no part of the model that its "
+        "config describes",
+    ),
+    "not finite": (
+        GPT2,
+        edit_tensors(lambda x: x[WTE].fill(np.nan)),
+        "{}: the tensor transformer.wte.weight has values that are not finite",
+    ),
+    "integers": (
+        GPT2,
+        edit_tensors(lambda x: x.update({WTE: x[WTE].astype(np.int8)})),
+        "{}/model.safetensors: the tensor transformer.wte.weight is I8, expected one of F64, F32, "
+        "F16, BF16",
+    ),
+    "pickle": (
+        GPT2,
+        as_pickle,
+        "{}/pytorch_model.bin is a pickle, which can run any code when it is read, and is not; "
+        "save the model as safetensors (save_pretrained of transformers does)",
+    ),
+    "no weights": (
+        GPT2,
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "{} has no model.safetensors",
+    ),
+    "no config": (
+        GPT2,
+        lambda folder: (folder / "config.json").unlink(),
+        "cannot read {}/config.json: No such file or directory",
+    ),
+    "config is a list": (
+        GPT2,
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "{}/config.json is damaged: expected a JSON object",
+    ),
+    "index leads out": (
+        GPT2,
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            (folder / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {WTE: "../model.safetensors"}})
+            ),
+        ),
+        "{}/model.safetensors.index.json names files outside of its folder",
+    ),
+    "part is missing": (
+        GPT2,
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            (folder / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {WTE: "model-1.safetensors"}})
+            ),
+        ),
+        "{}/model-1.safetensors is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_folder_is_refused_by_name(name: str, tmp_path: Path):
+    config, spoil, message = REFUSED[name]
+    folder = tmp_path / "model"
+    write_folder(folder, config)
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(folder))
+    assert str(error.value) == message.format(folder)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path):
+    write_folder(tmp_path / "model", GPT2)
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(UserError, match=f"^{path} is not a sound safetensors file: [^\n]*$"):
+        pretrained.load(str(tmp_path / "model"))
+
+
+def test_old_files_of_gpt2_are_read(tmp_path: Path):
+    """Their names lack `transformer.`, and the mask is a tensor in them."""
+    params = write_folder(tmp_path / "model", GPT2)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    old = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    old["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.float32)
+    old["lm_head.weight"] = tensors[WTE].copy()
+    safetensors.numpy.save_file(old, path)
+    assert_same(pretrained.load(str(tmp_path / "model")).params, params)
+
+
+@pytest.mark.torch
+def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path):
+    pytest.importorskip("torch", reason="needs torch")
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (marker,)
+
+    import torch  # pyright: ignore[reportMissingImports]
+
+    for write in (torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))):
+        path = tmp_path / "ckpt.pt"
+        write({"model": Evil(), "model_args": {}}, path)
+        with pytest.raises(UserError) as error:
+            pretrained.load(str(path))
+        assert str(error.value).startswith(
+            f"{path} is not a checkpoint of plain data, and no other is read: "
+        )
+        assert "\n" not in str(error.value) and not marker.exists()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ([1], "{} is not nanoGPT's: it has no model_args and model"),
+        (
+            {"model": {}, "model_args": {"n_layer": 2}},
+            "{}: model_args n_head=None is not a whole number",
+        ),
+        (
+            {
+                "model": {},
+                "model_args": dict.fromkeys(nanogpt.SIZES, 2),
+            },
+            "{}: the tensor transformer.h.0.attn.c_attn.bias is missing",
+        ),
+    ],
+)
+def test_a_strange_checkpoint_is_refused(checkpoint: Any, message: str, tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "ckpt.pt"))
+    assert str(error.value) == message.format(tmp_path / "ckpt.pt")
+
+
+def test_no_other_file_is_read(tmp_path: Path):
+    for name in ("model.bin", "meta.pkl", "model.pth"):
+        with pytest.raises(UserError, match=f"^{tmp_path / name} is a pickle, which can run any"):
+            pretrained.load(str(tmp_path / name))
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "nothing"))
+    assert str(error.value).endswith(
+        "; others are gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:OWNER/NAME, a folder with "
+        "model.safetensors, a .gguf file, nanoGPT's ckpt.pt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qk_norm": True}, "model.qk_norm=True has no place in transformers' GPT2LMHeadModel, "
+            "which is this model with model.qk_norm=False"),
+        ({"tie_head": False}, "model.tie_head=False has no place in transformers' "
+            "GPT2LMHeadModel, which is this model with model.tie_head=True"),
+        ({"n_kv_head": 2}, "model.n_kv_head=2 has no place in transformers' GPT2LMHeadModel, "
+            "which is this model with model.n_kv_head=None"),
+        ({"activation": "swiglu"}, "model.activation=swiglu has no place in transformers' "
+            "GPT2LMHeadModel, which is this model with model.activation=gelu"),
+        ({"position": "rotary"}, "model.norm=layer has no place in transformers' "
+            "LlamaForCausalLM, which is this model with model.norm=rms"),
+        ({"kind": "bigram"}, "model.kind=bigram has no place in transformers' GPT2LMHeadModel, "
+            "which is this model with model.kind=gpt"),
+    ],
+)  # fmt: skip
+def test_a_model_without_a_form_in_transformers(change: dict[str, Any], message: str):
+    with pytest.raises(UserError) as error:
+        hf_config.write_config(replace(GPT2, **change), None)
+    assert str(error.value) == message
+
+
+def test_export_overwrites_nothing(run: Run, exported: Path):
+    with pytest.raises(UserError) as error:
+        export(ExportCommand(str(run.directory), exported))
+    assert str(error.value) == (
+        f"{exported} holds something already; give a folder that is new or empty"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The hub, and a run that starts from weights
+
+
+def test_names_of_gpt2_are_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra hf")
+    write_folder(tmp_path / "model", GPT2)
+    asked = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        asked.append(repository)
+        assert not any("bin" in pattern or "py" in pattern for pattern in allow_patterns)
+        return str(tmp_path / "model")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    pretrained.load("gpt2-xl")
+    pretrained.load("hf:HuggingFaceTB/SmolLM2-135M")
+    assert asked == ["openai-community/gpt2-xl", "HuggingFaceTB/SmolLM2-135M"]
+
+
+def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra hf")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        pretrained.load("gpt2")
+    before, reason = str(error.value).split("(", 1)
+    assert before == "openai-community/gpt2 cannot be had from the Hugging Face hub "
+    assert reason.endswith("); where there is no network, give the folder of a copy")
+    assert "\n" not in reason
+
+
+def test_every_field_of_a_model_is_its_weights_or_the_runs():
+    """A new field belongs to `OF_A_LOADED_MODEL` or, if it changes what the weights mean, here."""
+    from dataclasses import fields
+
+    from gptjax.config import OF_A_LOADED_MODEL
+
+    of_the_weights = (
+        "kind n_layer n_head n_kv_head n_embd n_inner vocab_size bias qkv_bias norm norm_eps "
+        "qk_norm position rope_base ngram activation tie_head softcap init"
+    ).split()
+    names = {field.name for field in fields(ModelConfig)}
+    assert names == {*of_the_weights, *OF_A_LOADED_MODEL}
+
+
+def test_a_run_starts_from_weights(run: Run, exported: Path, play: str, tmp_path: Path):
+    (tmp_path / "play.txt").write_text(play)
+    config = Config(
+        init=str(exported),
+        steps=2,
+        batch_size=4,
+        eval_every=2,
+        save_every=2,
+        model=ModelConfig(n_layer=7, block_size=64, dropout=0.1),
+        data=DataConfig(text=str(tmp_path / "play.txt")),
+        optim=OptimConfig(learning_rate=1e-4),
+    )
+    train(config, tmp_path / "run")
+    fine = Run(tmp_path / "run")
+    model = build_model(fine.config.model, fine.tokenizer.vocab_size)
+    expected = replace(run.config.model, vocab_size=run.tokenizer.vocab_size, block_size=64)
+    # Biases were written as zeros, for GPT-2 has them.
+    assert fine.config.model == replace(expected, dropout=0.1, bias=True)
+    first = pretrained.weights(fine, 0, model)  # the weights it started with are its checkpoint 0
+    params = pretrained.load(str(exported)).params
+    assert_same(first, {**params, "wpe": params["wpe"][:64]})
+    records = fine.metrics()
+    assert records[2]["val_loss"] < records[0]["val_loss"] < 4
+    assert fine.tokenizer == run.tokenizer
+    # Resuming reads no weights but its own, and cannot be given others.
+    shutil.move(exported, tmp_path / "gone")
+    try:
+        train(replace(fine.config, steps=3), tmp_path / "run", resume=True)
+        with pytest.raises(UserError) as error:
+            train(replace(fine.config, init="gpt2"), tmp_path / "run", resume=True)
+        assert str(error.value) == (
+            f"cannot resume {tmp_path}/run with init=gpt2: it was trained with init={exported}; "
+            "start a new run for that"
+        )
+    finally:
+        shutil.move(tmp_path / "gone", exported)
+
+
+def test_the_context_that_a_run_gets():
+    params = {"wpe": np.arange(8.0)[:, None]}
+    loaded = pretrained.Pretrained("m", ModelConfig(block_size=8), params, None)
+    for asked, block, said in (
+        (4, 4, "starting from m; of its context of 8 tokens, 4 are used"),
+        (8, 8, "starting from m"),
+        (16, 8, "starting from m; its context is 8 tokens, not 16"),
+    ):
+        config = Config(init="m", model=ModelConfig(block_size=asked))
+        assert pretrained.origin(config, loaded) == said
+        fitted, own = pretrained.fit(config, loaded)
+        assert fitted.model.block_size == block
+        np.testing.assert_array_equal(own["wpe"], params["wpe"][:block])
