@@ -2,7 +2,7 @@
 
 checkpoints/N/params, training             orbax, after N updates
               config.json, tokenizer.json  of the run, should those be damaged one day
-              metrics.json                 checksum of metrics.jsonl as it was
+              metrics.json, text.json      what metrics.jsonl and the tokens were then
               sha256.json                  checksums, for orbax loads a flipped byte gladly
 
 The folder gets its name N last of all, so whatever has one is whole, sealed and on the disk.

@@ -4,6 +4,8 @@ A batch is a function of (key, step): nothing is consumed, so a run's position i
 step. The corpus lives on the device and windows are cut there, inside the jitted step.
 """
 
+import hashlib
+import json
 from typing import NamedTuple
 
 import jax
@@ -14,6 +16,8 @@ from gptjax import corpora
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.tokenizer import CharTokenizer, Tokenizer
+
+SAMPLED, PIECES = 2**24, 2**8  # tokens of a split that its fingerprint reads, and in how many parts
 
 
 class Dataset(NamedTuple):
@@ -52,6 +56,22 @@ def open_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
                 f"or another --data.val-fraction (now {config.data.val_fraction})"
             )
     return dataset
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """JSON that tells these tokens from others: a run must not go on with another text.
+
+    All of the tokens up to SAMPLED of each split; of more, as many in pieces from all over it.
+    """
+    splits = []
+    for tokens in (dataset.train, dataset.val):
+        digest = hashlib.sha256(str(tokens.dtype).encode())
+        pieces = min(PIECES, -(-len(tokens) // (SAMPLED // PIECES)))
+        last = max(0, len(tokens) - SAMPLED // PIECES)
+        for start in np.linspace(0, last, pieces).astype(int):
+            digest.update(tokens[start : start + SAMPLED // PIECES].tobytes())
+        splits.append({"tokens": len(tokens), "sha256": digest.hexdigest()})
+    return json.dumps(splits)
 
 
 def cut(tokens: jax.Array, starts: jax.Array, length: int) -> jax.Array:

@@ -13,7 +13,8 @@ from gptjax.errors import UserError
 
 RUNS = Path("runs")
 LOCK = ".lock"
-CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+METRICS, TEXT = "metrics.json", "text.json"  # in checkpoints: fingerprints of what they came from
 
 
 def find(name: str | None, like: str | None = None) -> Path:

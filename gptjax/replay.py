@@ -19,7 +19,7 @@ import optax
 
 from gptjax import pretrained
 from gptjax.checkpoint import Checkpoints
-from gptjax.data import open_dataset
+from gptjax.data import fingerprint, open_dataset
 from gptjax.errors import UserError
 from gptjax.files import write_atomically
 from gptjax.programs import Programs
@@ -77,6 +77,7 @@ def replay(
     if not 1 <= step <= config.steps:
         raise UserError(f"--replay {step} is not a step of this run; give 1 to {config.steps}")
     dataset = open_dataset(config, run.tokenizer)
+    run.use_text(config.data.text, fingerprint(dataset))
     programs = Programs(config, dataset.tokenizer.vocab_size, model, optimizer)
     tokens, seed_key = programs.put(dataset.train), programs.seed_key
     logged = {record["step"]: record for record in run.metrics()}

@@ -19,7 +19,7 @@ from gptjax import tokenizer as tokenizer_module
 from gptjax.config import Config, differences
 from gptjax.errors import UserError
 from gptjax.files import Damaged
-from gptjax.folders import CONFIG, METRICS, TOKENIZER, copies, taken, unwritable
+from gptjax.folders import CONFIG, METRICS, TEXT, TOKENIZER, copies, taken, unwritable
 
 # A caller of this room finds runs here too.
 from gptjax.folders import RUNS as RUNS
@@ -60,6 +60,7 @@ class Run:
         self.tokenizer: Tokenizer = _read(directory, TOKENIZER, tokenizer_module.from_json)
         self._tokenizer_text: str = _read(directory, TOKENIZER, str)
         self.changed = self._compare_with_copies()
+        self._text: str | None = None
         self._val_losses: dict[int, float] | None = None
 
     def _compare_with_copies(self) -> dict[str, tuple[Any, Any]]:
@@ -93,7 +94,23 @@ class Run:
             CONFIG: config_json.to_json(self.config),
             TOKENIZER: self._tokenizer_text,
             METRICS: records.fingerprint(self.metrics_path),
+            **({} if self._text is None else {TEXT: self._text}),
         }
+
+    def use_text(self, name: str, fingerprint: str) -> None:
+        """Note what it is trained on: a text's name, and what tells it from others.
+
+        Raises:
+            UserError: its checkpoints were trained on something else.
+        """
+        for _, text in copies(self.directory, TEXT):
+            if text != fingerprint:
+                raise UserError(
+                    f"the text {name} is not the one that {self.directory} was trained on; bring "
+                    f"that one back, or start a new run"
+                )
+            break
+        self._text = fingerprint
 
     @classmethod
     def create(cls, directory: Path, config: Config, tokenizer: Tokenizer) -> "Run":
@@ -123,7 +140,10 @@ class Run:
         """
         changed = differences(self.config, config)
         for name, (old, new) in changed.items():
-            if _is_fixed(name):
+            moved = name == "data.text" and any(
+                copies(self.directory, TEXT)
+            )  # `use_text` sees to it
+            if _is_fixed(name) and not moved:
                 raise UserError(
                     f"cannot resume {self.directory} with {name}={new}: it was trained with "
                     f"{name}={old}; start a new run for that"

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from gptjax import finetune, metrics, pretrained, replay, runs
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
-from gptjax.data import Dataset, open_dataset
+from gptjax.data import Dataset, fingerprint, open_dataset
 from gptjax.errors import UserError
 from gptjax.files import Damaged
 from gptjax.generate import Sampling, generate
@@ -77,9 +77,9 @@ def train(
     with runs.locked(directory):
         if run is None:
             run = Run.create(directory, config, dataset.tokenizer)
-        else:
-            for name, (old, new) in {**run.changed, **run.change_config(config)}.items():
-                report.say(f"changed: {name} was {old}, is {new}")
+        run.use_text(config.data.text, fingerprint(dataset))
+        for name, (old, new) in {**run.changed, **run.change_config(config)}.items():
+            report.say(f"changed: {name} was {old}, is {new}")
         return _train(run, dataset, programs, report, params, own_model=model is not None)
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from gptjax import cli, runs
 from gptjax.cache import use_compilation_cache
 from gptjax.checkpoint import Checkpoints
-from gptjax.data import open_dataset
+from gptjax.data import fingerprint, open_dataset
 from gptjax.errors import UserError, one_line_errors
 from gptjax.programs import Programs
 from gptjax.records import read as read_records
@@ -131,6 +131,7 @@ def _loss(
     """Measure that loss again."""
     try:
         dataset = open_dataset(run.config, run.tokenizer)
+        run.use_text(run.config.data.text, fingerprint(dataset))
     except UserError as error:
         return Check("loss", None, f"not measured again: {error}")
     params = programs.restore(checkpoints, step).weights

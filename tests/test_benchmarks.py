@@ -7,9 +7,20 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from benchmarks import growth, jax_gpt, measure, sampling, startup, step, time_to_loss
+from benchmarks import (
+    checks,
+    growth,
+    jax_gpt,
+    measure,
+    sampling,
+    soak,
+    startup,
+    step,
+    time_to_loss,
+)
 from gptjax.build import build_model
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
@@ -236,3 +247,39 @@ def test_errors_a_user_can_cause(tmp_path: Path):
         with pytest.raises(UserError) as caught:
             command()
         assert str(caught.value).startswith(message)
+
+
+def test_checks(tmp_path: Path):
+    out = tmp_path / "checks.json"
+    checks.main(f"--presets tiny --rounds 1 --seconds 0 --out {out}".split())
+    [row] = results(out, "checks")
+    assert row["preset"] == "tiny" and len(row["wall"]) == len(row["cpu"]) == 2
+
+
+def test_without_the_checks_there_are_none():
+    """Else the two sides would be the same program."""
+    x, branches = jax.numpy.zeros(3), []
+    with checks.unchecked():
+        jax.lax.cond(False, lambda x: branches.append(x), lambda x: x, x)
+        assert optax.tree.norm(x + 1) == 0
+    assert len(branches) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks into /proc")
+def test_soak(tmp_path: Path, text: str):
+    """Two short lives; whether memory is flat only a long one can tell."""
+    out = tmp_path / "soak.json"
+    soak.main(f"--seconds 60 --lives 2 --text {text} --out {out}".split())
+    *lives, times = results(out, "soak")
+    assert len(lives) == 2 and all(life["threads"][1] >= 1 for life in lives)
+    assert lives[1]["samples"][-1]["step"] > 0 and len(times["step_times"]) == 2
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_slopes_and_step_times(tmp_path: Path):
+    assert soak.slope([1, 2, 3], [2, 4, 6]) == pytest.approx(2)
+    lines = [{"step": s, "loss": 1.0, "seconds": 0.25 * s} for s in range(1, 9)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps, milliseconds = soak.step_times(tmp_path, bins=4)
+    assert milliseconds == [250.0] * len(steps) and steps[-1] == 8

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gptjax import runs
 from gptjax.cli import SampleCommand, TrainCommand, parse_sample, parse_train, read_prompt
 from gptjax.config import Config
-from gptjax.errors import UserError
+from gptjax.errors import LONGEST, UserError, one_line_errors
 from gptjax.presets import PRESETS
 from gptjax.tokenizer import CharTokenizer
 
@@ -308,6 +308,20 @@ def test_an_unknown_flag_is_one_line_and_exit_2(script):
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"{script}: error: Unrecognized options: --stepz, 4")
+
+
+def test_ctrl_c_at_any_time_is_one_line(capsys):
+    with pytest.raises(SystemExit) as caught, one_line_errors("train.py"):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"
+
+
+def test_a_message_is_one_line_that_ends_and_paints_nothing():
+    assert str(UserError("red \x1b[31m\nand\u2028more: é 文")) == (
+        "red \\x1b[31m\\nand\\u2028more: é 文"
+    )
+    assert str(UserError("x" * 10**6)) == "x" * LONGEST + "..."
 
 
 FLAGS = [*shown_defaults(Config()), "--config", "--run", "--resume", "--help", "-h"]

@@ -192,6 +192,10 @@ CHECKS = [
         for n in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     ],
     (
+        lambda: Config(steps=2**31),
+        "steps=2147483648 is too large; give 2147483647 or less",
+    ),
+    (
         lambda: ModelConfig(dropout=1.0),
         "model.dropout=1.0 is out of range; give 0.0 <= model.dropout < 1.0",
     ),

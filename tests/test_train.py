@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gptjax import corpora
@@ -19,6 +21,7 @@ from gptjax.cli import SampleCommand
 from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.presets import PRESETS
+from gptjax.programs import Programs
 from gptjax.report import Report
 from gptjax.runs import Run
 from gptjax.sample import main as sample_main
@@ -161,6 +164,67 @@ def test_other_intervals_and_dispatches_change_no_number(finished, tmp_path):
     train(other, tmp_path / "other", report=Report(quiet=True))
     for a, b in zip(arrays(whole, 24), arrays(tmp_path / "other", 24), strict=True):
         assert a.tobytes() == b.tobytes()
+
+
+def test_resuming_with_other_intervals_changes_no_number(finished, tmp_path):
+    """The step of the cut is a boundary of neither; evaluations and saves fall elsewhere then."""
+    whole, config = finished
+    train(config, tmp_path / "cut", report=SignalAt(10))
+    other = replace(config, eval_every=5, save_every=7, steps_per_dispatch=4, keep_last=9)
+    train(other, tmp_path / "cut", resume=True, report=Report(quiet=True))
+    for a, b in zip(arrays(whole, 24), arrays(tmp_path / "cut", 24), strict=True):
+        assert a.tobytes() == b.tobytes()
+    for a, b in zip(records(whole), records(tmp_path / "cut"), strict=True):
+        shared = a.keys() & b.keys()
+        assert {"step"} < shared or a["step"] == 0
+        assert {name: a[name] for name in shared} == {name: b[name] for name in shared}
+
+
+def test_resuming_on_other_devices_is_equal_but_for_rounding(finished, tmp_path):
+    """Cut on one device, gone on with on four, of which two share the parameters."""
+    whole, config = finished
+    train(config, tmp_path / "cut", report=SignalAt(10))
+    other = replace(config, mesh=MeshConfig(data=2, fsdp=2))
+    train(other, tmp_path / "cut", resume=True, report=Report(quiet=True))
+    for a, b in zip(arrays(whole, 24), arrays(tmp_path / "cut", 24), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(records(whole), records(tmp_path / "cut"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_crash_in_the_last_evaluation_loses_nothing(finished, tmp_path, monkeypatch):
+    """The save comes first, and resuming makes up for the evaluation alone."""
+    whole, config = finished
+    directory = tmp_path / "crash"
+    shutil.copytree(whole, directory)
+    shutil.rmtree(directory / "checkpoints" / "24")
+
+    def crash(*args):
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(Programs, "mean_loss", crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config, directory, resume=True, report=Report(quiet=True))
+    assert Checkpoints(directory / "checkpoints").newest_sound() == 24
+    assert records(directory)[-1]["step"] == 23
+    monkeypatch.undo()
+    train(config, directory, resume=True, report=SignalAt(0))  # no step is made again
+    same_run(whole, directory, 24)
+
+
+def test_a_state_that_is_not_finite_is_never_saved(finished, tmp_path):
+    """The gradient of the last step was finite, and the step it made was not."""
+    _, config = finished
+    directory = tmp_path / "poisoned"
+    optimizer = optax.sgd(lambda step: jnp.where(step == 23, jnp.inf, 1e-3))
+    with pytest.raises(UserError) as caught:
+        train(config, directory, optimizer=optimizer, report=Report(quiet=True))
+    assert str(caught.value) == (
+        "the parameters or the optimizer's state are not finite after step 24: training has "
+        "diverged, and nothing was saved; go on from the last checkpoint with --resume and a "
+        "lower --optim.learning-rate"
+    )
+    assert Checkpoints(directory / "checkpoints").steps() == [8, 16]
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, capsys):
