@@ -6,14 +6,16 @@ A folder is sealed by a `sha256.json` that lists every file in it:
 """
 
 import hashlib
+import io
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gptjax.errors import UserError
 
@@ -38,7 +40,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | BinaryIO) -> None:
     """Write so that, whatever happens, the file is the old one or the new one, whole.
 
     Raises:
@@ -48,8 +50,9 @@ def write_atomically(path: Path, text: str) -> None:
     with writing(path):
         temporary.unlink(missing_ok=True)  # of a process that was killed, or a stranger's link
         try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("xb") as file:
+                source = io.BytesIO(content.encode()) if isinstance(content, str) else content
+                shutil.copyfileobj(source, file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

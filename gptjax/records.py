@@ -5,7 +5,9 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,52 +33,74 @@ def append(path: Path, records: list[Record]) -> None:
             os.fsync(file.fileno())  # no checkpoint may outlive the lines before it
 
 
-def read(path: Path) -> tuple[list[Record], str | None]:
-    """All records that are sound, and what is wrong first.
+def scan(path: Path) -> Iterator[tuple[Record | None, bytes, str | None]]:
+    """Each line: its record if it is sound, its bytes, and what is wrong with it, if anything.
 
-    A last line without its end is what a killed process leaves, and no damage.
+    A last line without its end is what a killed process leaves, and no damage. A missing file is.
 
     Raises:
         UserError: there is a file that cannot be read.
     """
-    records: list[Record] = []
-    damage: list[str] = []
+    due = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
-                due = records[-1]["step"] + 1 if records else 0
                 try:
                     record = as_record(json.loads(line))
                     if record["step"] < due:
                         raise ValueError(f"of step {record['step']}, expected {due}")
                 except (ValueError, RecursionError) as error:
-                    if line.endswith(b"\n"):
-                        damage.append(f"line {number}: {_short(error)}")
+                    wrong = f"{path} is damaged: line {number}: {_short(error)}"
+                    yield None, line, wrong if line.endswith(b"\n") else None
                     continue
-                if record["step"] > due:
-                    damage.append(f"line {number}: of step {record['step']}, expected {due}")
-                records.append(record)
+                late = record["step"] > due
+                wrong = f"of step {record['step']}, expected {due}"
+                yield record, line, f"{path} is damaged: line {number}: {wrong}" if late else None
+                due = record["step"] + 1
     except FileNotFoundError:
-        return records, f"{path} is missing"
+        yield None, b"", f"{path} is missing"
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return records, f"{path} is damaged: {damage[0]}" if damage else None
+
+
+def read(path: Path) -> tuple[list[Record], str | None]:
+    """All records that are sound, and what is wrong first.
+
+    Raises:
+        UserError: there is a file that cannot be read.
+    """
+    found, damage = [], None
+    for record, _, wrong in scan(path):
+        damage = damage or wrong
+        if record is not None:
+            found.append(record)
+    return found, damage
 
 
 def fingerprint(path: Path) -> str:
     """JSON that tells the file as it is now from one that is damaged later; lines may be added."""
-    raw = path.read_bytes() if path.exists() else b""
-    return json.dumps({"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()})
+    size = path.stat().st_size if path.exists() else 0
+    return json.dumps({"bytes": size, "sha256": _digest(path, size)})
 
 
 def has_changed(path: Path, fingerprint: str) -> bool:
     """Whether what was in the file at the time of the fingerprint is there no more."""
     try:
         values = json.loads(fingerprint)
-        raw = path.read_bytes()[: values["bytes"]] if path.exists() else b""
-        return hashlib.sha256(raw).hexdigest() != values["sha256"]
+        return _digest(path, values["bytes"]) != values["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return True  # a fingerprint that nobody made
+
+
+def _digest(path: Path, size: int) -> str:
+    """Of the first bytes of a file, which may be longer than memory is large."""
+    digest = hashlib.sha256()
+    if path.exists():
+        with path.open("rb") as file:
+            while size > 0 and (piece := file.read(min(size, 2**20))):
+                digest.update(piece)
+                size -= len(piece)
+    return digest.hexdigest()
 
 
 def rewind(path: Path, step: int, damaged: bool) -> tuple[list[Record], str | None]:
@@ -88,22 +112,32 @@ def rewind(path: Path, step: int, damaged: bool) -> tuple[list[Record], str | No
         damaged: whether it is known to be, however its lines look.
 
     Returns:
-        The records that are left, and what is wrong with the file, if anything.
+        Of the records that are left, the last and the skipped ones before it, back to one that was
+        not; and what is wrong with the file, if anything.
 
     Raises:
         UserError: the disk takes no more; the file is as it was.
     """
-    found, damage = read(path)
-    if damaged and not damage:
-        damage = f"{path} is damaged: it does not match its checksum"
-    if damage and path.exists() and (damaged or path.read_bytes() != _lines(found)):
-        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        with files.writing(aside):
-            shutil.copyfile(path, aside)
-        damage += f"; it is kept as {aside.name}"
-    kept = [record for record in found if record["step"] <= step]
-    files.write_atomically(path, _lines(kept).decode())
-    return kept, damage
+    damage: str | None = None
+    last: list[Record] = []
+    lost = damaged
+    with files.writing(path), tempfile.TemporaryFile(dir=path.parent) as kept:
+        for record, line, wrong in scan(path):
+            damage = damage or wrong
+            lost |= record is None and wrong is not None and line != b""
+            if record is not None and record["step"] <= step:
+                last = [*last, record] if "skipped" in record else [record]
+                kept.write(line if line.endswith(b"\n") else line + b"\n")
+        if damaged and damage is None:
+            damage = f"{path} is damaged: it does not match its checksum"
+        if lost and path.exists():
+            aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+            with files.writing(aside):
+                shutil.copyfile(path, aside)
+            damage = f"{damage}; it is kept as {aside.name}"
+        kept.seek(0)
+        files.write_atomically(path, kept)
+    return last, damage
 
 
 def as_record(value: Any) -> Record:

@@ -10,7 +10,7 @@ No pickle, and nothing outside the folder.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,10 @@ class Run:
         self._tokenizer_text: str = _read(directory, TOKENIZER, str)
         self.changed = self._compare_with_copies()
         self._text: str | None = None
+        # By step, once asked for; ranges of steps without a record; the first step yet to come.
         self._val_losses: dict[int, float] | None = None
+        self._gaps: list[range] = []
+        self._due = 0
 
     def _compare_with_copies(self) -> dict[str, tuple[Any, Any]]:
         """What of the config has changed since the newest checkpoint.
@@ -174,7 +177,7 @@ class Run:
         """
         records.append(self.metrics_path, lines)
         if self._val_losses is not None:
-            self._val_losses |= self._losses_of(lines)
+            self._note_losses(lines)
 
     def metrics(self) -> list[Record]:
         """The records, in order; lines that are none are left out."""
@@ -190,7 +193,8 @@ class Run:
         """Drop the records after `step`, which a resumed run will write again.
 
         Returns:
-            The rest, and what is wrong with the file, if anything.
+            Of the rest, the last and the skipped ones before it, back to one that was not; and
+            what is wrong with the file, if anything.
 
         Raises:
             UserError: the disk takes no more.
@@ -198,28 +202,33 @@ class Run:
         self._val_losses = None
         return records.rewind(self.metrics_path, step, self.metrics_have_changed())
 
-    def _losses_of(self, lines: list[Record]) -> dict[int, float]:
-        """By step: the loss that tells which checkpoint is the best, or NaN."""
+    def _note_losses(self, lines: Iterable[Record]) -> None:
+        """Remember, of these records, what tells which checkpoint is the best."""
         key = "val_loss" if self.config.eval_batches is None else "val_sampled_loss"
-        losses = {record["step"]: record.get(key) for record in lines}
-        return {step: math.nan if loss is None else loss for step, loss in losses.items()}
+        losses = self._val_losses = self._val_losses or {}
+        for record in lines:
+            step, loss = record["step"], record.get(key)
+            if step > self._due:
+                self._gaps.append(range(self._due, step))
+            self._due = step + 1
+            if loss is not None and math.isfinite(loss):
+                losses[step] = loss
 
     def best_step(self, steps: list[int]) -> int | None:
         """Which of `steps` has the lowest validation loss; None if none was evaluated."""
         if self._val_losses is None:
-            self._val_losses = self._losses_of(self.metrics())
-        found = [(self._val_losses.get(step, math.nan), step) for step in steps]
-        losses = [(loss, step) for loss, step in found if math.isfinite(loss)]
+            self._val_losses, self._gaps, self._due = {}, [], 0
+            found = (record for record, _, _ in records.scan(self.metrics_path))
+            self._note_losses(record for record in found if record is not None)
+        losses = [(self._val_losses[step], step) for step in steps if step in self._val_losses]
         return min(losses)[1] if losses else None
 
     def keep(self, steps: list[int]) -> set[int]:
         """The checkpoints worth keeping: the newest `keep_last`, the best, and those whose metrics
         were lost, for one of them may have been the best."""
         best = self.best_step(steps)
-        unknown = {step for step in steps if step not in (self._val_losses or {})}
-        return {*steps[-self.config.keep_last :], *unknown} | (
-            {best} if best is not None else set()
-        )
+        kept = {*steps[-self.config.keep_last :]} | ({best} if best is not None else set())
+        return kept | {step for step in steps if any(step in gap for gap in self._gaps)}
 
     def choose(self, which: str, steps: list[int]) -> int:
         """The checkpoint that "best", "last" or a number names.

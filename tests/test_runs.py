@@ -129,7 +129,8 @@ def test_metrics_end_at_the_first_damaged_line_and_rewind(run):
     with run.metrics_path.open("a") as file:
         file.write('{"step": 5, "lo')
     assert [r["step"] for r in run.metrics()] == [0, 1, 2, 3, 4]
-    assert run.rewind_metrics(3) == ([{"step": s, "loss": 0.5 * s} for s in range(4)], None)
+    assert run.rewind_metrics(3) == ([{"step": 3, "loss": 1.5}], None)
+    assert run.metrics() == [{"step": s, "loss": 0.5 * s} for s in range(4)]
     run.log([{"step": 4, "loss": 2.0}])
     lines = run.metrics_path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]
