@@ -4,9 +4,11 @@ python train.py --config small                              # Tiny Shakespeare, 
 python train.py --config small --optim.learning-rate 1e-3   # any field can be set
 python train.py --data.text my.txt --run mine               # your own text
 python train.py --run mine --resume                         # go on where it stopped
+python train.py --config gpt2-xl --plan v5e:4x4             # what would that take?
 python sample.py                                            # then let it speak
 """
 
+import os
 import sys
 
 from gptjax import cli
@@ -15,6 +17,13 @@ from gptjax.errors import one_line_errors
 if __name__ == "__main__":
     with one_line_errors("train.py"):
         command = cli.parse_train(sys.argv[1:])
+        if command.plan is not None:
+            # The CUDA plug-in, loaded to compile, need not say that there is no GPU.
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+            from gptjax.plan import plan
+
+            plan(command.settings, command.plan)
+            sys.exit()
         directory = command.directory()
         # jax is imported here, after the arguments were understood.
         from gptjax.cache import use_compilation_cache

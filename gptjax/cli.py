@@ -35,6 +35,9 @@ class TrainCommand:
     settings: Annotated[Config, tyro.conf.arg(name="")]
     replay: int | None = None
     """Make that step of a run again and show its loss, gradient and batch; nothing is written."""
+    plan: str | None = None
+    """Train nothing: tell what this run would take on v5e:4x4, h100:8, ... or here: memory, time,
+    what limits it; where it does not fit, what does."""
 
     def directory(self) -> Path:
         """The folder to work in: the run's when resuming, else a new one.

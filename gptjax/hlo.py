@@ -169,7 +169,11 @@ class Program:
                 return 2 * given[1]
             case "fusion" if i.called and i.called[0] in self.computations:
                 return self._fusion(self.computations[i.called[0]], given, result)
-        if i.opcode.endswith("-start"):  # the tuple names the operands again
+            case "custom-call" if not any(given):  # a buffer that others will fill
+                return 0
+            case "slice-start":  # to the core's own memory; the tuple names the operand again
+                return _bytes(i.shape) - _bytes(shapes.get(i.operands[0], ""))
+        if i.opcode.endswith("-start"):
             return max(result, sum(given))
         return result + sum(given)
 

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.model import Attend
+from gptjax.model import Attend, attention, causal_mask
 
-SPLASH_BLOCKS = 512, 256, 128  # queries and keys at once; 128 are a TPU's lanes
+BLOCKS = 512, 256, 128  # positions that a kernel takes at once; 128 are a TPU's lanes
 CUDNN_HEAD_SIZES = 128, 8  # the largest on every GPU, and what it must be a multiple of
 
 
@@ -44,19 +44,22 @@ def make_attend(config: ModelConfig, mesh: Mesh) -> Attend | None:
         if config.attention == "auto":
             return None
         raise UserError(f"model.attention={name} {reason}; give plain or auto")
-    local = {"splash": splash, "cudnn": cudnn}[name]
-    if mesh.size == 1:
-        return local
+    kernel = {"splash": splash, "cudnn": cudnn}[name]
     # XLA cannot cut a kernel up by itself; heads of keys and values may be too few to share out.
-    shared = (config.n_kv_head or config.n_head) % mesh.shape["tensor"] == 0
     heads = P(("data", "fsdp"), None, "tensor", None)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    shared = (config.n_kv_head or config.n_head) % mesh.shape["tensor"] == 0
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        B, T, H = q.shape[:3]
+        if T % BLOCKS[-1] or B % ways:  # such as the one token that parameters are drawn with
+            return attention(q, k, v, causal_mask(T, T))
         if not shared:
-            k, v = (jnp.repeat(x, config.n_head // x.shape[2], axis=2) for x in (k, v))
-        return jax.shard_map(
-            local, mesh=mesh, in_specs=(heads,) * 3, out_specs=heads, check_vma=False
-        )(q, k, v)
+            k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
+        if mesh.size == 1:
+            return kernel(q, k, v)
+        specs = {"in_specs": (heads, heads, heads), "out_specs": heads}
+        return jax.shard_map(kernel, mesh=mesh, check_vma=False, **specs)(q, k, v)
 
     return attend
 
@@ -66,14 +69,14 @@ def _unfit(name: str, config: ModelConfig, device: Any) -> str | None:
     share = config.dropout if config.attn_dropout is None else config.attn_dropout
     if share:
         return f"cannot drop attention weights, and the share to drop is {share}"
+    if config.block_size % BLOCKS[-1]:
+        return (
+            f"needs a model.block_size that is a multiple of {BLOCKS[-1]}, and it is "
+            f"{config.block_size}"
+        )
     if name == "splash":
         if device.platform != "tpu":
             return f"runs on TPUs, and this is a {device.device_kind}"
-        if config.block_size % SPLASH_BLOCKS[-1]:
-            return (
-                f"needs a model.block_size that is a multiple of {SPLASH_BLOCKS[-1]}, and it is "
-                f"{config.block_size}"
-            )
         return None
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
         return f"runs on NVIDIA GPUs, and this is a {device.device_kind}"
@@ -106,7 +109,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) ->
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     T, H, D = q.shape[1:]
-    block = next(b for b in SPLASH_BLOCKS if T % b == 0)
+    block = next(b for b in BLOCKS if T % b == 0)
     sizes = pallas.BlockSizes(
         block_q=block,
         block_kv=block,

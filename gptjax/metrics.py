@@ -35,11 +35,21 @@ def matmul_peak(dtype: str) -> float:
     """FLOP/s of a large square matmul on one device, the best of a few: about 0.2 s on a CPU."""
     n = 1024 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((n, n), dtype)
-    matmul = jax.jit(jnp.matmul)
-    matmul(a, a).block_until_ready()
+    return 2 * n**3 / _best_seconds(jax.jit(jnp.matmul), a, a)
+
+
+def memory_rate() -> float:
+    """Bytes/s that one device reads and writes, the best of a few, adding 1 to 256 MB."""
+    x = jnp.ones(2**26, jnp.float32)
+    return 2 * x.nbytes / _best_seconds(jax.jit(lambda x: x + 1), x)
+
+
+def _best_seconds(function: Any, *arguments: jax.Array) -> float:
+    """Of eight calls, after one that compiles."""
+    function(*arguments).block_until_ready()
     seconds = []
     for _ in range(8):
         start = time.perf_counter()
-        matmul(a, a).block_until_ready()
+        function(*arguments).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
+    return min(seconds)

@@ -1,6 +1,7 @@
 """What a run computes with: its model and optimizer, its devices, its compiled programs."""
 
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +41,7 @@ class Programs:
         vocab_size: the tokenizer's.
         model: your own, of the contract in `model.py`; None: the config's.
         optimizer: your own; None: the config's.
+        devices: to compile for, be they here or not; None: this machine's.
 
     Raises:
         UserError: sizes that the mesh does not divide, or a kernel that its devices do not have.
@@ -51,17 +53,17 @@ class Programs:
         vocab_size: int,
         model: nn.Module | None = None,
         optimizer: optax.GradientTransformation | None = None,
+        devices: Sequence[Any] | None = None,
     ):
         self.config = config
-        self.mesh = sharding.make_mesh(config)
+        self.mesh = sharding.make_mesh(config, devices)
         self.model = model or build_model(
             config.model, vocab_size, make_attend(config.model, self.mesh)
         )
         self.optimizer = optimizer or make_optimizer(config)
         self._everywhere = sharding.replicated(self.mesh)
-        self.seed_key = jax.device_put(jax.random.key(config.seed), self._everywhere)
         self._init = partial(init_state, self.model, self.optimizer, config=config.optim)
-        self.abstract = jax.eval_shape(self._init, self.seed_key)
+        self.abstract = jax.eval_shape(self._init, jax.random.key(config.seed))
         self.placed = sharding.shardings(self.mesh, self.abstract)
         self.model_here = sharding.on_mesh(self.model, self.mesh)
         here, rows = self.model_here, sharding.batch_sharding(self.mesh)
@@ -73,6 +75,24 @@ class Programs:
         self.gradient = jax.jit(make_gradient(here, config))
         self._is_finite = jax.jit(_all_finite)
         self._evaluate = jax.jit(make_evaluate(here, config, rows))
+
+    @cached_property
+    def seed_key(self) -> jax.Array:
+        """All randomness of the run follows from it."""
+        return jax.device_put(jax.random.key(self.config.seed), self._everywhere)
+
+    def trace(self, n_tokens: int) -> jax.stages.Traced:
+        """`train_steps` for shapes alone, to be lowered and compiled: nothing is allocated.
+
+        Args:
+            n_tokens: of the training split.
+        """
+        shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        rest = jax.eval_shape(
+            lambda: (jnp.zeros(n_tokens, jnp.uint16), jax.random.key(0), jnp.int32(0))
+        )
+        state = jax.tree.map(shape, self.abstract, self.placed)
+        return self.train_steps.trace(state, *(shape(x, self._everywhere) for x in rest))
 
     def start(self, params: Any = None) -> TrainState:
         """The train state before the first step, each leaf on its devices from the start.

@@ -7,6 +7,7 @@ batch's rows stay where they are, and that a table is gathered to be looked up i
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -50,20 +51,18 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: Config) -> Mesh:
-    """The (data, fsdp, tensor) mesh that a run trains on.
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The (data, fsdp, tensor) mesh that a run trains on, over devices; None: this machine's.
 
     `mesh.data=None` takes as many of the remaining devices as divide the batch.
 
     Raises:
         UserError: more devices asked for than there are, or a batch that does not divide.
     """
+    devices = jax.devices() if devices is None else devices
     m, rows = config.mesh, config.batch_size // config.optim.accumulate
-    data = m.data
-    if data is None:
-        room = max(1, jax.device_count() // (m.fsdp * m.tensor))
-        data = max(n for n in range(1, room + 1) if n == 1 or rows % (n * m.fsdp) == 0)
-    mesh = mesh_of(replace(m, data=data))
+    data = data_ways(config, len(devices))
+    mesh = mesh_of(replace(m, data=data), devices)
     if rows % (data * m.fsdp):
         raise UserError(
             f"a micro-batch of {rows} rows is not divisible by mesh.data * mesh.fsdp = "
@@ -72,20 +71,31 @@ def make_mesh(config: Config) -> Mesh:
     return mesh
 
 
-def mesh_of(m: MeshConfig) -> Mesh:
-    """The mesh of these sizes (`data=None`: 1), over the first devices.
+def data_ways(config: Config, available: int) -> int:
+    """`mesh.data`, or as many of so many devices as the other axes leave and the batch divides."""
+    m, rows = config.mesh, config.batch_size // config.optim.accumulate
+    if m.data is not None:
+        return m.data
+    room = max(1, available // (m.fsdp * m.tensor))
+    return max(n for n in range(1, room + 1) if n == 1 or rows % (n * m.fsdp) == 0)
+
+
+def mesh_of(m: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of these sizes (`data=None`: 1), over the first of the devices; None: of this
+    machine's.
 
     Raises:
         UserError: more devices asked for than there are.
     """
-    shape, available = (m.data or 1, m.fsdp, m.tensor), jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    shape, available = (m.data or 1, m.fsdp, m.tensor), len(devices)
     if math.prod(shape) > available:
         raise UserError(
             f"the mesh data={shape[0]} x fsdp={m.fsdp} x tensor={m.tensor} needs "
             f"{math.prod(shape)} devices and there are {available}; lower mesh.data, mesh.fsdp or "
             f"mesh.tensor"
         )
-    devices = jax.devices()[: math.prod(shape)]
+    devices = devices[: math.prod(shape)]
     # Auto: XLA infers every sharding. The default, Explicit, would ask the model to name them.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 

@@ -133,6 +133,8 @@ HloModule jit_f, is_scheduled=true
   %x = f32[8,4]{1,0:T(8,128)} get-tuple-element(%t), index=1
   %row = f32[1,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
   %near = f32[8,4]{1,0:T(8,128)S(1)} negate(%x)
+  %cut = ((f32[8,4]{1,0:T(8,128)}), f32[2,4]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%x)
+  %buffer = f32[16,4]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   %start = f32[16,4]{1,0} fusion(%x), kind=kCustom, calls=%piece
   %again = f32[16,4]{1,0} all-gather(%x), channel_id=7, replica_groups={{0,1}}
   ROOT %out = (s32[]{:T(128)}, f32[8,4]{1,0:T(8,128)}) tuple(%i, %x)
@@ -150,7 +152,8 @@ def test_a_tpu_program():
     what lies in the core's own memory, S(1), is no traffic of the main one."""
     program = Program(TPU)
     assert program.collectives() == [Collective("all-gather", 128, (0, 1), 48)]
-    a_round = (16 + 4 + 16) + 128 + (128 + 256) + (128 + 256)  # row, near, start, again
+    # row, near, cut (with its word of state), start, again
+    a_round = (16 + 4 + 16) + 128 + (32 + 4) + (128 + 256) + (128 + 256)
     assert program.traffic() == 48 * a_round + 48 * (1 + 4 + 4)  # the comparison too
 
 

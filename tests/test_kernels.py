@@ -126,7 +126,8 @@ def test_the_kernel_serves_training_and_evaluation_but_no_cache_and_no_dropout()
 
 def mesh_of(platform: str, kind: str) -> Any:
     device = SimpleNamespace(platform=platform, device_kind=kind)
-    return SimpleNamespace(devices=np.array([device], object), size=1, shape={"tensor": 1})
+    shape = {"data": 1, "fsdp": 1, "tensor": 1}
+    return SimpleNamespace(devices=np.array([device], object), size=1, shape=shape)
 
 
 TPU = mesh_of("tpu", "TPU v5 lite")
@@ -139,20 +140,34 @@ BF16 = replace(CONFIG, dtype="bfloat16")
 @pytest.mark.parametrize(
     ("config", "mesh", "kernel"),
     [
-        (BF16, TPU, kernels.splash),
-        (CONFIG, TPU, kernels.splash),
-        (BF16, H100, kernels.cudnn),
+        (BF16, TPU, "splash"),
+        (CONFIG, TPU, "splash"),
+        (BF16, H100, "cudnn"),
         (CONFIG, H100, None),  # float32
         (BF16, AMD, None),
         (BF16, CPU, None),
         (replace(BF16, dropout=0.1), TPU, None),
-        (replace(BF16, dropout=0.1, attn_dropout=0.0), TPU, kernels.splash),
+        (replace(BF16, dropout=0.1, attn_dropout=0.0), TPU, "splash"),
         (replace(BF16, block_size=100), TPU, None),
         (replace(BF16, attention="plain"), TPU, None),
     ],
 )
-def test_auto_takes_what_fits(config, mesh, kernel):
-    assert kernels.make_attend(config, mesh) is kernel
+def test_auto_takes_what_fits(monkeypatch, config, mesh, kernel):
+    called: list[str] = []
+    for name in ("splash", "cudnn"):
+        monkeypatch.setattr(kernels, name, lambda *_, name=name: called.append(name))
+    attend = kernels.make_attend(config, mesh)
+    if attend is not None:
+        attend(*drawn(1, 128, 4, 2, 8))
+    assert called == ([kernel] if kernel else [])
+
+
+def test_what_a_kernel_does_not_divide_is_attended_to_plainly():
+    """Parameters are drawn with one token of one row."""
+    attend = kernels.make_attend(BF16, TPU)
+    assert attend is not None
+    inputs = drawn(1, 5, 4, 2, 8)
+    np.testing.assert_array_equal(attend(*inputs), plain(*inputs))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "corpora": {"errors"},
     "cache": set(),
     "hlo": set(),
+    "chips": {"errors"},
     "files": {"errors"},
     "records": {"errors", "files"},
     "folders": {"errors", "files"},
@@ -80,6 +81,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "verify": {
         *("cache", "checkpoint", "cli", "data", "errors", "programs", "records", "runs"),
     },
+    "estimate": {"chips", "config", "errors", "hlo", "metrics", "sharding"},
+    "aot": {"chips", "config", "errors", "hlo", "programs"},
+    "plan": {
+        *("aot", "chips", "config", "data", "errors", "estimate", "metrics", "programs"),
+        *("report", "sharding"),
+    },
     "notes": {"cli", "config", "errors", "model"},
     "ladder": {
         *("build", "cli", "config", "data", "errors", "files", "lecture", "metrics", "presets"),
@@ -103,6 +110,7 @@ WITHOUT_JAX = (
         "cli",
         "plot",
         "hlo",
+        "chips",
     ),
 )
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}  # importing any of these takes a second or more

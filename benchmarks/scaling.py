@@ -1,0 +1,246 @@
+"""How GPTs scale over accelerators, on paper: `python -m benchmarks.scaling [--confirm]`.
+
+Each point is the fastest step by the arithmetic of `gptjax.estimate` that fits the memory, all at
+published peaks; `--confirm` compiles a few of them ahead of time, and prints both. Nothing is run.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.progress import track
+
+from benchmarks import measure
+from gptjax import cli
+from gptjax.chips import CHIPS, GIB, Chip, read_target
+from gptjax.config import Config, MeshConfig
+from gptjax.errors import UserError, one_line_errors
+from gptjax.presets import PRESETS
+
+COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
+BATCH = {"7b": 1024}  # windows in an update, whatever the devices; 512 of the others
+POINTS = ("gpt2@v5e:2x4", "gpt2-xl@v5e:4x4", "gpt2-xl@h100:8", "7b@v5p:4x4x4")
+
+
+@dataclass(frozen=True)
+class ScalingCommand:
+    """Tell what limits GPTs of 124 M to 7 B parameters on 8 to 1024 accelerators."""
+
+    chips: tuple[str, ...] = ("v5p", "h100")
+    """Of `gptjax.chips`."""
+    models: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "7b")
+    """Presets."""
+    confirm: bool = False
+    """Compile some points, for accelerators that are not here (extra plan; minutes each)."""
+    out: Path | None = None
+    """Where to write the results (default: benchmarks/results/scaling.json); the picture goes
+    beside them, as .png."""
+
+
+class Point(NamedTuple):
+    """A step of a model on so many chips."""
+
+    model: str
+    chip: str
+    count: int
+    axes: str  # which the mesh uses
+    mesh: str
+    memory: float  # GiB of a device
+    sent: float  # GB of a device
+    share: float  # of the compute peak, if nothing overlaps
+    bound: float  # if everything does
+    limit: str
+
+
+def config_of(model: str) -> Config:
+    """The preset with a batch of a power of two, and the fast kernel's memory."""
+    config = PRESETS[model]
+    optim = replace(config.optim, accumulate=1)
+    return replace(config, batch_size=BATCH.get(model, 512), optim=optim)
+
+
+def meshes(count: int, chip: Chip) -> dict[str, list[MeshConfig]]:
+    """By the axes they use, meshes of so many devices; tensor stays within what links join."""
+    ways = [2**n for n in range(count.bit_length()) if count % 2**n == 0]
+    wide = [n for n in (2, 4, 8) if n <= min(count, chip.joined)]
+    return {
+        "data": [MeshConfig(count)],
+        "fsdp": [MeshConfig(1, count)],
+        "data, fsdp": [MeshConfig(count // n, n) for n in ways if 1 < n < count],
+        "fsdp, tensor": [MeshConfig(1, count // n, n) for n in wide if n < count],
+        "all": [
+            MeshConfig(count // n // t, n, t) for t in wide for n in ways if 1 < n < count // t
+        ],
+    }
+
+
+def point(model: str, name: str, count: int, axes: str, state: Any) -> Point | None:
+    """The fastest that fits of those meshes; None: none does."""
+    from gptjax import estimate
+
+    chip, config = CHIPS[name], config_of(model)
+    found = estimate.proposals(config, state, chip, meshes(count, chip)[axes])
+    if not found:
+        return None
+    best, cost = found[0]
+    times = estimate.times(cost, chip)
+    useful = cost.useful / chip.flops
+    m = best.mesh
+    mesh = f"{m.data} x {m.fsdp} x {m.tensor}, G {best.optim.accumulate}"
+    mesh += f", {best.model.remat_saves}" if best.model.remat else ", no remat"
+    sent = sum(c.wire * c.times for c in cost.collectives) / 1e9
+    limit = max(times._asdict(), key=lambda key: getattr(times, key))
+    shares = useful / times.most, useful / times.least
+    return Point(model, name, count, axes, mesh, cost.total / GIB, sent, *shares, limit)
+
+
+def grow(command: ScalingCommand) -> list[Point]:
+    """All points of all meshes."""
+    from gptjax.programs import Programs
+
+    found = []
+    for model in command.models:
+        plain = replace(config_of(model), mesh=MeshConfig(1))
+        plain = replace(plain, model=replace(plain.model, attention="plain"))
+        state = Programs(plain, 1).abstract
+        for name in command.chips:
+            for count in track(COUNTS, f"{model} on {name}", console=measure.console):
+                for axes in meshes(count, CHIPS[name]):
+                    if made := point(model, name, count, axes, state):
+                        found.append(made)
+    return found
+
+
+def tell(command: ScalingCommand, points: list[Point]) -> None:
+    """Print, for each chip, the best mesh of each size; and where each kind of mesh ends."""
+    for name in command.chips:
+        body = []
+        for model in command.models:
+            for count in COUNTS:
+                here = [p for p in points if (p.model, p.chip, p.count) == (model, name, count)]
+                if here:
+                    p = max(here, key=lambda p: p.share)
+                    shares = f"{p.share:.0%}", f"{p.bound:.0%}"
+                    sizes = f"{p.memory:.1f}", f"{p.sent:.1f}"
+                    body.append([model, str(count), p.mesh, *sizes, *shares, p.limit])
+                else:
+                    body.append([model, str(count), "does not fit", *[""] * 5])
+        head = ["model", "chips", "data x fsdp x tensor", "GiB", "GB sent"]
+        head += ["share of peak", "at best", "limit"]
+        measure.show(f"the fastest mesh that fits, of {CHIPS[name].title}", head, body)
+        body = [
+            [model, axes, *ends(points, model, name, axes)]
+            for model in command.models
+            for axes in meshes(8, CHIPS[name])
+        ]
+        head = ["model", "axes", "fits", "best share", "falls below half of that at", "for"]
+        measure.show(f"where each kind of mesh ends, of {CHIPS[name].title}", head, body)
+
+
+def ends(points: list[Point], model: str, chip: str, axes: str) -> list[str]:
+    """Where a kind of mesh fits, its best share, where less than half of that is left, and why."""
+    own = [p for p in points if (p.model, p.chip, p.axes) == (model, chip, axes)]
+    if not own:
+        return ["nowhere", "", "", "memory"]
+    best = max(own, key=lambda p: p.share)
+    fits = f"{own[0].count} to {own[-1].count}"
+    for p in own[own.index(best) :]:
+        if p.share < best.share / 2:
+            return [fits, f"{best.share:.0%}", str(p.count), p.limit]
+    batch = own[-1].count < COUNTS[-1]
+    return [fits, f"{best.share:.0%}", "", "no row for each device" if batch else "not up to 1024"]
+
+
+def draw(command: ScalingCommand, points: list[Point], out: Path) -> None:
+    """Share of peak, memory and bytes over the chips: the best mesh of each model.
+
+    Raises:
+        UserError: a picture that cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2 * len(command.chips)), layout="constrained")
+    grid = figure.subplots(len(command.chips), 3, squeeze=False)
+    labels = ("share of peak, nothing overlapping", "GiB of a device", "GB sent by a device")
+    for row, name in zip(grid, command.chips, strict=True):
+        for model in command.models:
+            best = []
+            for count in COUNTS:
+                here = [p for p in points if (p.model, p.chip, p.count) == (model, name, count)]
+                best += [max(here, key=lambda p: p.share)] if here else []
+            for panel, values in zip(row, ("share", "memory", "sent"), strict=True):
+                ys = [getattr(p, values) for p in best]
+                panel.plot([p.count for p in best], ys, "o-", markersize=3, label=model)
+        for panel, label in zip(row, labels, strict=True):
+            panel.set(xscale="log", xlabel=f"{CHIPS[name].title}s", ylabel=label)
+            panel.set_xticks(COUNTS, [str(n) for n in COUNTS], fontsize=7)
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        row[1].set_yscale("log")
+        row[2].set_yscale("log")
+        row[0].set_ylim(0, 1)
+    grid[0, 0].legend(fontsize=7)
+    try:
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; give another --out") from None
+
+
+def confirm() -> list[dict[str, Any]]:
+    """Some points compiled: what the compiler says beside what the arithmetic said."""
+    from gptjax import aot, estimate, plan
+    from gptjax.programs import Programs
+
+    rows, facts = [], []
+    for text in POINTS:
+        model, _, where = text.partition("@")
+        target, config = read_target(where), config_of(model)
+        devices = aot.topology(target)
+        if devices is None:
+            raise UserError("--confirm needs compilers: pip install -e '.[plan]'")
+        plain = replace(config, model=replace(config.model, attention="plain"))
+        state = Programs(replace(plain, mesh=MeshConfig(1)), 1).abstract
+        kinds = meshes(target.count, target.chip)
+        every = [mesh for group in kinds.values() for mesh in group]
+        [(best, cost), *_] = estimate.proposals(config, state, target.chip, every)
+        made = plan.make(best, 1, state, target.count, devices)
+        assert made.compiled is not None
+        sent = [sum(c.wire * c.times for c in x.collectives) / 1e9 for x in (cost, made.cost)]
+        m = best.mesh
+        body = [
+            text,
+            f"{m.data} x {m.fsdp} x {m.tensor}",
+            f"{made.compiled.seconds:.0f}",
+            *[f"{x.total / GIB:.1f}" for x in (cost, made.cost)],
+            *[f"{x.flops / 1e12:.0f}" for x in (cost, made.cost)],
+            *[f"{x.traffic / 1e12:.2f}" for x in (cost, made.cost)],
+            *[f"{x:.1f}" for x in sent],
+        ]
+        rows.append(body if made.refused is None else [*body[:3], "refused", *[""] * 7])
+        facts.append({"point": text, "row": rows[-1], "plain": made.compiled.plain})
+        head = ["point", "mesh", "compile s", "GiB", "compiled", "TFLOP", "compiled"]
+        head += ["TB moved", "compiled", "GB sent", "compiled"]
+        measure.show("by arithmetic, and compiled", head, rows[-1:])
+    return facts
+
+
+def main(argv: list[str]) -> None:
+    """Reckon, tell, draw."""
+    command = cli.parse(ScalingCommand, ScalingCommand(), argv, "benchmarks.scaling", "")
+    for name, known in (("chips", CHIPS), ("models", PRESETS)):
+        if unknown := [x for x in getattr(command, name) if x not in known]:
+            raise UserError(f"--{name}: unknown {unknown[0]!r}; known: {', '.join(known)}")
+    here = measure.machine()
+    points = grow(command)
+    tell(command, points)
+    facts = confirm() if command.confirm else []
+    rows = [*(p._asdict() for p in points), *facts]
+    out = measure.save(command.out, "scaling", here, command, rows)
+    draw(command, points, out.with_suffix(".png"))
+    measure.console.print(f"{out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    with one_line_errors("benchmarks.scaling"):
+        main(sys.argv[1:])

@@ -1,0 +1,311 @@
+"""Tests of --plan: its arithmetic against arrays and compiled programs, and its refusals."""
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+from gptjax import aot, chips, cli, estimate, metrics
+from gptjax.chips import CHIPS, GIB, Chip, read_target
+from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
+from gptjax.errors import UserError
+from gptjax.estimate import Cost, Times
+from gptjax.hlo import Collective, Program
+from gptjax.plan import flags, plan
+from gptjax.presets import PRESETS
+from gptjax.programs import Programs
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = Config(
+    batch_size=16,
+    steps_per_dispatch=1,
+    model=ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=64),
+    optim=OptimConfig(accumulate=2),
+)
+
+
+def printed(config: Config, target: str) -> str:
+    """What a plan prints, or its refusal after that."""
+    out = io.StringIO()
+    try:
+        plan(config, target, Console(file=out, width=200, highlight=False))
+    except UserError as error:
+        out.write(f"error: {error}")
+    return out.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------
+# What is asked for
+
+
+@pytest.mark.parametrize(
+    ("text", "chip", "count"),
+    [
+        ("v5e:4x4", "v5e", 16),
+        ("v5p:2x2x1", "v5p", 4),
+        ("h100:8", "h100", 8),
+        ("a100:16", "a100", 16),
+    ],
+)
+def test_targets(text, chip, count):
+    target = read_target(text)
+    assert (target.chip, target.count, str(target)) == (CHIPS[chip], count, text)
+
+
+KNOWN = ", ".join(CHIPS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "v7:4x4",
+            f"--plan v7:4x4: unknown chip 'v7'; give here, or one of {KNOWN} and how many, as in "
+            f"v5e:4x4 or h100:8",
+        ),
+        ("v5e", "--plan v5e: give how many TPU v5e, as in v5e:4x4"),
+        ("v5e:16", "--plan v5e:16: give how many TPU v5e, as in v5e:4x4"),
+        ("v5p:4x4", "--plan v5p:4x4: give how many TPU v5p, as in v5p:2x2x2"),
+        ("v5e:4x0", "--plan v5e:4x0: give how many TPU v5e, as in v5e:4x4"),
+        ("h100:eight", "--plan h100:eight: give how many NVIDIA H100 80GB HBM3, as in h100:8"),
+        (
+            "h100:12",
+            "--plan h100:12: servers hold 8 NVIDIA H100 80GB HBM3; give up to 8, or a multiple",
+        ),
+        (
+            "v5e:32x16",
+            "--plan v5e:32x16: a pod holds 256 TPU v5e, and this is 512; give fewer",
+        ),
+    ],
+)
+def test_targets_that_do_not_exist_are_refused(text, message):
+    with pytest.raises(UserError) as caught:
+        read_target(text)
+    assert str(caught.value) == message
+
+
+def test_every_chip_has_its_source_and_every_gpu_a_target():
+    for name, chip in CHIPS.items():
+        assert chip.source and chip.title and 0 < chip.usable <= 1, name
+        assert (chip.kind == "gpu") == bool(chip.target)
+        if chip.kind == "gpu":
+            assert f"core_count: {chip.target['core_count']}" in chips.gpu_target(chip)
+
+
+# ---------------------------------------------------------------------------------------------
+# The arithmetic
+
+
+def shapes(config: Config) -> Any:
+    return Programs(replace(config, mesh=MeshConfig(1)), 64).abstract
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(8), MeshConfig(1, 8), MeshConfig(2, 2, 2)])
+def test_state_is_what_a_device_holds(mesh):
+    config = replace(CONFIG, mesh=mesh)
+    cost = estimate.estimate(config, shapes(config), mesh)
+    state = Programs(config, 64).start()
+    held = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+    assert cost.memory["parameters"] == held(state.params)
+    assert cost.memory["parameters"] + cost.memory["optimizer"] == held(state)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kind", "tolerance"),
+    [
+        (MeshConfig(8), "all-reduce", 0.05),
+        (MeshConfig(1, 8), "all-gather", 0.35),
+    ],
+)
+def test_collectives_are_about_those_of_the_compiled_step(mesh, kind, tolerance):
+    """Wider than the other tests' model, so that what the estimate leaves out stays small."""
+    model = replace(CONFIG.model, n_embd=128, n_layer=13)  # rolled
+    config = replace(CONFIG, mesh=mesh, model=model)
+    cost = estimate.estimate(config, shapes(config), mesh)
+    sent = lambda found: sum(c.wire * c.times for c in found if c.kind == kind)
+    compiled = Programs(config, 64).trace(1000).lower().compile()
+    expected = sent(Program(compiled.as_text() or "").collectives())
+    assert sent(cost.collectives) == pytest.approx(expected, rel=tolerance)
+
+
+def test_the_roofline_is_the_slowest_of_three():
+    chip = replace(CHIPS["h100"], flops=100.0, bandwidth=10.0, links=4.0, network=1.0)
+    near, far = tuple(range(8)), (0, 8)
+    collectives = [Collective("all-reduce", 16, near, 2), Collective("all-gather", 3, far, 1)]
+    cost = Cost({"a": 1.0, "b": 2.0}, 500.0, 20.0, collectives, 400.0)
+    times = estimate.times(cost, chip)
+    assert times == Times(5.0, 2.0, 2 * 2 * 7 / 8 * 16 / 4 + 3 / 1)
+    assert (times.least, times.most) == (17.0, 24.0)
+    assert cost.total == 3.0
+
+
+def test_rematerialisation_trades_memory_for_flops():
+    config = PRESETS["gpt2"]
+    state, mesh = shapes(config), MeshConfig(8)
+
+    def cost(remat: bool, saves: Any = "nothing") -> Cost:
+        model = replace(config.model, remat=remat, remat_saves=saves)
+        return estimate.estimate(replace(config, model=model), state, mesh)
+
+    plain, dots, nothing = cost(False), cost(True, "dots"), cost(True)
+    assert plain.memory["activations"] > dots.memory["activations"] > nothing.memory["activations"]
+    assert plain.flops < dots.flops < nothing.flops
+    assert plain.useful == dots.useful == nothing.useful
+
+
+# ---------------------------------------------------------------------------------------------
+# FLOPs of a traced function
+
+
+def flops(function: Any, *shapes: tuple[int, ...]) -> int:
+    return aot.count_flops(jax.make_jaxpr(function)(*[jnp.zeros(s) for s in shapes]).jaxpr)
+
+
+def test_flops_of_matmuls_loops_branches_and_devices():
+    assert flops(jnp.matmul, (4, 5), (5, 6)) == 2 * 4 * 5 * 6
+    layers = lambda x, ws: jax.lax.scan(lambda x, w: (x @ w, None), x, ws)[0]
+    assert flops(layers, (2, 3), (7, 3, 3)) == 7 * 2 * 2 * 3 * 3
+    either = lambda x: jax.lax.cond(x.sum() > 0, lambda: (x @ x) @ x, lambda: x @ x)
+    assert flops(either, (3, 3)) == 2 * 2 * 27
+    auto = {"axis_types": (AxisType.Auto,), "devices": jax.devices()[:4]}
+    mesh = jax.make_mesh((4,), ("a",), **auto)
+    cut = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("a"), out_specs=P("a"))
+    assert flops(cut, (8, 3)) == 4 * 2 * 2 * 3 * 2
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_flops_of_a_step_are_the_model_s(remat):
+    config = replace(CONFIG, model=replace(CONFIG.model, n_embd=64, remat=remat))
+    programs = Programs(config, 64)
+    counted = aot.count_flops(programs.trace(1000).jaxpr.jaxpr)
+    cost = estimate.estimate(config, programs.abstract, MeshConfig(1))
+    assert counted == pytest.approx(cost.flops, rel=0.03)
+    tokens = 16 * 16
+    expected = metrics.flops_per_token(config.model, programs.abstract.params) * tokens
+    assert cost.useful == expected and (cost.flops > expected) == remat
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(aot, "topology", lambda target: None)
+
+
+def test_what_does_not_fit_is_refused_with_what_does(no_compiler):
+    config = PRESETS["gpt2-xl"]
+    text = printed(config, "v5e:4x4")
+    assert "by arithmetic alone: pip install -e '.[plan]' compiles the step itself" in text
+    error = text.splitlines()[-1].partition("error: ")[2]
+    assert error.startswith("it does not fit: a device needs ")
+    assert "GiB, and TPU v5e gives 15.8 GiB; this does: --mesh.data" in error
+    words = error.partition("this does: ")[2].split()
+    again = cli.parse_train(["--config", "gpt2-xl", *words]).settings
+    assert "error" not in printed(again, "v5e:4x4")
+    assert flags(again, config).split() == words
+
+
+def test_what_fits_is_told(no_compiler):
+    lines = printed(PRESETS["gpt2"], "h100:8").splitlines()
+    assert lines[0] == (
+        "h100:8: 8 x NVIDIA H100 80GB HBM3, data 8 x fsdp 1 x tensor 1; each 5 x 12 windows of "
+        "1024 tokens; rematerialisation off"
+    )
+    names = [line.split("  ")[0] for line in lines]
+    for kind in ("parameters", "optimizer", "gradients", "activations", "in all", "there is"):
+        assert kind in names
+    for kind in ("compute", "memory", "network", "all-reduce"):
+        assert kind in names
+    assert lines[-1].startswith("limited by ") and "data sheet" in lines[-1]
+    assert [x.split(":")[0] for x in lines[-3:-1]] == ["at the least", "if nothing overlaps"]
+
+
+def test_nothing_fits(no_compiler):
+    config = replace(PRESETS["7b"], batch_size=8, optim=OptimConfig(accumulate=8))
+    assert printed(config, "v5e:1x1").splitlines()[-1].partition(" needs ")[2].partition(",")[
+        2
+    ] == (
+        " and TPU v5e gives 15.8 GiB, and no mesh, accumulation or rematerialisation that does was "
+        "found; take more devices"
+    )
+
+
+def test_other_models_are_refused():
+    assert printed(PRESETS["bigram"], "v5e:4x4") == (
+        "error: --plan knows GPTs only, and model.kind is bigram"
+    )
+
+
+def test_here_the_step_is_compiled(tmp_path, play):
+    """On the simulated devices; the tokenizer is asked for the vocabulary."""
+    (tmp_path / "play.txt").write_text(play)
+    model = replace(CONFIG.model, vocab_size=None)
+    config = replace(CONFIG, data=DataConfig(text=str(tmp_path / "play.txt")), model=model)
+    lines = printed(config, "here").splitlines()
+    assert ", data 8 x fsdp 1 x tensor 1; each 2 x 1 windows of 16 tokens" in lines[0]
+    assert lines[1].startswith("the step compiled in ")
+    assert "activations, workspace" in "\n".join(lines)
+    [reduced] = [line.split() for line in lines if line.startswith("all-reduce")]
+    assert reduced[1] == "data" and int(reduced[2]) >= 2
+    assert lines[-1].endswith("a large matmul and a large addition, measured just now")
+
+
+def test_the_command_makes_no_folder_and_refuses_in_one_line(tmp_path):
+    words = [sys.executable, str(ROOT / "train.py"), "--config", "gpt2", "--plan", "v5e:4by4"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+    assert done.stderr == (
+        "train.py: error: --plan v5e:4by4: give how many TPU v5e, as in v5e:4x4\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Compiled for machines that are not here
+
+COMPILE = """
+import json, sys
+from dataclasses import replace
+from gptjax import aot, chips, kernels
+from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
+model = ModelConfig(n_layer=13, n_head=2, n_embd=128, block_size=256, vocab_size=512,
+                    dtype="bfloat16", attention="auto", remat=True)
+target = chips.read_target(sys.argv[1])
+ways = target.count // 2
+config = Config(batch_size=2 * ways, steps_per_dispatch=1, loss_chunk=128, model=model,
+                optim=OptimConfig(accumulate=2), mesh=MeshConfig(1, ways, 2))
+compiled = aot.compile_step(config, 512, aot.topology(target))
+kinds = sorted({c.kind for c in compiled.collectives if len(c.group) > 1})
+print(json.dumps([compiled.refused, compiled.plain, compiled.temporaries, compiled.flops, kinds]))
+"""
+COMPILERS = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "h100:4", "a100:8"]
+)
+def test_the_step_compiles_for(text):
+    """With its kernel on TPUs; by processes of their own, for libtpu is one to a process."""
+    chip: Chip = read_target(text).chip
+    if importlib.util.find_spec(COMPILERS[chip.kind]) is None:
+        pytest.skip(f"needs {COMPILERS[chip.kind]}: pip install -e '.[plan]'")
+    words = [sys.executable, "-c", COMPILE, text]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    refused, plain, temporaries, flops, kinds = json.loads(done.stdout.splitlines()[-1])
+    assert refused is None and plain == (chip.kind == "gpu")
+    assert 0 < temporaries < GIB and flops > 0
+    assert "all-reduce" in kinds and len(kinds) > 1  # of the tensor axis, and of fsdp
