@@ -117,6 +117,16 @@ def tell(command: ScalingCommand, points: list[Point]) -> None:
     for name in command.chips:
         body = []
         for model in command.models:
+            cells = []
+            for count in COUNTS:
+                here = [p for p in points if (p.model, p.chip, p.count) == (model, name, count)]
+                p = max(here, key=lambda p: p.share) if here else None
+                cells.append(f"{100 * p.share:.0f} to {p.bound:.0%}" if p else "")
+            body.append([model, *cells])
+        title = f"share of {CHIPS[name].title}'s peak, nothing to everything overlapping"
+        measure.show(title, ["chips", *map(str, COUNTS)], body)
+        body = []
+        for model in command.models:
             for count in COUNTS:
                 here = [p for p in points if (p.model, p.chip, p.count) == (model, name, count)]
                 if here:
@@ -125,7 +135,7 @@ def tell(command: ScalingCommand, points: list[Point]) -> None:
                     sizes = f"{p.memory:.1f}", f"{p.sent:.1f}"
                     body.append([model, str(count), p.mesh, *sizes, *shares, p.limit])
                 else:
-                    body.append([model, str(count), "does not fit", *[""] * 5])
+                    body.append([model, str(count), "none fits and divides", *[""] * 5])
         head = ["model", "chips", "data x fsdp x tensor", "GiB", "GB sent"]
         head += ["share of peak", "at best", "limit"]
         measure.show(f"the fastest mesh that fits, of {CHIPS[name].title}", head, body)
@@ -142,14 +152,14 @@ def ends(points: list[Point], model: str, chip: str, axes: str) -> list[str]:
     """Where a kind of mesh fits, its best share, where less than half of that is left, and why."""
     own = [p for p in points if (p.model, p.chip, p.axes) == (model, chip, axes)]
     if not own:
-        return ["nowhere", "", "", "memory"]
+        return ["nowhere", "", "", "memory, or what it does not divide"]
     best = max(own, key=lambda p: p.share)
     fits = f"{own[0].count} to {own[-1].count}"
     for p in own[own.index(best) :]:
         if p.share < best.share / 2:
             return [fits, f"{best.share:.0%}", str(p.count), p.limit]
-    batch = own[-1].count < COUNTS[-1]
-    return [fits, f"{best.share:.0%}", "", "no row for each device" if batch else "not up to 1024"]
+    more = own[-1].count < COUNTS[-1]
+    return [fits, f"{best.share:.0%}", "", "does not divide more" if more else "not up to 1024"]
 
 
 def draw(command: ScalingCommand, points: list[Point], out: Path) -> None:
@@ -173,7 +183,7 @@ def draw(command: ScalingCommand, points: list[Point], out: Path) -> None:
                 ys = [getattr(p, values) for p in best]
                 panel.plot([p.count for p in best], ys, "o-", markersize=3, label=model)
         for panel, label in zip(row, labels, strict=True):
-            panel.set(xscale="log", xlabel=f"{CHIPS[name].title}s", ylabel=label)
+            panel.set(xscale="log", xlabel=f"{CHIPS[name].title}, how many", ylabel=label)
             panel.set_xticks(COUNTS, [str(n) for n in COUNTS], fontsize=7)
             panel.minorticks_off()
             panel.grid(alpha=0.3)

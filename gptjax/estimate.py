@@ -102,7 +102,7 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     V = m.vocab_size or state.params["wte"]["embedding"].shape[0]
     kv = 2 * (m.n_kv_head or H) * m.head_size
     params, held = _bytes(state.params, abstract), _bytes(state, abstract)
-    layers = _bytes(state.params["h"], abstract)
+    layers = _bytes({"h": state.params["h"]}, abstract)
 
     # Activations of a layer: what enters it, what its linear layers give, and the rest.
     given = b * T * C * s

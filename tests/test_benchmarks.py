@@ -16,6 +16,7 @@ from benchmarks import (
     jax_gpt,
     measure,
     sampling,
+    scaling,
     soak,
     startup,
     step,
@@ -40,6 +41,24 @@ def results(path: Path, name: str) -> Any:
 def text(tmp_path: Path, play: str) -> str:
     (tmp_path / "play.txt").write_text(play)
     return str(tmp_path / "play.txt")
+
+
+def test_scaling(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """By arithmetic alone: no device is asked for anything."""
+    monkeypatch.setattr(scaling, "COUNTS", (8, 16))
+    out = tmp_path / "scaling.json"
+    scaling.main(f"--models gpt2 --chips h100 --out {out}".split())
+    rows = results(out, "scaling")
+    assert {row["count"] for row in rows} == {8, 16}
+    assert all(0 < row["share"] <= row["bound"] < 1 and 0 < row["memory"] < 60 for row in rows)
+    printed = capsys.readouterr().out
+    assert "the fastest mesh that fits, of NVIDIA H100" in printed
+    assert "where each kind of mesh ends" in printed
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    for axes, found in scaling.meshes(16, scaling.CHIPS["h100"]).items():
+        assert found and all((m.data or 1) * m.fsdp * m.tensor == 16 for m in found), axes
 
 
 @pytest.mark.torch
@@ -230,6 +249,7 @@ def test_errors_a_user_can_cause(tmp_path: Path):
     for command, message in {
         lambda: step.main(["--rounds", "0"]): "--rounds 0 is too small; give 1 or more",
         lambda: step.main(["--seconds", "-1"]): "--seconds -1.0 is too small; give 0 or more",
+        lambda: scaling.main(["--chips", "v7"]): "--chips: unknown 'v7'; known: v4, v5e, v5p, v6e",
         lambda: growth.main(["--points", "0"]): "--points 0 is too small; give 1 or more",
         lambda: sampling.main(["--batches", "0"]): "--batches 0 is too small; give 1 or more",
         lambda: startup.main(["--config", "x"]): "unknown preset 'x'; presets: bigram, tiny",

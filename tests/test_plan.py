@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -148,6 +149,14 @@ def test_the_roofline_is_the_slowest_of_three():
     assert times == Times(5.0, 2.0, 2 * 2 * 7 / 8 * 16 / 4 + 3 / 1)
     assert (times.least, times.most) == (17.0, 24.0)
     assert cost.total == 3.0
+
+
+def test_more_shards_take_less_memory_and_traffic():
+    config = replace(PRESETS["7b"], optim=OptimConfig())
+    state = shapes(replace(config, model=replace(config.model, attention="plain")))
+    costs = [estimate.estimate(config, state, MeshConfig(1, n)) for n in (8, 16, 32, 64)]
+    assert all(a.total > 1.5 * b.total for a, b in itertools.pairwise(costs))
+    assert all(a.traffic > 1.5 * b.traffic for a, b in itertools.pairwise(costs))
 
 
 def test_rematerialisation_trades_memory_for_flops():
