@@ -112,7 +112,9 @@ def topology(target: Target) -> list[Any] | None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         if target.chip.kind == "tpu":
-            return topologies.get_topology_desc(str(target), "tpu").devices
+            # One device a chip, as JAX has it on real ones; v4 has two cores that could be apart.
+            options = {"chip_config_name": "megacore"} if target.name == "v4" else {}
+            return topologies.get_topology_desc(str(target), "tpu", **options).devices
         each = min(target.count, target.chip.joined)
         return topologies.get_topology_desc(
             platform="cuda",
