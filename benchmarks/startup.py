@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure
-from gptjax import cli, corpora
+from gptjax import cli, texts
 from gptjax.errors import UserError, one_line_errors
 from gptjax.presets import PRESETS
 from gptjax.report import Report
@@ -169,7 +169,7 @@ def main(argv: list[str]) -> None:
     measure.at_least(rounds=command.rounds)
     if command.config not in PRESETS:
         raise UserError(f"unknown preset {command.config!r}; presets: {', '.join(PRESETS)}")
-    corpora.read_text(command.text or PRESETS[command.config].data.text)  # fetched now, not timed
+    texts.read_text(command.text or PRESETS[command.config].data.text)  # fetched now, not timed
     here = measure.begin(f"start-up of {command.config}")
     times: dict[str, list[float]] = {}
     split: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}

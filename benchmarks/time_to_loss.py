@@ -128,10 +128,10 @@ def _evaluations(records: list[dict[str, float]], dispatch: int) -> list[dict[st
 def train_theirs(config: Config) -> Callable[[int], list[dict[str, float]]]:
     """The baseline, in its process."""
     from benchmarks import torch_gpt
-    from gptjax import corpora
+    from gptjax import texts
     from gptjax.tokenizer import CharTokenizer
 
-    text = corpora.read_text(config.data.text)
+    text = texts.read_text(config.data.text)
     tokenizer = CharTokenizer.fit(text)
     tokens = tokenizer.encode(text)
     split = int((1 - config.data.val_fraction) * len(tokens))

@@ -13,11 +13,11 @@ import tyro
 
 from gptjax import cli, pretrained, runs
 from gptjax.checkpoint import Checkpoints
-from gptjax.corpora import read_text
 from gptjax.errors import UserError, one_line_errors
 from gptjax.presets import PRESETS
 from gptjax.programs import Programs
 from gptjax.runs import Run, run_name
+from gptjax.texts import read_text
 from gptjax.tokenizer import CharTokenizer
 
 FIRST = {"step": 0, "seconds": 0.0}  # the only record

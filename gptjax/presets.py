@@ -187,7 +187,10 @@ LLAMA_7B = Config(
 )
 
 
-PRESETS: dict[str, Config] = {
+# An evaluation of more characters than this takes long and tells nothing more.
+VAL_LIMIT = 1_000_000
+
+_PRESETS: dict[str, Config] = {
     "bigram": BIGRAM,
     "tiny": TINY,
     "small": SMALL,
@@ -208,4 +211,8 @@ PRESETS: dict[str, Config] = {
     "lecture/6-residual": RESIDUAL,
     "lecture/7-layernorm": LAYERNORM,
     "lecture/8-scale": LECTURE,
+}
+PRESETS = {
+    name: replace(config, data=replace(config.data, val_limit=VAL_LIMIT))
+    for name, config in _PRESETS.items()
 }

@@ -7,13 +7,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gptjax import finetune, sharding
 from gptjax.build import build_model
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
+from gptjax.data import Dataset
 from gptjax.errors import UserError
+from gptjax.feed import Feed, OnDisk, Resident, gather, in_a_row
 from gptjax.kernels import make_attend
 from gptjax.optim import make_optimizer
 from gptjax.step import (
@@ -162,14 +165,44 @@ class Programs:
         """The state after a step that was not made: its batch is left out."""
         return state._replace(step=jax.device_put(state.step + 1, self.placed.step))
 
+    def training(self, dataset: Dataset) -> Feed:
+        """The training tokens, as `train_steps` takes them."""
+        config = self.config
+        fits = dataset.n_train <= config.data.resident_tokens
+        if config.data.order == "random" and fits:
+            return Resident(config, self.put(dataset.train), self.seed_key)
+        placed = sharding.batches_sharding(self.mesh)
+        shape = config.steps_per_dispatch, config.batch_size, config.model.block_size + 1
+        put = lambda rows: jax.make_array_from_process_local_data(placed, rows, shape)
+        return OnDisk(config, dataset.parts, put)
+
     def put(self, tokens: Any) -> jax.Array:
         """Tokens for every device: each cuts its own rows of a batch."""
         return jax.device_put(tokens, self._everywhere)
 
-    def mean_loss(self, params: Any, tokens: jax.Array, step: int, whole: bool) -> float:
+    def hold(self, tokens: np.ndarray) -> jax.Array | np.ndarray:
+        """Tokens for `mean_loss`: on the devices, if they are not too many."""
+        return self.put(tokens) if len(tokens) <= self.config.data.resident_tokens else tokens
+
+    def mean_loss(
+        self, params: Any, tokens: jax.Array | np.ndarray, step: int, whole: bool
+    ) -> float:
         """Nats per token: of the whole split, or of the random batches that follow from `step`."""
         starts = eval_starts(self.config, tokens.shape[0], self.seed_key, step, whole)
-        return float(self._evaluate(params, tokens, self.put(starts)))
+        if isinstance(tokens, jax.Array):
+            return self.loss_at(params, tokens, starts)
+        if not whole and self.config.eval_batches is not None:
+            windows = gather(tokens, np.asarray(starts), self.config.model.block_size)
+            return self.loss_at(params, *in_a_row(windows))
+        size = self.config.batch_size * self.config.model.block_size
+        size *= max(1, self.config.data.resident_tokens // size)
+        slabs = [tokens[i : i + size + 1] for i in range(0, len(tokens) - 1, size)]
+        losses = [self.mean_loss(params, self.put(slab), step, True) for slab in slabs]
+        return float(np.average(losses, weights=[len(slab) - 1 for slab in slabs]))
+
+    def loss_at(self, params: Any, tokens: Any, starts: Any) -> float:
+        """Nats per token of the windows that begin at the (n, B) starts."""
+        return float(self._evaluate(params, self.put(tokens), self.put(starts)))
 
 
 def _all_finite(tree: Any) -> jax.Array:

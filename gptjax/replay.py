@@ -21,24 +21,25 @@ from gptjax import pretrained
 from gptjax.checkpoint import Checkpoints
 from gptjax.data import fingerprint, open_dataset
 from gptjax.errors import UserError
+from gptjax.feed import Feed
 from gptjax.files import write_atomically
 from gptjax.programs import Programs
 from gptjax.report import Report
 from gptjax.runs import Run
-from gptjax.step import TrainState, batch_at
+from gptjax.step import TrainState
 
 KEPT = 3  # newest states of skipped steps
 LEAVES = 8  # of the gradient, shown
 ROWS = 4  # of the batch, shown
 
 
-def keep(run: Run, programs: Programs, state: TrainState, step: int, tokens: jax.Array) -> None:
+def keep(run: Run, programs: Programs, state: TrainState, step: int, feed: Feed) -> None:
     """Keep what is needed to make a step again: the state before it, and its batch.
 
     Raises:
         UserError: no room or no permission.
     """
-    batch = _batch(programs, tokens, step)
+    batch = feed.batch(step - 1)
     kept = Checkpoints(run.bad_path, lambda steps: {*steps[-KEPT:]})
     kept.clean()
     kept.save(step - 1, *programs.stored(state), {"step": step - 1})
@@ -79,7 +80,7 @@ def replay(
     dataset = open_dataset(config, run.tokenizer)
     run.use_text(config.data.text, fingerprint(dataset))
     programs = Programs(config, dataset.tokenizer.vocab_size, model, optimizer)
-    tokens, seed_key = programs.put(dataset.train), programs.seed_key
+    feed, seed_key = programs.training(dataset), programs.seed_key
     logged = {record["step"]: record for record in run.metrics()}
     checkpoints, first = _newest_before(run, step)
     if checkpoints:
@@ -89,14 +90,14 @@ def replay(
     report.say(f"step {step} again, from the state after step {first}")
     while first < step - 1:
         n = min(config.steps_per_dispatch, step - 1 - first)
-        state, _ = programs.train_steps(state, tokens, seed_key, n)
+        state, _ = programs.train_steps(state, feed(first, then=first + n), seed_key, n)
         if int(state.step) < first + n:  # it stopped before a step that was skipped
             state = programs.skip(state)
         first = int(state.step)
 
-    batch = _batch(programs, tokens, step)
+    batch = feed.batch(step - 1)
     _, gradient = programs.gradient(state.params, programs.put(batch), seed_key, step - 1)
-    _, out = programs.train_steps(state, tokens, seed_key, 1)
+    _, out = programs.train_steps(state, feed(step - 1), seed_key, 1)
     values = {name: float(x[0]) for name, x in out._asdict().items()}
     record = logged.get(step, {})
     rows = {
@@ -108,10 +109,6 @@ def replay(
     shown = {f"row {i}": repr(run.tokenizer.decode(row)) for i, row in enumerate(batch[:ROWS])}
     report.summary(f"the batch, {min(ROWS, len(batch))} of {len(batch)} rows", shown)
     return values
-
-
-def _batch(programs: Programs, tokens: jax.Array, step: int) -> np.ndarray:
-    return np.asarray(batch_at(programs.config, tokens, programs.seed_key, step - 1))
 
 
 def _newest_before(run: Run, step: int) -> tuple[Checkpoints | None, int]:

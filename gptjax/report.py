@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -50,6 +52,28 @@ class Report:
         for name, value in rows.items():
             table.add_row(name, escape(value))
         self.console.print(table)
+
+    @contextmanager
+    def work(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """While this lasts, the function it gives says how much of `total` is done: bytes, or
+        characters."""
+        if not self.console.is_terminal:
+            start = last = time.perf_counter()
+
+            def tell(done: int) -> None:
+                nonlocal last
+                if (now := time.perf_counter()) - last > PLAIN_EVERY:
+                    last = now
+                    left = (total - done) * (now - start) / done
+                    self.say(f"{name}: {done / total:.0%}, {left:.0f} s left")
+
+            yield tell
+            return
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
+        rate = TransferSpeedColumn(), TimeRemainingColumn()
+        with Progress(*columns, *rate, console=self.console, transient=True) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda done: progress.update(task, completed=done)
 
     @contextmanager
     def progress(self, start: int, config: Config) -> Iterator[None]:
@@ -105,7 +129,9 @@ class Report:
             for name, value in record.items()
             if name.endswith("_loss")
         )
-        self.say(f"step {step:>{len(str(steps))}}  loss: {losses}")
+        bits = record.get("val_bits_per_byte")
+        per_byte = "" if bits is None else f"  ({bits:.4f} bits per byte)"
+        self.say(f"step {step:>{len(str(steps))}}  loss: {losses}{per_byte}")
 
 
 def processor() -> str:

@@ -30,6 +30,8 @@ from gptjax.folders import run_name as run_name
 from gptjax.records import Record
 from gptjax.tokenizer import Tokenizer
 
+SPEED_ONLY = "model.dtype", "model.remat", "data.resident_tokens"  # may change while resuming
+
 
 def read_config(directory: Path) -> Config:
     """The run's config.
@@ -267,4 +269,4 @@ def _read(directory: Path, name: str, parse: Callable[[str], Any]) -> Any:
 def _is_fixed(setting: str) -> bool:
     """Whether a run must keep this setting to its end."""
     fixed = setting.startswith(("model.", "data.", "init", "optim.freeze", "optim.lora"))
-    return fixed and setting not in ("model.dtype", "model.remat")
+    return fixed and setting not in SPEED_ONLY

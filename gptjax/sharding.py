@@ -135,6 +135,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def batches_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of (n, B, T + 1) batches, one after the other."""
+    return NamedSharding(mesh, P(None, *BATCH))
+
+
 def on_mesh(model: nn.Module, mesh: Mesh) -> nn.Module:
     """The model, its activations told where to lie on the mesh; to be used as any other."""
     return model if mesh.size == 1 else cast(nn.Module, OnMesh(model, mesh))

@@ -214,10 +214,11 @@ def make_train_steps(
 
     Returns:
         `train_steps(state, tokens, seed_key, n)`: makes n updates, at most steps_per_dispatch, on
-        windows of the (N,) training tokens; gives the new state and the metrics, of which the
-        first n are filled. n is traced, so that one compilation serves a whole run. It ends early
-        before an update whose loss or gradient is not finite: the state is the one before it, and
-        the last metrics filled are those that were bad.
+        windows of the (N,) training tokens, or on the first n of (M, B, T + 1) batches as they
+        are; gives the new state and the metrics, of which the first n are filled. n is traced, so
+        that one compilation serves a whole run. It ends early before an update whose loss or
+        gradient is not finite: the state is the one before it, and the last metrics filled are
+        those that were bad.
     """
     schedule, gradient = make_schedule(config), make_gradient(model, config)
 
@@ -230,7 +231,10 @@ def make_train_steps(
     ) -> tuple[TrainState, StepMetrics]:
         def update(carry: Loop) -> Loop:
             state = carry.state
-            batch = batch_at(config, tokens, seed_key, state.step)
+            if tokens.ndim == 3:
+                batch = tokens[carry.made].astype(jnp.int32)
+            else:
+                batch = batch_at(config, tokens, seed_key, state.step)
             if batch_sharding is not None:
                 batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
             loss, grads = gradient(state.params, batch, seed_key, state.step)

@@ -14,9 +14,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
-from gptjax import finetune, metrics, pretrained, replay, runs
+from gptjax import finetune, metrics, pretrained, replay, runs, summary
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
 from gptjax.data import Dataset, fingerprint, open_dataset
@@ -64,10 +63,10 @@ def train(
         loaded = pretrained.load(config.init)
         report.say(pretrained.origin(config, loaded))
         config, params = pretrained.fit(config, loaded)
-        dataset = open_dataset(config, loaded.tokenizer)
+        dataset = open_dataset(config, loaded.tokenizer, report)
         pretrained.check_tokenizer(loaded, dataset.tokenizer)
     else:
-        dataset = open_dataset(config, run and run.tokenizer)
+        dataset = open_dataset(config, run and run.tokenizer, report)
     programs = Programs(config, dataset.tokenizer.vocab_size, model, optimizer)
     if not jax.tree.leaves(finetune.trained(programs.abstract.params, config.optim)):
         raise UserError(
@@ -99,7 +98,7 @@ def _train(
         state = programs.restore(checkpoints, start)
     else:
         state = programs.start(pretrained.initial(config) if params is None else params)
-    train_tokens, val_tokens = programs.put(dataset.train), programs.put(dataset.val)
+    feed, val_tokens = programs.training(dataset), programs.hold(dataset.val)
 
     def finish(step: int, record: Record, stopped: bool) -> Record:
         """Save, then evaluate, then log: a crash while evaluating loses nothing."""
@@ -117,15 +116,19 @@ def _train(
                 return record  # evaluated and logged on resume, from the record in the checkpoint
             loss = programs.mean_loss
             if config.eval_batches is not None:
-                record["train_sampled_loss"] = loss(state.weights, train_tokens, step, False)
+                tokens, starts = feed.sample(step)
+                record["train_sampled_loss"] = programs.loss_at(state.weights, tokens, starts)
                 record["val_sampled_loss"] = loss(state.weights, val_tokens, step, False)
             if config.eval_batches is None or last:
                 record["val_loss"] = loss(state.weights, val_tokens, step, True)
+                record["val_bits_per_byte"] = dataset.bits_per_byte(record["val_loss"])
             report.evaluation(step, config.steps, record)
         run.log([record])
         return record
 
-    report.summary(f"run {directory}", _description(programs, dataset, start))
+    report.summary(f"run {directory}", summary.before(programs, dataset, start))
+    if warning := summary.warning(programs, dataset):
+        report.say(warning)
     logged, damage = run.rewind_metrics(start)
     if damage and start:
         report.say(f"going on with the metrics that are left: {damage}")
@@ -146,7 +149,8 @@ def _train(
             before: tuple[int, int, StepMetrics] | None = None
             while step < boundary and bad is None and not (before and stop_asked()):
                 n = min(config.steps_per_dispatch, boundary - step)
-                state, out = programs.train_steps(state, train_tokens, programs.seed_key, n)
+                tokens = feed(step, then=step + n)
+                state, out = programs.train_steps(state, tokens, programs.seed_key, n)
                 if before:  # read the steps before these while the device makes these
                     bad = _read(*before, records, clock, report)
                 before, step = (step, n, out), step + n
@@ -160,7 +164,7 @@ def _train(
                 records.append(
                     {"step": bad.step, "skipped": bad.reason, "seconds": round(clock.read(), 3)}
                 )
-                replay.keep(run, programs, state, bad.step, train_tokens)
+                replay.keep(run, programs, state, bad.step, feed)
                 report.say(
                     f"step {bad.step} skipped ({bad.reason}); to look at it: "
                     f"python train.py --run {run_name(directory)} --replay {bad.step}"
@@ -184,7 +188,7 @@ def _train(
         report.say(f"stopped after step {step}; to go on: python train.py --run {name} --resume")
         return record
     flops = 0 if own_model else metrics.flops_per_token(config.model, programs.abstract.params)
-    report.summary("done", _results(config, run, record, flops, programs.mesh))
+    report.summary("done", summary.after(programs, run, record, flops))
     report.say("a sample:\n" + _sample(programs.model_here, state.weights, dataset, config))
     if not own_model:
         report.say(f"next: python sample.py --run {name}")
@@ -284,51 +288,6 @@ def _until_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _description(programs: Programs, dataset: Dataset, start: int) -> dict[str, str]:
-    """What is about to happen."""
-    config, mesh, params = programs.config, programs.mesh, programs.abstract.params
-    m, n_train = config.model, len(dataset.train)
-    count = metrics.count_params(params)
-    moved = metrics.count_params(finetune.trained(params, config.optim))
-    some = f" ({moved:,} of them trained)" if moved < count else ""
-    tokens = config.steps * config.batch_size * m.block_size
-    heads = f"{m.n_head} heads, {m.n_embd} wide, context {m.block_size}"
-    shapes = {"gpt": f"{m.n_layer} layers, {heads}", "bigram": "bigram table"}
-    shape = shapes.get(m.kind, f"the lecture's {m.kind}, {heads}")
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    return {
-        "text": f"{config.data.text}: {n_train:,} training and {len(dataset.val):,} validation "
-        f"tokens, {dataset.tokenizer.vocab_size} kinds",
-        "model": f"{shape}: {count:,} parameters{some}, {n_train / count:.2g} training tokens for "
-        f"each",
-        "training": f"{config.steps - start:,} steps of {config.batch_size} x {m.block_size} "
-        f"tokens: {tokens / n_train:.1f} times the training text in all",
-        "devices": f"{mesh.size} of {jax.device_count()} {jax.devices()[0].device_kind}"
-        + (f" ({axes})" if axes else ""),
-    }
-
-
-def _results(config: Config, run: Run, record: Record, flops: int, mesh: Mesh) -> dict[str, str]:
-    """What came of it, with the share of the matmul peak that training used."""
-    seconds = record["seconds"]
-    tokens_per_second = config.steps * config.batch_size * config.model.block_size / seconds
-    best = run.best_step(Checkpoints(run.checkpoints_path).steps())
-    rows = {
-        "validation loss": f"{record['val_loss']:.4f} over the whole split",
-        "training": f"{seconds / 60:.2f} minutes, {seconds / config.steps * 1e3:.3g} ms a step, "
-        f"{tokens_per_second:,.0f} tokens/s, compilation included",
-        "kept": f"{run.directory}, best checkpoint at step {best}",
-    }
-    if flops:
-        rate = flops * tokens_per_second
-        peak = metrics.matmul_peak(config.model.dtype) * mesh.size
-        rows["arithmetic"] = (
-            f"{rate / 1e9:,.0f} GFLOP/s, {rate / peak:.0%} of the {peak / 1e9:,.0f} that a large "
-            f"matmul reaches here"
-        )
-    return rows
 
 
 def _sample(model: nn.Module, params: Any, dataset: Dataset, config: Config) -> str:

@@ -135,7 +135,7 @@ def _loss(
     except UserError as error:
         return Check("loss", None, f"not measured again: {error}")
     params = programs.restore(checkpoints, step).weights
-    again = programs.mean_loss(params, programs.put(dataset.val), step, name == "val_loss")
+    again = programs.mean_loss(params, programs.hold(dataset.val), step, name == "val_loss")
     found = f"{name} of step {step}: logged {logged:.6f}, again {again:.6f}"
     return Check("loss", abs(again - logged) < TOLERANCE, found)
 

@@ -1,10 +1,130 @@
 """Which tokenizer: named, trained on the text, or chosen by its size and alphabet."""
 
-from collections.abc import Iterable
-from itertools import pairwise
+import json
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from itertools import islice, pairwise
+from pathlib import Path
 
+from gptjax import tokenizer as tokenizer_module
+from gptjax.config import DataConfig
 from gptjax.errors import UserError
-from gptjax.subwords import END_OF_TEXT, HFTokenizer, extra
+from gptjax.files import write_atomically
+from gptjax.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer, extra
+from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+
+# Rules of thumb: an id for each of very many characters leaves most of them too rare to learn, and
+# BPE learned on less text than this keeps pieces of that text.
+MANY_KINDS = 512
+LONG = 10_000_000  # characters
+LEARN_FROM = 50_000_000  # characters; of a longer text BPE learns from pieces all over it
+
+
+def choose(
+    config: DataConfig,
+    alphabet: str,
+    characters: int,
+    documents: int,
+    texts: Callable[[], Iterable[str]],
+) -> tuple[Tokenizer, str]:
+    """The tokenizer that the config names, or that suits the text.
+
+    Args:
+        config: what is asked for: auto, char, byte or bpe.
+        alphabet: the text's characters, sorted.
+        characters: its length.
+        documents: how many; of more than one, each is ended by a token where there can be one.
+        texts: pieces of its training part, to learn BPE from.
+
+    Returns:
+        The tokenizer, and why it.
+
+    Raises:
+        UserError: a library is missing.
+    """
+    kind, why = config.tokenizer, "as asked"
+    if kind == "auto":
+        kind, why = _suits(len(alphabet), characters)
+    many = documents > 1
+    if kind == "char":
+        end = len(alphabet) if many else None
+        return CharTokenizer(alphabet, end), f"characters, {len(alphabet)} kinds: {why}"
+    if kind == "byte":
+        return ByteTokenizer(256 if many else None), f"bytes of UTF-8: {why}"
+    every = -(-characters // LEARN_FROM)
+    tokenizer = train_bpe(islice(texts(), 0, None, every), config.bpe_vocab_size)
+    share = "" if every == 1 else f"1/{every} of "
+    return tokenizer, (
+        f"BPE, {tokenizer.vocab_size:,} tokens, learnt from {share}the training part: {why}"
+    )
+
+
+def kept(path: Path, choose: Callable[[], tuple[Tokenizer, str]]) -> tuple[Tokenizer, str]:
+    """What was chosen before, or is chosen now and kept in that folder."""
+    try:
+        values = json.loads((path / "chosen.json").read_text(encoding="utf-8"))
+        return tokenizer_module.from_json(values["tokenizer"]), values["why"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not yet, or damaged
+    tokenizer, why = choose()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"tokenizer": tokenizer.to_json(), "why": why})
+        write_atomically(path / "chosen.json", text)
+    except (OSError, UserError):
+        pass  # it will be chosen anew
+    return tokenizer, why
+
+
+def _suits(kinds: int, characters: int) -> tuple[str, str]:
+    """Which tokenizer, and why."""
+    long = characters >= LONG
+    if long and find_spec("tokenizers"):
+        return "bpe", f"{characters:,} characters are enough to learn it (from {LONG:,} on)"
+    hint = "; for BPE, which suits so long a text, install the extra text" if long else ""
+    if kinds <= MANY_KINDS:
+        return "char", f"few (up to {MANY_KINDS}), {characters:,} characters in all{hint}"
+    return "byte", f"{kinds:,} kinds of characters are many (over {MANY_KINDS}){hint}"
+
+
+def named(name: str) -> Tokenizer:
+    """A tokenizer that needs no text: byte, gpt2, or the one in a file.
+
+    Args:
+        name: gpt2; or the path of a Hugging Face tokenizer.json, of a run's, of a SentencePiece
+            model, or of a folder with one of them.
+
+    Raises:
+        UserError: no such tokenizer, or a file that holds none.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "gpt2":
+        return gpt2()
+    path = Path(name)
+    if path.is_dir():
+        inside = [path / "tokenizer.json", path / "tokenizer.model"]
+        path = next((file for file in inside if file.exists()), inside[0])
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"no tokenizer {name!r}: give auto, char, byte, bpe, gpt2, or the path of a "
+            f"tokenizer.json or of a SentencePiece model ({error.strerror})"
+        ) from None
+    try:
+        if path.suffix == ".model":
+            return SentencePieceTokenizer(raw)
+        text = raw.decode("utf-8")
+        if '"type"' in text[:20]:  # as a run keeps it
+            return tokenizer_module.from_json(text)
+        return HFTokenizer(text)
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path} is no tokenizer.json; a SentencePiece model ends in .model"
+        ) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:

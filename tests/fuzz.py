@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gptjax import config_json, corpora, files, records, tokenizer  # noqa: E402
+from gptjax import config_json, files, records, texts, tokenizer  # noqa: E402
 from gptjax.config import Config  # noqa: E402
 from gptjax.errors import UserError  # noqa: E402
 from gptjax.runs import Run  # noqa: E402
@@ -99,7 +99,7 @@ def read_checksums(data: bytes) -> None:
 
 
 def read_text(data: bytes) -> None:
-    text = corpora.read_text(written("text.txt", data))
+    text = texts.read_text(str(written("text.txt", data)))
     found = CharTokenizer.fit(text)
     assert found.decode(found.encode(text)) == text
 

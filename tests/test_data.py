@@ -56,9 +56,11 @@ def characters(n: int) -> str:
     return "".join(chr(code) for code in range(n + 0x800) if not 0xD800 <= code < 0xE000)[:n]
 
 
-@pytest.mark.parametrize(("n", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.int32)])
+@pytest.mark.parametrize(("n", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
 def test_two_bytes_an_id_as_long_as_they_hold_it(tmp_path: Path, n: int, dtype: type):
-    dataset = data.open_dataset(config_of(tmp_path / "text", characters(n)))
+    config = config_of(tmp_path / "text", characters(n))
+    config = replace(config, data=replace(config.data, tokenizer="char"))
+    dataset = data.open_dataset(config)
     assert dataset.train.dtype == dataset.val.dtype == dtype
     np.testing.assert_array_equal(np.concatenate([dataset.train, dataset.val]), np.arange(n))
     # The last ids are the ones that would wrap in too small a type.
@@ -102,7 +104,8 @@ def test_a_split_shorter_than_a_window(
 
 def test_a_split_of_one_window_is_enough(tmp_path: Path):
     config = config_of(tmp_path / "text", "x" * 18, 8, 0.5)
-    assert [len(split) for split in data.open_dataset(config)[1:]] == [9, 9]
+    dataset = data.open_dataset(config)
+    assert (len(dataset.train), len(dataset.val)) == (9, 9)
     with pytest.raises(UserError, match="fewer than one window"):
         data.open_dataset(replace(config, model=replace(config.model, block_size=9)))
 

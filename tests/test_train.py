@@ -101,7 +101,7 @@ def test_what_a_run_leaves(finished):
     assert set(lines[0]) == {"step", "train_sampled_loss", "val_sampled_loss"}
     assert set(lines[1]) == {"step", "loss", "grad_norm", "lr"}
     assert set(lines[8]) == {*lines[1], "train_sampled_loss", "val_sampled_loss"}
-    assert set(lines[24]) == {*lines[8], "val_loss"}
+    assert set(lines[24]) == {*lines[8], "val_loss", "val_bits_per_byte"}
     assert lines[24]["loss"] < lines[1]["loss"]
     assert Checkpoints(directory / "checkpoints").steps()[-2:] == [16, 24]
     assert not list(directory.rglob("*.tmp")) and not list(directory.rglob("*.pkl"))
