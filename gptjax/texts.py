@@ -11,7 +11,8 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -99,12 +100,13 @@ def read(sources: list[Source], encoding: str, field: str) -> Iterator[Piece]:
             without that field.
     """
     for source in sources:
-        blocks = _decoded(source, encoding)
-        if _plain_name(Path(source.name)).suffix.lower() in (".jsonl", ".ndjson"):
-            for document in _lines(source, blocks, field):
-                yield from _pieces(iter((document,)))
-        else:
-            yield from _pieces(blocks)
+        is_jsonl = _plain_name(Path(source.name)).suffix.lower() in (".jsonl", ".ndjson")
+        with closing(_decoded(source, encoding)) as blocks:
+            if is_jsonl:
+                for document in _lines(source, blocks, field):
+                    yield from _pieces(iter((document,)))
+            else:
+                yield from _pieces(blocks)
 
 
 def read_text(text: str) -> str:
@@ -160,28 +162,29 @@ def _pieces(blocks: Iterator[str]) -> Iterator[Piece]:
         yield Piece(before, True)
 
 
-def _decoded(source: Source, encoding: str) -> Iterator[str]:
+def _decoded(source: Source, encoding: str) -> Generator[str, None, None]:
     """A file's text, a block at a time."""
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     strips_mark = codecs.lookup(encoding).name == "utf-8"
     read = 0
-    for raw in chain(_unpacked(source), [b""]):
-        waiting = decoder.getstate()[0]
-        try:
-            text = decoder.decode(raw, final=not raw)
-        except UnicodeDecodeError as error:
-            near = (waiting + raw)[max(0, error.start - SAMPLE) :][: 2 * SAMPLE]
-            raise UserError(
-                f"text is not {encoding.upper()}: {source.name}, byte offset "
-                f"{read - len(waiting) + error.start}; {_guess(near)}"
-            ) from None
-        if strips_mark and text:
-            text, strips_mark = text.removeprefix("\ufeff"), False
-        read += len(raw)
-        yield text
+    with closing(_unpacked(source)) as unpacked:  # not when it is collected, if one ever fails
+        for raw in chain(unpacked, [b""]):
+            waiting = decoder.getstate()[0]
+            try:
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                near = (waiting + raw)[max(0, error.start - SAMPLE) :][: 2 * SAMPLE]
+                raise UserError(
+                    f"text is not {encoding.upper()}: {source.name}, byte offset "
+                    f"{read - len(waiting) + error.start}; {_guess(near)}"
+                ) from None
+            if strips_mark and text:
+                text, strips_mark = text.removeprefix("\ufeff"), False
+            read += len(raw)
+            yield text
 
 
-def _unpacked(source: Source) -> Iterator[bytes]:
+def _unpacked(source: Source) -> Generator[bytes, None, None]:
     """A file's bytes, a block at a time, unpacked if its name ends in .gz or .zst."""
     suffix = Path(source.name).suffix.lower()
     try:
