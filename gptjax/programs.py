@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gptjax import finetune, sharding
@@ -79,7 +80,9 @@ class Programs:
     @cached_property
     def seed_key(self) -> jax.Array:
         """All randomness of the run follows from it."""
-        return jax.device_put(jax.random.key(self.config.seed), self._everywhere)
+        # Made there, for a key of this process alone cannot be put on other processes' devices.
+        make = jax.jit(jax.random.key, static_argnums=0, out_shardings=self._everywhere)
+        return make(self.config.seed)
 
     def trace(self, n_tokens: int) -> jax.stages.Traced:
         """`train_steps` for shapes alone, to be lowered and compiled: nothing is allocated.
@@ -164,7 +167,10 @@ class Programs:
 
     def put(self, tokens: Any) -> jax.Array:
         """Tokens for every device: each cuts its own rows of a batch."""
-        return jax.device_put(tokens, self._everywhere)
+        if self._everywhere.is_fully_addressable:
+            return jax.device_put(tokens, self._everywhere)
+        tokens = np.asarray(tokens)
+        return jax.make_array_from_callback(tokens.shape, self._everywhere, lambda at: tokens[at])
 
     def mean_loss(self, params: Any, tokens: jax.Array, step: int, whole: bool) -> float:
         """Nats per token: of the whole split, or of the random batches that follow from `step`."""

@@ -22,6 +22,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": set(),
     "hlo": set(),
     "chips": {"errors"},
+    "processes": {"errors"},
+    "stopping": set(),
+    "profile": set(),
     "files": {"errors"},
     "records": {"errors", "files"},
     "folders": {"errors", "files"},
@@ -47,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"config"},
     "generate": set(),
     "step": {"config", "data", "errors", "finetune", "optim"},
-    "checkpoint": {"errors", "files", "records"},
+    "checkpoint": {"errors", "files", "processes", "records"},
     "report": {"config", "records"},
     "pretrained": {
         *("build", "checkpoint", "config", "errors", "files", "gguf_file", "hf", "hf_config"),
@@ -58,12 +61,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "step",
     },
     "replay": {
-        *("checkpoint", "data", "errors", "files", "pretrained", "programs", "report", "runs"),
-        "step",
+        *("checkpoint", "data", "errors", "files", "pretrained", "processes", "programs"),
+        *("report", "runs", "step"),
     },
     "train": {
         *("checkpoint", "config", "data", "errors", "files", "finetune", "generate", "metrics"),
-        *("pretrained", "programs", "records", "replay", "report", "runs", "step"),
+        *("pretrained", "processes", "profile", "programs", "records", "replay", "report", "runs"),
+        *("step", "stopping"),
     },
     "sample": {
         *("build", "checkpoint", "cli", "errors", "generate", "pretrained", "runs", "sharding"),
@@ -79,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "meshes": {"cache", "cli", "config", "errors", "hlo", "programs", "step"},
     "verify": {
-        *("cache", "checkpoint", "cli", "data", "errors", "programs", "records", "runs"),
+        *("cache", "checkpoint", "cli", "config", "data", "errors", "programs", "records", "runs"),
     },
     "estimate": {"chips", "config", "errors", "hlo", "metrics", "sharding"},
     "aot": {"chips", "config", "errors", "hlo", "programs"},
