@@ -10,6 +10,7 @@ python sample.py                                            # then let it speak
 
 import os
 import sys
+from pathlib import Path
 
 from gptjax import cli
 from gptjax.errors import one_line_errors
@@ -24,14 +25,18 @@ if __name__ == "__main__":
 
             plan(command.settings, command.plan)
             sys.exit()
-        directory = command.directory()
+        directory = command.directory() if command.distributed is None else None
         # jax is imported here, after the arguments were understood.
+        from gptjax import processes
         from gptjax.cache import use_compilation_cache
         from gptjax.replay import replay
         from gptjax.train import train
 
         use_compilation_cache()
-        if command.replay is not None:
-            replay(directory, command.replay)
-        else:
-            train(command.settings, directory, resume=command.resume)
+        with processes.joined(command.distributed, command.distributed_wait, "train.py"):
+            # Of several processes the first one chooses the name of a new folder.
+            directory = directory or Path(processes.first_does(lambda: str(command.directory())))
+            if command.replay is not None:
+                replay(directory, command.replay)
+            else:
+                train(command.settings, directory, resume=command.resume, profile=command.profile)

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gptjax import files
+from gptjax import files, processes
 from gptjax.errors import UserError
 from gptjax.files import Damaged
 from gptjax.records import Record, as_record
@@ -71,25 +71,31 @@ class Checkpoints:
             UserError: this save, or the one before, found no room or permission.
         """
         self.finish_save()
-        if step in self.steps():
+        if processes.first_does(lambda: step in self.steps()):
             return  # it was resumed here
         # orbax refuses an item without leaves, such as the state of plain SGD; so the step is one.
         items = {"params": params, "training": {"step": step, "opt_state": opt_state}}
+        processes.first_does(lambda: self._check_room(step, (params, opt_state)))
         with self._reporting(step):
-            # Asked beforehand, for orbax takes seconds to find out.
-            self.path.mkdir(exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt_state)))
-            if shutil.disk_usage(self.path).free < needed:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             response = ocp.save_checkpointables_async(
                 str(self._unsealed(step)), items, custom_metadata={"record": {**record}}
             )
             self._pending = step, self._worker.submit(self._seal, step, response, texts or {})
 
+    def _check_room(self, step: int, arrays: Any) -> None:
+        """Asked beforehand, for orbax takes seconds to find out."""
+        with self._reporting(step):
+            self.path.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+            if shutil.disk_usage(self.path).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _seal(self, step: int, response: Any, texts: dict[str, str]) -> None:
         """Once orbax has written all: add the texts and the checksums, then give the name."""
         response.result()
+        if not processes.is_first():
+            return
         folder = self._unsealed(step)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -116,6 +122,8 @@ class Checkpoints:
             except Exception:
                 self.clean()  # a full disk needs the room
                 raise
+            if not processes.is_first():
+                return
             steps = self.steps()
             for old in set(steps) - self._keep(steps):
                 dropped = self._folder(old).with_suffix(".dropped")
@@ -181,12 +189,7 @@ class Checkpoints:
         Raises:
             UserError: damaged, or of other shapes than the model's.
         """
-        try:
-            self.verify(step)
-        except Damaged as error:
-            sound = self.newest_sound()
-            offer = "there is no sound one" if sound is None else f"the newest sound one is {sound}"
-            raise Damaged(f"{error}; {offer}") from None
+        processes.first_does(lambda: self._verify_to_load(step))
         try:
             self._check_shapes(step, abstract)
             return ocp.load_checkpointables(str(self._folder(step)), abstract)
@@ -197,6 +200,14 @@ class Checkpoints:
                 f"checkpoint {self.path / str(step)} cannot be loaded: "
                 f"{_reason(error.__cause__ or error)}"
             ) from error
+
+    def _verify_to_load(self, step: int) -> None:
+        try:
+            self.verify(step)
+        except Damaged as error:
+            sound = self.newest_sound()
+            offer = "there is no sound one" if sound is None else f"the newest sound one is {sound}"
+            raise Damaged(f"{error}; {offer}") from None
 
     def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
         """Compare shapes with what the checkpoint says of itself: orbax finds out while reading,

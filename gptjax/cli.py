@@ -38,6 +38,13 @@ class TrainCommand:
     plan: str | None = None
     """Train nothing: tell what this run would take on v5e:4x4, h100:8, ... or here: memory, time,
     what limits it; where it does not fit, what does."""
+    profile: bool = False
+    """Trace a few steps into the run's folder profile/, for XProf or TensorBoard."""
+    distributed: str | None = None
+    """This process is one of several: auto, as SLURM, Open MPI, Kubernetes or a TPU pod say; or
+    I/N@HOST:PORT, its number from 0, of how many, and where process 0 can be reached."""
+    distributed_wait: int = 300
+    """Seconds in which all of them must have come."""
 
     def directory(self) -> Path:
         """The folder to work in: the run's when resuming, else a new one.
@@ -106,6 +113,12 @@ def parse_train(argv: list[str]) -> TrainCommand:
                 f"{flag} cannot be set with --init, for the model comes with its weights; what "
                 f"can be set of it: {', '.join(OF_A_LOADED_MODEL)}"
             )
+    if command.replay is not None and command.distributed is not None:
+        raise UserError("--replay is the work of one process; leave --distributed out")
+    if command.distributed_wait < 1:
+        raise UserError(
+            f"--distributed-wait {command.distributed_wait} is too small; give 1 or more seconds"
+        )
     return command
 
 

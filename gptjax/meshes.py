@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
         measure(replace(config, mesh=mesh))
         for mesh in track(meshes(), "training", console=errors, disable=not errors.is_terminal)
     ]
-    Console(highlight=False, width=200).print(table(rows))
+    Console(highlight=False, width=400).print(table(rows))
 
 
 if __name__ == "__main__":

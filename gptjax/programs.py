@@ -82,7 +82,9 @@ class Programs:
     @cached_property
     def seed_key(self) -> jax.Array:
         """All randomness of the run follows from it."""
-        return jax.device_put(jax.random.key(self.config.seed), self._everywhere)
+        # Made there, for a key of this process alone cannot be put on other processes' devices.
+        make = jax.jit(jax.random.key, static_argnums=0, out_shardings=self._everywhere)
+        return make(self.config.seed)
 
     def trace(self, n_tokens: int) -> jax.stages.Traced:
         """`train_steps` for shapes alone, to be lowered and compiled: nothing is allocated.
@@ -178,7 +180,10 @@ class Programs:
 
     def put(self, tokens: Any) -> jax.Array:
         """Tokens for every device: each cuts its own rows of a batch."""
-        return jax.device_put(tokens, self._everywhere)
+        if self._everywhere.is_fully_addressable:
+            return jax.device_put(tokens, self._everywhere)
+        tokens = np.asarray(tokens)
+        return jax.make_array_from_callback(tokens.shape, self._everywhere, lambda at: tokens[at])
 
     def hold(self, tokens: np.ndarray) -> jax.Array | np.ndarray:
         """Tokens for `mean_loss`: on the devices, if they are not too many."""

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from gptjax import pretrained
+from gptjax import pretrained, processes
 from gptjax.checkpoint import Checkpoints
 from gptjax.data import fingerprint, open_dataset
 from gptjax.errors import UserError
@@ -41,12 +41,13 @@ def keep(run: Run, programs: Programs, state: TrainState, step: int, feed: Feed)
     """
     batch = feed.batch(step - 1)
     kept = Checkpoints(run.bad_path, lambda steps: {*steps[-KEPT:]})
-    kept.clean()
+    processes.first_does(kept.clean)
     kept.save(step - 1, *programs.stored(state), {"step": step - 1})
     kept.finish_save()
-    text = [run.tokenizer.decode(row) for row in batch]
-    values = {"step": step, "tokens": batch.tolist(), "text": text}
-    write_atomically(run.bad_path / f"step-{step}.json", json.dumps(values))
+    rows = [run.tokenizer.decode(row) for row in batch]
+    values = {"step": step, "tokens": batch.tolist(), "text": rows}
+    path, text = run.bad_path / f"step-{step}.json", json.dumps(values)
+    processes.first_does(lambda: write_atomically(path, text))
 
 
 def replay(

@@ -1,5 +1,6 @@
 """What a person sees of a run. Bars and tables on a terminal, plain lines elsewhere."""
 
+import math
 import os
 import platform
 import time
@@ -142,3 +143,23 @@ def processor() -> str:
         lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
         name = next((v.strip() for k, _, v in lines if k.strip() == "model name"), name)
     return f"{name}, {os.cpu_count()} cores"
+
+
+class Clock:
+    """Seconds of training over all sessions of a run; evaluations and saves are outside it."""
+
+    def __init__(self, before: float):
+        self._seconds = before
+        self._since = math.nan
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def read(self) -> float:
+        return self._seconds + time.perf_counter() - self._since
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        self._seconds = self.read()
+        yield
+        self.start()

@@ -95,6 +95,12 @@ def mesh_of(m: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{math.prod(shape)} devices and there are {available}; lower mesh.data, mesh.fsdp or "
             f"mesh.tensor"
         )
+    if jax.process_count() > 1 and math.prod(shape) < available:
+        raise UserError(
+            f"the mesh data={shape[0]} x fsdp={m.fsdp} x tensor={m.tensor} leaves out devices of "
+            f"the {jax.process_count()} processes, which have {available}; raise mesh.data or "
+            f"mesh.fsdp, with a batch_size that they divide"
+        )
     devices = devices[: math.prod(shape)]
     # Auto: XLA infers every sharding. The default, Explicit, would ask the model to name them.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -1,12 +1,8 @@
 """The training run, from a config to a folder that `sample.py` loads: the story, in order."""
 
 import math
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,18 +11,20 @@ import jax
 import numpy as np
 import optax
 
-from gptjax import finetune, metrics, pretrained, replay, runs, summary
+from gptjax import finetune, metrics, pretrained, processes, replay, runs, summary
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
 from gptjax.data import Dataset, fingerprint, open_dataset
 from gptjax.errors import UserError
 from gptjax.files import Damaged
 from gptjax.generate import Sampling, generate
+from gptjax.profile import Profile
 from gptjax.programs import Programs
 from gptjax.records import Record
-from gptjax.report import Report
+from gptjax.report import Clock, Report
 from gptjax.runs import Run, run_name
 from gptjax.step import StepMetrics
+from gptjax.stopping import Stop, until_signal
 
 SAMPLE_TOKENS = 300  # shown when a run ends
 
@@ -39,6 +37,7 @@ def train(
     model: nn.Module | None = None,
     optimizer: optax.GradientTransformation | None = None,
     report: Report | None = None,
+    profile: bool = False,
 ) -> Record:
     """Train as `config` says; keep everything in `directory`.
 
@@ -49,6 +48,7 @@ def train(
         model: your own, of the contract in `model.py`; None: the config's.
         optimizer: your own; None: the config's.
         report: where to tell the story; None: standard output.
+        profile: trace a few calls of the devices, into the folder's `profile/`.
 
     Returns:
         The record of the last step, as in metrics.jsonl.
@@ -57,48 +57,70 @@ def train(
         UserError: input that cannot be used, a run that another process is training, a loss that
             stays not finite, or a disk that takes no more.
     """
-    report = report or Report()
+    report = report or Report(quiet=not processes.is_first())
     run, params = Run(directory) if resume else None, None
     if run is None and config.init is not None:
-        loaded = pretrained.load(config.init)
+        loaded = processes.first_then_all(partial(pretrained.load, config.init))
         report.say(pretrained.origin(config, loaded))
         config, params = pretrained.fit(config, loaded)
-        dataset = open_dataset(config, loaded.tokenizer, report)
-        pretrained.check_tokenizer(loaded, dataset.tokenizer)
+        tokenizer = loaded.tokenizer
     else:
-        dataset = open_dataset(config, run and run.tokenizer, report)
+        loaded, tokenizer = None, run and run.tokenizer
+    dataset = processes.first_then_all(lambda: open_dataset(config, tokenizer, report))
+    if loaded is not None:
+        pretrained.check_tokenizer(loaded, dataset.tokenizer)
     programs = Programs(config, dataset.tokenizer.vocab_size, model, optimizer)
     if not jax.tree.leaves(finetune.trained(programs.abstract.params, config.optim)):
         raise UserError(
             f"optim.freeze={config.optim.freeze!r} leaves nothing to train; give a narrower one, "
             f"or start a new run from this one with --init"
         )
-    with runs.locked(directory):
+    told = lambda: f"{config}{dataset.tokenizer.to_json()}{fingerprint(dataset)}"
+    processes.check_same("a text or settings", told)
+
+    def open_folder() -> dict[str, Any]:
+        """Make the folder, or change the one that is resumed; what has changed."""
+        lock.enter_context(runs.locked(directory))
         if run is None:
-            run = Run.create(directory, config, dataset.tokenizer)
-        run.use_text(config.data.text, fingerprint(dataset))
-        for name, (old, new) in {**run.changed, **run.change_config(config)}.items():
+            opened = Run.create(directory, config, dataset.tokenizer)
+        else:
+            opened = run
+        opened.use_text(config.data.text, fingerprint(dataset))
+        return {**opened.changed, **opened.change_config(config)}
+
+    with ExitStack() as lock:
+        for name, (old, new) in processes.first_does(open_folder).items():
             report.say(f"changed: {name} was {old}, is {new}")
-        return _train(run, dataset, programs, report, params, own_model=model is not None)
+        run = Run(directory)
+        run.use_text(config.data.text, fingerprint(dataset))
+        return _train(run, dataset, programs, report, params, profile, model is not None)
 
 
 def _train(
-    run: Run, dataset: Dataset, programs: Programs, report: Report, params: Any, own_model: bool
+    run: Run,
+    dataset: Dataset,
+    programs: Programs,
+    report: Report,
+    params: Any,
+    profile: bool,
+    own_model: bool,
 ) -> Record:
     """From the newest checkpoint, or from `params`, to the last step."""
     config, directory = programs.config, run.directory
     checkpoints = Checkpoints(run.checkpoints_path, run.keep)
-    checkpoints.clean()
-    start = _newest_sound_step(checkpoints, report)
+    processes.first_does(checkpoints.clean)
+    start = processes.first_does(lambda: _newest_sound_step(checkpoints, report))
     if start > config.steps:
         raise UserError(
             f"{directory} is at step {start} already, past steps={config.steps}; give more --steps"
         )
-    if start in checkpoints.steps():
+    if processes.first_does(lambda: start in checkpoints.steps()):
         state = programs.restore(checkpoints, start)
     else:
         state = programs.start(pretrained.initial(config) if params is None else params)
     feed, val_tokens = programs.training(dataset), programs.hold(dataset.val)
+
+    log = run.log if processes.is_first() else lambda records: None
 
     def finish(step: int, record: Record, stopped: bool) -> Record:
         """Save, then evaluate, then log: a crash while evaluating loses nothing."""
@@ -123,34 +145,43 @@ def _train(
                 record["val_loss"] = loss(state.weights, val_tokens, step, True)
                 record["val_bits_per_byte"] = dataset.bits_per_byte(record["val_loss"])
             report.evaluation(step, config.steps, record)
-        run.log([record])
+        log([record])
         return record
 
     report.summary(f"run {directory}", summary.before(programs, dataset, start))
     if warning := summary.warning(programs, dataset):
         report.say(warning)
-    logged, damage = run.rewind_metrics(start)
+    logged, damage = processes.first_does(lambda: run.rewind_metrics(start))
     if damage and start:
         report.say(f"going on with the metrics that are left: {damage}")
     record: Record = logged[-1] if logged else {"step": 0, "seconds": 0.0}
     if start and record["step"] < start:
         record = checkpoints.record(start)
-    clock = _Clock(record.get("seconds") or 0.0)
+    clock = Clock(record.get("seconds") or 0.0)
     step = start
     skips = _skips(logged)
-    with _until_signal() as stop_asked, report.progress(start, config), checkpoints.sealing():
+    stopped = False
+    trace = Profile(run.directory / "profile" if profile and processes.is_first() else None)
+    with (
+        until_signal() as asked,
+        report.progress(start, config),
+        checkpoints.sealing(),
+        trace.ending(),
+    ):
+        stop = Stop(asked, programs.mesh)
         if not logged or logged[-1]["step"] < start:
             record = finish(start, record, stopped=False)
         clock.start()
-        while step < config.steps and not stop_asked():
+        while step < config.steps and not stopped:
             boundary = _next_boundary(config, step)
             records: list[Record] = []
             bad: _Bad | None = None
             before: tuple[int, int, StepMetrics] | None = None
-            while step < boundary and bad is None and not (before and stop_asked()):
+            while step < boundary and bad is None and not (before and stop.soon()):
                 n = min(config.steps_per_dispatch, boundary - step)
                 tokens = feed(step, then=step + n)
-                state, out = programs.train_steps(state, tokens, programs.seed_key, n)
+                with trace.call(step):
+                    state, out = programs.train_steps(state, tokens, programs.seed_key, n)
                 if before:  # read the steps before these while the device makes these
                     bad = _read(*before, records, clock, report)
                 before, step = (step, n, out), step + n
@@ -171,9 +202,9 @@ def _train(
                 )
                 state = programs.skip(state)
             step = records[-1]["step"]
-            run.log(records[:-1])
+            log(records[:-1])
             if skips == config.stop_after_skips:
-                run.log(records[-1:])
+                log(records[-1:])
                 raise UserError(
                     f"the loss or the gradient was not finite for {skips} steps in a row, up to "
                     f"step {step} ({records[-1]['skipped']}): training has diverged; look at it "
@@ -181,7 +212,8 @@ def _train(
                     f"lower --optim.learning-rate"
                 )
             with clock.stopped():
-                record = finish(step, records[-1], stop_asked())
+                stopped = stop.now()
+                record = finish(step, records[-1], stopped)
 
     name = run_name(directory)
     if step < config.steps:
@@ -190,6 +222,8 @@ def _train(
     flops = 0 if own_model else metrics.flops_per_token(config.model, programs.abstract.params)
     report.summary("done", summary.after(programs, run, record, flops))
     report.say("a sample:\n" + _sample(programs.model_here, state.weights, dataset, config))
+    if trace.folder is not None:
+        report.say(f"traced some steps: xprof --logdir {trace.folder}")
     if not own_model:
         report.say(f"next: python sample.py --run {name}")
     return record
@@ -227,7 +261,7 @@ class _Bad(NamedTuple):
 
 
 def _read(
-    first: int, n: int, out: StepMetrics, records: list[Record], clock: "_Clock", report: Report
+    first: int, n: int, out: StepMetrics, records: list[Record], clock: Clock, report: Report
 ) -> _Bad | None:
     """Append the records of the n steps after step `first`, up to one that is bad; waits until
     the device has made them."""
@@ -248,46 +282,6 @@ def _skips(records: list[Record]) -> int:
     while count < len(records) and "skipped" in records[-1 - count]:
         count += 1
     return count
-
-
-class _Clock:
-    """Seconds of training over all sessions of a run; evaluations and saves are outside it."""
-
-    def __init__(self, before: float):
-        self._seconds = before
-        self._since = math.nan
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def read(self) -> float:
-        return self._seconds + time.perf_counter() - self._since
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        self._seconds = self.read()
-        yield
-        self.start()
-
-
-@contextmanager
-def _until_signal() -> Iterator[Callable[[], bool]]:
-    """Note the first Ctrl-C or SIGTERM, for the loop to stop at a whole step; obey the second."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(number)
-        os.write(2, b"\nstopping after this step, to save; once more to quit at once\n")
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _sample(model: nn.Module, params: Any, dataset: Dataset, config: Config) -> str:

@@ -6,7 +6,7 @@ numbers; and last a loss that was logged is measured again from the state that w
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import jax
@@ -19,6 +19,7 @@ from rich.table import Table
 from gptjax import cli, runs
 from gptjax.cache import use_compilation_cache
 from gptjax.checkpoint import Checkpoints
+from gptjax.config import MeshConfig
 from gptjax.data import fingerprint, open_dataset
 from gptjax.errors import UserError, one_line_errors
 from gptjax.programs import Programs
@@ -69,7 +70,9 @@ def verify(name: str | None) -> list[Check]:
     run = Run(directory)
     check("metrics", lambda: _metrics(run))
     checkpoints = Checkpoints(run.checkpoints_path)
-    programs = Programs(run.config, run.tokenizer.vocab_size)
+    # On as many devices as are here: where a run was trained decides no number.
+    here = replace(run.config, mesh=MeshConfig())
+    programs = Programs(here, run.tokenizer.vocab_size)
     sound = []
     for step in checkpoints.steps():
         if check(f"checkpoint {step}", lambda step=step: _checkpoint(programs, checkpoints, step)):

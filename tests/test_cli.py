@@ -139,6 +139,10 @@ TRAIN_MESSAGES = [
     ("--run", f"Missing value for argument '--run'. Expected 1 values.{SEE_TRAIN}"),
     ("--steps 0", "steps=0 is too small; give 1 or more"),
     (
+        "--distributed-wait 0",
+        "--distributed-wait 0 is too small; give 1 or more seconds",
+    ),
+    (
         "--resume --run nope",
         "runs/nope is not a run's folder (it has no config.json); runs here: none",
     ),
@@ -156,6 +160,14 @@ TRAIN_MESSAGES = [
 @pytest.mark.parametrize(("argv", "message"), TRAIN_MESSAGES, ids=[a for a, _ in TRAIN_MESSAGES])
 def test_train_says_what_is_wrong(argv, message):
     assert message_of(parse_train, argv.split()) == message
+
+
+def test_a_step_is_made_again_by_one_process(elsewhere, monkeypatch):
+    monkeypatch.setattr(runs, "find", lambda *args, **kwargs: elsewhere)
+    monkeypatch.setattr(runs, "read_config", lambda directory: PRESETS["tiny"])
+    assert message_of(parse_train, ["--replay", "3", "--distributed", "auto"]) == (
+        "--replay is the work of one process; leave --distributed out"
+    )
 
 
 def test_two_presets_are_not_mixed():

@@ -24,6 +24,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cache": set(),
     "hlo": set(),
     "chips": {"errors"},
+    "processes": {"errors"},
+    "stopping": set(),
+    "profile": set(),
     "files": {"errors"},
     "records": {"errors", "files"},
     "folders": {"errors", "files"},
@@ -55,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"config"},
     "generate": set(),
     "step": {"config", "data", "errors", "finetune", "optim"},
-    "checkpoint": {"errors", "files", "records"},
+    "checkpoint": {"errors", "files", "processes", "records"},
     "feed": {"config", "data", "step", "subwords"},
     "pretrained": {
         *("build", "checkpoint", "config", "errors", "files", "gguf_file", "hf", "hf_config"),
@@ -66,13 +69,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("optim", "sharding", "step"),
     },
     "replay": {
-        *("checkpoint", "data", "errors", "feed", "files", "pretrained", "programs", "report"),
-        *("runs", "step"),
+        *("checkpoint", "data", "errors", "feed", "files", "pretrained", "processes"),
+        *("programs", "report", "runs", "step"),
     },
     "summary": {"checkpoint", "data", "finetune", "metrics", "programs", "records", "runs"},
     "train": {
         *("checkpoint", "config", "data", "errors", "files", "finetune", "generate", "metrics"),
-        *("pretrained", "programs", "records", "replay", "report", "runs", "step", "summary"),
+        *("pretrained", "processes", "profile", "programs", "records", "replay", "report", "runs"),
+        *("step", "stopping", "summary"),
     },
     "sample": {
         *("build", "checkpoint", "cli", "errors", "generate", "pretrained", "runs", "sharding"),
@@ -88,7 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "meshes": {"cache", "cli", "config", "errors", "hlo", "programs", "step"},
     "verify": {
-        *("cache", "checkpoint", "cli", "data", "errors", "programs", "records", "runs"),
+        *("cache", "checkpoint", "cli", "config", "data", "errors", "programs", "records", "runs"),
     },
     "estimate": {"chips", "config", "errors", "hlo", "metrics", "sharding"},
     "aot": {"chips", "config", "errors", "hlo", "programs"},

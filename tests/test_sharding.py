@@ -1,6 +1,7 @@
 """Tests of the mesh on eight simulated devices: where things lie never changes the numbers."""
 
 import functools
+import io
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
 
 from gptjax import hlo, meshes, sharding
 from gptjax.build import build_model
@@ -433,11 +435,32 @@ def test_the_cache_is_spread_over_rows_and_heads(model):
 # The lesson
 
 
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "scaling.md").read_text()
+
+
+def cells(markdown: str) -> list[list[str]]:
+    """The rows of a table in Markdown, but for its head."""
+    lines = [line.strip().strip("|").split("|") for line in markdown.splitlines() if "|" in line]
+    return [[cell.strip() for cell in line] for line in lines][2:]
+
+
+def test_the_page_shows_every_mesh():
+    shown = cells(PAGE.split("<!-- gptjax.meshes -->")[1].split("<!--")[0])
+    assert [row[0] for row in shown] == [meshes.described(mesh) for mesh in meshes.meshes()]
+    assert len(shown) == 1 + 3 + 6 + 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("modern", [False, True], ids=["plain", "modern"])
-def test_every_mesh_of_up_to_eight_devices_learns_the_same(modern):
+def test_every_mesh_of_up_to_eight_devices_learns_the_same_and_moves_what_the_page_says(modern):
     config = meshes.MODERN if modern else meshes.PLAIN
     rows = [meshes.measure(replace(config, mesh=mesh)) for mesh in meshes.meshes()]
-    assert len(rows) == 1 + 3 + 6 + 10
     for row in rows:
         np.testing.assert_allclose(row.losses, rows[0].losses, rtol=0, atol=1e-5)
+    if not modern:
+        console = Console(width=400, file=io.StringIO())
+        console.print(meshes.table(rows))
+        made = cells(console.file.getvalue())  # pyright: ignore[reportAttributeAccessIssue]
+        shown = cells(PAGE.split("<!-- gptjax.meshes -->")[1].split("<!--")[0])
+        for a, b in zip(made, shown, strict=True):
+            assert [a[0], *a[2:]] == [b[0], *b[2:]]  # but for the differences, which are rounding

@@ -227,6 +227,15 @@ def test_a_state_that_is_not_finite_is_never_saved(finished, tmp_path):
     assert Checkpoints(directory / "checkpoints").steps() == [8, 16]
 
 
+def test_a_trace_changes_no_number_and_names_the_step(finished, tmp_path):
+    directory, config = finished
+    train(config, tmp_path / "run", report=Report(quiet=True), profile=True)
+    same_run(directory, tmp_path / "run", config.steps)
+    [trace] = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    assert b"train_steps" in trace.read_bytes()
+    assert not (directory / "profile").exists()
+
+
 def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, capsys):
     whole, config = finished
     directory = tmp_path / "flipped"
