@@ -15,14 +15,16 @@ import numpy as np
 
 from gptjax.config import Config
 from gptjax.data import random_starts
-from gptjax.step import BATCH, batch_at, eval_starts, random_key
+from gptjax.step import BATCH, Batches, batch_at, eval_starts, random_key
 from gptjax.subwords import extra
+
+EVERY = slice(None)  # row of a batch
 
 
 class Feed(Protocol):
     """Where `train_steps` gets its tokens from."""
 
-    def __call__(self, step: int, then: int | None = None) -> jax.Array:
+    def __call__(self, step: int, then: int | None = None) -> jax.Array | Batches:
         """What the updates after `step` are made of; those after `then` come next."""
         ...
 
@@ -64,15 +66,15 @@ class OnDisk:
     Args:
         config: of the run.
         parts: training tokens of each text, and how often it is drawn from.
-        put: takes this process's share of the (n, B, T + 1) batches of n = steps_per_dispatch
-            updates to the devices.
+        put: takes a function from a slice of a batch's rows to these of the (n, B, T + 1) batches
+            of n = steps_per_dispatch updates, and lays them where the devices need them.
     """
 
     def __init__(
         self,
         config: Config,
         parts: tuple[tuple[np.ndarray, float], ...],
-        put: Callable[[np.ndarray], jax.Array],
+        put: Callable[[Callable[[slice], np.ndarray]], jax.Array],
     ):
         self._config, self._put = config, put
         self._parts = parts
@@ -81,18 +83,19 @@ class OnDisk:
         else:
             self._rows = partial(random_rows, config, parts[0][0])
         self._pool = ThreadPoolExecutor(1, "feed")
-        self._ahead: tuple[int, Future[jax.Array]] | None = None
+        self._ahead: tuple[int, Future[Batches]] | None = None
 
-    def __call__(self, step: int, then: int | None = None) -> jax.Array:
+    def __call__(self, step: int, then: int | None = None) -> Batches:
         ahead, self._ahead = self._ahead, None
         found = ahead[1].result() if ahead and ahead[0] == step else self._make(step)
         if then is not None:
             self._ahead = then, self._pool.submit(self._make, then)
         return found
 
-    def _make(self, step: int) -> jax.Array:
+    def _make(self, step: int) -> Batches:
         n = self._config.steps_per_dispatch
-        return self._put(self._rows(step, n, jax.process_index(), jax.process_count()))
+        rows = self._put(lambda share: self._rows(step, n, share))
+        return Batches(step, rows)
 
     def batch(self, step: int) -> np.ndarray:
         return self._rows(step, 1)[0].astype(np.int32)
@@ -108,7 +111,7 @@ class OnDisk:
 
 
 def random_rows(
-    config: Config, tokens: np.ndarray, step: int, n: int, process: int = 0, processes: int = 1
+    config: Config, tokens: np.ndarray, step: int, n: int, share: slice = EVERY
 ) -> np.ndarray:
     """Windows at random places, those that `batch_at` cuts on the device.
 
@@ -116,13 +119,13 @@ def random_rows(
         config: of the run.
         tokens: (N,).
         step: of the first batch; n: how many batches.
-        process: which share of each batch, of how many `processes`.
+        share: which rows of each batch.
 
     Returns:
-        (n, B / processes, T + 1), of the tokens' type.
+        (n, rows, T + 1), of the tokens' type.
     """
     starts = _starts(config, len(tokens), step, n)
-    return gather(tokens, _share(starts, process, processes), config.model.block_size)
+    return gather(tokens, starts[:, share], config.model.block_size)
 
 
 def shuffled_rows(
@@ -157,9 +160,9 @@ def shuffled_rows(
     weights = [weight for _, weight in parts]
     mixed = grain.MapDataset.mix(orders, weights) if len(orders) > 1 else orders[0]
 
-    def rows(step: int, n: int, process: int = 0, processes: int = 1) -> np.ndarray:
+    def rows(step: int, n: int, share: slice = EVERY) -> np.ndarray:
         places = np.arange(step * B, (step + n) * B).reshape(n, B)
-        mine = _share(places, process, processes)
+        mine = places[:, share]
         return np.stack([mixed[int(i)] for i in mine.flat]).reshape(*mine.shape, T + 1)
 
     return rows
@@ -174,12 +177,6 @@ def in_a_row(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n, B, T + 1) windows as one array of tokens, and their (n, B) starts in it."""
     n, B, width = windows.shape
     return windows.ravel(), (np.arange(n * B, dtype=np.int32) * width).reshape(n, B)
-
-
-def _share(rows: np.ndarray, process: int, processes: int) -> np.ndarray:
-    """The rows of each batch that a process has the devices for."""
-    size = rows.shape[1] // processes
-    return rows[:, process * size : (process + 1) * size]
 
 
 def _starts(config: Config, n_tokens: int, step: int, n: int) -> np.ndarray:

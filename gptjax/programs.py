@@ -175,7 +175,7 @@ class Programs:
             return Resident(config, self.put(dataset.train), self.seed_key)
         placed = sharding.batches_sharding(self.mesh)
         shape = config.steps_per_dispatch, config.batch_size, config.model.block_size + 1
-        put = lambda rows: jax.make_array_from_process_local_data(placed, rows, shape)
+        put = lambda make: jax.make_array_from_callback(shape, placed, lambda at: make(at[1]))
         return OnDisk(config, dataset.parts, put)
 
     def put(self, tokens: Any) -> jax.Array:

@@ -187,9 +187,8 @@ def _train(
                 before, step = (step, n, out), step + n
                 checkpoints.finish_save(wait=False)
             assert before
-            if bad:  # then the last call began with the bad step too, and met the same
-                before = bad.step - 1, *before[1:]
-            bad = _read(*before, records, clock, report)
+            if bad is None:  # else the last call found the state before the bad step, and kept it
+                bad = _read(*before, records, clock, report)
             skips = (skips if bad and not records else 0) + bool(bad)
             if bad:
                 records.append(

@@ -251,19 +251,19 @@ def test_another_text_is_refused_and_the_same_may_move(run, finished, tmp_path):
 
 def test_every_token_of_a_text_counts_in_its_fingerprint(monkeypatch):
     tokens = np.arange(1000, dtype=np.uint16)
-    dataset = Dataset(ByteTokenizer(), tokens, tokens[:100])
+    dataset = Dataset(ByteTokenizer(), ((tokens, 1.0),), tokens[:100], 100, {})
     first = fingerprint(dataset)
     for place in range(0, 1000, 7):
         other = tokens.copy()
         other[place] += 1
-        assert fingerprint(dataset._replace(train=other)) != first
+        assert fingerprint(dataset._replace(parts=((other, 1.0),))) != first
     monkeypatch.setattr(data, "SAMPLED", 256)  # now a long text: ends and pieces between
     monkeypatch.setattr(data, "PIECES", 8)
     first, found = fingerprint(dataset), 0
     for place in range(1000):
         other = tokens.copy()
         other[place] += 1
-        found += fingerprint(dataset._replace(train=other)) != first
+        found += fingerprint(dataset._replace(parts=((other, 1.0),))) != first
     assert found == 256
 
 
