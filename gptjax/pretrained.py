@@ -81,7 +81,13 @@ def load(name: str) -> Pretrained:
     tokenizer = source.tokenizer
     if tokenizer is None and source.config.vocab_size in GPT2_ROWS:
         tokenizer = vocabulary.gpt2()
+    rows = source.config.vocab_size or 0
     with _naming(name):
+        if tokenizer is not None and tokenizer.vocab_size > rows:
+            raise UserError(
+                f"its tokenizer has {tokenizer.vocab_size} tokens, more than the {rows} of the "
+                f"model"
+            )
         return Pretrained(name, source.config, to_params(source), tokenizer)
 
 
