@@ -132,7 +132,8 @@ def test_batches_are_made_ahead_and_never_mixed_up():
     ahead = feed.OnDisk(CONFIG, ((TOKENS, 1.0),), put)
     expected = lambda step: feed.random_rows(CONFIG, TOKENS, step, CONFIG.steps_per_dispatch)
     for step, then in ((0, 8), (8, 16), (16, 20), (3, 11), (11, None), (19, None)):
-        assert (batches := ahead(step, then)).first == step
+        batches = ahead(step, then)
+        assert batches.first == step
         np.testing.assert_array_equal(batches.rows, expected(step))
     threads = {first: name for first, name in made}
     by_thread = [
@@ -242,6 +243,7 @@ def test_batches_are_spread_over_the_devices(own: Config):
     config = replace(config, data=replace(own.data, resident_tokens=0))
     dataset = open_dataset(config)
     programs = Programs(config, dataset.tokenizer.vocab_size)
-    batches = programs.training(dataset)(0)
+    batches: Any = programs.training(dataset)(0)
+    batches = batches.rows
     assert batches.shape == (3, 16, config.model.block_size + 1)
     assert {s.data.shape for s in batches.addressable_shards} == {(3, 2, batches.shape[2])}
