@@ -1,6 +1,6 @@
 """What a run computes with: its model and optimizer, its devices, its compiled programs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -175,7 +175,11 @@ class Programs:
             return Resident(config, self.put(dataset.train), self.seed_key)
         placed = sharding.batches_sharding(self.mesh)
         shape = config.steps_per_dispatch, config.batch_size, config.model.block_size + 1
-        put = lambda make: jax.make_array_from_callback(shape, placed, lambda at: make(at[1]))
+
+        def put(make: Callable[[slice], np.ndarray]) -> jax.Array:
+            at = lambda index: make(index[1])  # each device asks for its rows
+            return jax.make_array_from_callback(shape, placed, at)
+
         return OnDisk(config, dataset.parts, put)
 
     def put(self, tokens: Any) -> jax.Array:
