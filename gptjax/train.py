@@ -157,6 +157,9 @@ def _train(
     record: Record = logged[-1] if logged else {"step": 0, "seconds": 0.0}
     if start and record["step"] < start:
         record = checkpoints.record(start)
+    unfinished = start == config.steps == record["step"] and "val_loss" not in record
+    if unfinished:  # it was stopped here, and this was not yet to be the last step
+        processes.first_does(lambda: run.rewind_metrics(start - 1))
     clock = Clock(record.get("seconds") or 0.0)
     step = start
     skips = _skips(logged)
@@ -169,7 +172,7 @@ def _train(
         trace.ending(),
     ):
         stop = Stop(asked, programs.mesh)
-        if not logged or logged[-1]["step"] < start:
+        if not logged or logged[-1]["step"] < start or unfinished:
             record = finish(start, record, stopped=False)
         clock.start()
         while step < config.steps and not stopped:

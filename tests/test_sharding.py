@@ -233,6 +233,12 @@ VARIANTS = [
 VARIANTS.append(replace(CONFIG.model, n_kv_head=1, activation="swiglu"))
 
 
+def leaves(model: ModelConfig) -> dict[str, Any]:
+    """The parameters of a model that is tuned by low-rank updates: all kinds of leaves."""
+    config = replace(CONFIG, model=model, optim=replace(CONFIG.optim, lora_rank=2))
+    return by_path(Programs(config, VOCAB).abstract.params)
+
+
 def matches(name: str, ndim: int) -> list[int]:
     return [
         i
@@ -245,8 +251,7 @@ def matches(name: str, ndim: int) -> list[int]:
     "model", VARIANTS, ids=lambda m: f"{m.tie_head}-{m.bias}-{m.qkv_bias}-{m.activation}"
 )
 def test_each_leaf_has_exactly_one_rule(model):
-    params = by_path(abstract_state(replace(CONFIG, model=model)).params)
-    for name, leaf in params.items():
+    for name, leaf in leaves(model).items():
         found = matches(name, leaf.ndim)
         assert len(found) == 1, f"{name} with {leaf.ndim} axes matches the rules {found}"
 
@@ -255,7 +260,7 @@ def test_each_rule_has_a_leaf():
     used = {
         i
         for model in VARIANTS
-        for name, leaf in by_path(abstract_state(replace(CONFIG, model=model)).params).items()
+        for name, leaf in leaves(model).items()
         for i in matches(name, leaf.ndim)
     }
     assert used == set(range(len(sharding.RULES)))

@@ -263,6 +263,20 @@ def test_resuming_what_is_finished_or_past_its_end(finished, tmp_path):
     assert longer["step"] == 30
 
 
+def test_a_run_that_stopped_at_what_is_now_its_last_step_is_evaluated(finished, tmp_path):
+    _, config = finished
+    directory = tmp_path / "cut"
+    config = replace(config, eval_every=24, save_every=24)  # nothing is due in between
+    step = train(config, directory, report=SignalAt(4))["step"]
+    assert step < 24
+    config = replace(config, steps=step)
+    record = train(config, directory, resume=True, report=Report(quiet=True))
+    assert record["step"] == step and "val_loss" in record
+    lines = records(directory)
+    assert [line["step"] for line in lines] == list(range(step + 1))
+    assert lines[-1]["val_loss"] == record["val_loss"] and "loss" in lines[-1]
+
+
 def test_divergence_stops_the_run_and_keeps_its_checkpoint(finished, tmp_path):
     _, config = finished
     config = replace(config, optim=replace(config.optim, learning_rate=1e30, grad_clip=None))
