@@ -64,6 +64,8 @@ def write_atomically(path: Path, content: str | BinaryIO) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Let the names in a folder survive a power cut, as fsync does for a file's bytes."""
+    if os.name == "nt":
+        return  # Windows opens no folders
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -192,6 +194,6 @@ def _files(folder: Path) -> list[Path]:
 def _digest(path: Path, sync: bool = True) -> str:
     """The sha256 of a file; `sync`: of what is on the disk, not merely on its way there."""
     with path.open("rb") as file:
-        if sync:
+        if sync and os.name != "nt":  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
