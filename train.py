@@ -21,15 +21,15 @@ if __name__ == "__main__":
         if command.plan is not None:
             # The CUDA plug-in, loaded to compile, need not say that there is no GPU.
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-            from gptjax.plan import plan
+            from gptjax.scale.plan import plan
 
             plan(command.settings, command.plan)
             sys.exit()
         directory = command.directory() if command.distributed is None else None
         # jax is imported here, after the arguments were understood.
-        from gptjax import processes
         from gptjax.cache import use_compilation_cache
         from gptjax.replay import replay
+        from gptjax.scale import processes
         from gptjax.train import train
 
         use_compilation_cache()

@@ -1,7 +1,8 @@
 """How GPTs scale over accelerators, on paper: `python -m benchmarks.scaling [--confirm]`.
 
-Each point is the fastest step by the arithmetic of `gptjax.estimate` that fits the memory, all at
-published peaks; `--confirm` compiles a few of them ahead of time, and prints both. Nothing is run.
+Each point is the fastest step by the arithmetic of `gptjax.scale.estimate` that fits the memory,
+all at published peaks; `--confirm` compiles a few of them ahead of time, and prints both.
+Nothing is run.
 """
 
 import sys
@@ -13,10 +14,10 @@ from rich.progress import track
 
 from benchmarks import measure
 from gptjax import cli
-from gptjax.chips import CHIPS, GIB, Chip, read_target
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError, one_line_errors
 from gptjax.presets import PRESETS
+from gptjax.scale.chips import CHIPS, GIB, Chip, read_target
 
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 BATCH = {"7b": 1024}  # windows in an update, whatever the devices; 512 of the others
@@ -28,7 +29,7 @@ class ScalingCommand:
     """Tell what limits GPTs of 124 M to 7 B parameters on 8 to 1024 accelerators."""
 
     chips: tuple[str, ...] = ("v5p", "h100")
-    """Of `gptjax.chips`."""
+    """Of `gptjax.scale.chips`."""
     models: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "7b")
     """Presets."""
     confirm: bool = False
@@ -77,7 +78,7 @@ def meshes(count: int, chip: Chip) -> dict[str, list[MeshConfig]]:
 
 def point(model: str, name: str, count: int, axes: str, state: Any) -> Point | None:
     """The fastest that fits of those meshes; None: none does."""
-    from gptjax import estimate
+    from gptjax.scale import estimate
 
     chip, config = CHIPS[name], config_of(model)
     found = estimate.proposals(config, state, chip, meshes(count, chip)[axes])
@@ -199,8 +200,8 @@ def draw(command: ScalingCommand, points: list[Point], out: Path) -> None:
 
 def confirm() -> list[dict[str, Any]]:
     """Some points compiled: what the compiler says beside what the arithmetic said."""
-    from gptjax import aot, estimate, plan
     from gptjax.programs import Programs
+    from gptjax.scale import aot, estimate, plan
 
     rows, facts = [], []
     for text in POINTS:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import measure
-from gptjax import cli, texts
+from gptjax import cli
 from gptjax.errors import UserError, one_line_errors
 from gptjax.presets import PRESETS
 from gptjax.report import Report
-from gptjax.runs import Record
+from gptjax.store.runs import Record
+from gptjax.text import texts
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600.0  # seconds after which a command counts as hanging

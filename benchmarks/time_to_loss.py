@@ -20,7 +20,7 @@ from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError, one_line_errors
 from gptjax.presets import PRESETS
 from gptjax.report import Report
-from gptjax.runs import Run
+from gptjax.store.runs import Run
 
 LEADERBOARD = Path("docs") / "leaderboard.md"
 BASELINE = "nanoGPT's, PyTorch"
@@ -128,8 +128,8 @@ def _evaluations(records: list[dict[str, float]], dispatch: int) -> list[dict[st
 def train_theirs(config: Config) -> Callable[[int], list[dict[str, float]]]:
     """The baseline, in its process."""
     from benchmarks import torch_gpt
-    from gptjax import texts
-    from gptjax.tokenizer import CharTokenizer
+    from gptjax.text import texts
+    from gptjax.text.tokenizer import CharTokenizer
 
     text = texts.read_text(config.data.text)
     tokenizer = CharTokenizer.fit(text)

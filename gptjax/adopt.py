@@ -11,14 +11,16 @@ from typing import Annotated
 
 import tyro
 
-from gptjax import cli, pretrained, runs
-from gptjax.checkpoint import Checkpoints
+from gptjax import cli
 from gptjax.errors import UserError, one_line_errors
 from gptjax.presets import PRESETS
 from gptjax.programs import Programs
-from gptjax.runs import Run, run_name
-from gptjax.texts import read_text
-from gptjax.tokenizer import CharTokenizer
+from gptjax.store import runs
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.runs import Run, run_name
+from gptjax.text.texts import read_text
+from gptjax.text.tokenizer import CharTokenizer
+from gptjax.weights import pretrained
 
 FIRST = {"step": 0, "seconds": 0.0}  # the only record
 

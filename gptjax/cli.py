@@ -13,11 +13,11 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from gptjax import runs
 from gptjax.config import OF_A_LOADED_MODEL, Config, MeshConfig, differences
 from gptjax.errors import UserError
 from gptjax.presets import PRESETS
-from gptjax.tokenizer import Unknown
+from gptjax.store import runs
+from gptjax.text.tokenizer import Unknown
 
 T = TypeVar("T")
 

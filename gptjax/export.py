@@ -14,14 +14,16 @@ import numpy as np
 import safetensors.numpy
 import tyro
 
-from gptjax import cli, hf_tokenizer, pretrained, runs
+from gptjax import cli
 from gptjax.build import build_model
-from gptjax.checkpoint import Checkpoints
 from gptjax.errors import UserError, one_line_errors
-from gptjax.files import write_atomically
-from gptjax.hf import to_tensors
-from gptjax.hf_config import write_config
-from gptjax.runs import Run
+from gptjax.store import runs
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.files import write_atomically
+from gptjax.store.runs import Run
+from gptjax.weights import hf_tokenizer, pretrained
+from gptjax.weights.hf import to_tensors
+from gptjax.weights.hf_config import write_config
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import Config
-from gptjax.data import random_starts
 from gptjax.step import BATCH, Batches, batch_at, eval_starts, random_key
-from gptjax.subwords import extra
+from gptjax.text.data import random_starts
+from gptjax.text.subwords import extra
 
 EVERY = slice(None)  # row of a batch
 

@@ -19,17 +19,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gptjax import cli, files, runs
+from gptjax import cli
 from gptjax.build import build_model
 from gptjax.config import Config, differences
-from gptjax.data import Dataset, open_dataset
 from gptjax.errors import UserError, one_line_errors
 from gptjax.lecture import CountedBigram, counted_bigram
 from gptjax.metrics import count_params
 from gptjax.presets import PRESETS
-from gptjax.records import Record
 from gptjax.report import Report, processor
-from gptjax.runs import Run
+from gptjax.store import files, runs
+from gptjax.store.records import Record
+from gptjax.store.runs import Run
+from gptjax.text.data import Dataset, open_dataset
 from gptjax.train import train
 
 # The lecture's validation losses, over 200 random batches: read off its run (bigram, at step

@@ -21,8 +21,8 @@ from gptjax import cli
 from gptjax.cache import use_compilation_cache
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
 from gptjax.errors import one_line_errors
-from gptjax.hlo import Program
 from gptjax.programs import Programs
+from gptjax.scale.hlo import Program
 from gptjax.step import TrainState
 
 STEPS, VOCAB = 20, 64

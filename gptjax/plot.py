@@ -8,9 +8,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from gptjax import cli, runs
+from gptjax import cli
 from gptjax.errors import UserError, one_line_errors
-from gptjax.runs import Run
+from gptjax.store import runs
+from gptjax.store.runs import Run
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gptjax import finetune, sharding
 from gptjax.build import build_model
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config
-from gptjax.data import Dataset
 from gptjax.errors import UserError
 from gptjax.feed import Feed, OnDisk, Resident, gather, in_a_row
-from gptjax.kernels import make_attend
 from gptjax.optim import make_optimizer
+from gptjax.scale import sharding
+from gptjax.scale.kernels import make_attend
 from gptjax.step import (
     TrainState,
     eval_starts,
@@ -27,6 +25,9 @@ from gptjax.step import (
     make_gradient,
     make_train_steps,
 )
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.text.data import Dataset
+from gptjax.weights import finetune
 
 
 class Programs:

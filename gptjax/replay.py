@@ -17,16 +17,17 @@ import jax
 import numpy as np
 import optax
 
-from gptjax import pretrained, processes
-from gptjax.checkpoint import Checkpoints
-from gptjax.data import fingerprint, open_dataset
 from gptjax.errors import UserError
 from gptjax.feed import Feed
-from gptjax.files import write_atomically
 from gptjax.programs import Programs
 from gptjax.report import Report
-from gptjax.runs import Run
+from gptjax.scale import processes
 from gptjax.step import TrainState
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.files import write_atomically
+from gptjax.store.runs import Run
+from gptjax.text.data import fingerprint, open_dataset
+from gptjax.weights import pretrained
 
 KEPT = 3  # newest states of skipped steps
 LEAVES = 8  # of the gradient, shown

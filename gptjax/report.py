@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 from gptjax.config import Config
-from gptjax.records import Record
+from gptjax.store.records import Record
 
 ESTIMATE_AFTER = 3.0  # seconds of steps that are enough to tell the whole run's time
 PLAIN_EVERY = 15.0  # seconds between progress lines where there is no terminal

@@ -8,15 +8,16 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from gptjax import runs, sharding
 from gptjax.build import build_model
-from gptjax.checkpoint import Checkpoints
 from gptjax.cli import SampleCommand, read_prompt
 from gptjax.errors import UserError
 from gptjax.generate import CHUNK, Sampling, generate
-from gptjax.pretrained import weights
-from gptjax.runs import Run
-from gptjax.tokenizer import Tokenizer
+from gptjax.scale import sharding
+from gptjax.store import runs
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.runs import Run
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.weights.pretrained import weights
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # how bytes read that are no UTF-8, or not yet
 WARM_UP = 1 + CHUNK  # tokens of the first two yields, which both programs are compiled for

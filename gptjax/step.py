@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from jax.sharding import Sharding
 
-from gptjax import finetune
 from gptjax.config import Config, OptimConfig
-from gptjax.data import cut, random_starts, sample_batch, whole_split_starts
 from gptjax.errors import UserError
 from gptjax.optim import make_schedule
+from gptjax.text.data import cut, random_starts, sample_batch, whole_split_starts
+from gptjax.weights import finetune
 
 INIT, BATCH, DROPOUT, EVAL, LORA = range(5)  # purposes of a key
 

@@ -2,12 +2,13 @@
 
 import jax
 
-from gptjax import finetune, metrics
-from gptjax.checkpoint import Checkpoints
-from gptjax.data import Dataset
+from gptjax import metrics
 from gptjax.programs import Programs
-from gptjax.records import Record
-from gptjax.runs import Run
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.records import Record
+from gptjax.store.runs import Run
+from gptjax.text.data import Dataset
+from gptjax.weights import finetune
 
 
 def before(programs: Programs, dataset: Dataset, start: int) -> dict[str, str]:

@@ -11,20 +11,23 @@ import jax
 import numpy as np
 import optax
 
-from gptjax import finetune, metrics, pretrained, processes, replay, runs, summary
-from gptjax.checkpoint import Checkpoints
+from gptjax import metrics, replay, summary
 from gptjax.config import Config
-from gptjax.data import Dataset, fingerprint, open_dataset
 from gptjax.errors import UserError
-from gptjax.files import Damaged
 from gptjax.generate import Sampling, generate
 from gptjax.profile import Profile
 from gptjax.programs import Programs
-from gptjax.records import Record
 from gptjax.report import Clock, Report
-from gptjax.runs import Run, run_name
+from gptjax.scale import processes
 from gptjax.step import StepMetrics
 from gptjax.stopping import Stop, until_signal
+from gptjax.store import runs
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.files import Damaged
+from gptjax.store.records import Record
+from gptjax.store.runs import Run, run_name
+from gptjax.text.data import Dataset, fingerprint, open_dataset
+from gptjax.weights import finetune, pretrained
 
 SAMPLE_TOKENS = 300  # shown when a run ends
 

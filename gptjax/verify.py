@@ -16,15 +16,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gptjax import cli, runs
+from gptjax import cli
 from gptjax.cache import use_compilation_cache
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import MeshConfig
-from gptjax.data import fingerprint, open_dataset
 from gptjax.errors import UserError, one_line_errors
 from gptjax.programs import Programs
-from gptjax.records import read as read_records
-from gptjax.runs import Run
+from gptjax.store import runs
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.records import read as read_records
+from gptjax.store.runs import Run
+from gptjax.text.data import fingerprint, open_dataset
 
 TOLERANCE = 1e-4  # nats: another machine or device count rounds otherwise
 

@@ -10,7 +10,7 @@ import hypothesis
 import jax
 import pytest
 
-from gptjax import corpora
+from gptjax.text import corpora
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test may open a window
 

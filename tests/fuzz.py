@@ -16,11 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gptjax import config_json, files, records, texts, tokenizer  # noqa: E402
+from gptjax import config_json  # noqa: E402
 from gptjax.config import Config  # noqa: E402
 from gptjax.errors import UserError  # noqa: E402
-from gptjax.runs import Run  # noqa: E402
-from gptjax.tokenizer import CharTokenizer  # noqa: E402
+from gptjax.store import files, records  # noqa: E402
+from gptjax.store.runs import Run  # noqa: E402
+from gptjax.text import texts, tokenizer  # noqa: E402
+from gptjax.text.tokenizer import CharTokenizer  # noqa: E402
 
 FOLDER = Path(tempfile.mkdtemp(prefix="gptjax-fuzz-"))
 HF = {

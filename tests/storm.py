@@ -140,8 +140,8 @@ def look(directory: Path, before: int) -> int:
     Returns:
         The step of the newest sound checkpoint.
     """
-    from gptjax import records
-    from gptjax.checkpoint import Checkpoints
+    from gptjax.store import records
+    from gptjax.store.checkpoint import Checkpoints
 
     metrics = directory / "metrics.jsonl"
     found, damage = records.read(metrics) if metrics.exists() else ([], None)
@@ -162,13 +162,13 @@ def same(reference: Path, directory: Path) -> None:
     """Compare two finished runs, bit for bit."""
     import jax
 
-    from gptjax import records
     from gptjax.cache import use_compilation_cache
-    from gptjax.checkpoint import Checkpoints
     from gptjax.cli import SampleCommand
     from gptjax.programs import Programs
-    from gptjax.runs import Run
     from gptjax.sample import stream
+    from gptjax.store import records
+    from gptjax.store.checkpoint import Checkpoints
+    from gptjax.store.runs import Run
 
     use_compilation_cache()
     ends = []

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptjax import runs
 from gptjax.cli import SampleCommand, TrainCommand, parse_sample, parse_train, read_prompt
 from gptjax.config import Config
 from gptjax.errors import LONGEST, UserError, one_line_errors
 from gptjax.presets import PRESETS
-from gptjax.tokenizer import CharTokenizer
+from gptjax.store import runs
+from gptjax.text.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET_NAMES = ", ".join(PRESETS)

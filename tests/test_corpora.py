@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import corpora
 from gptjax.errors import UserError
+from gptjax.text import corpora
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tiny_shakespeare.txt"
 

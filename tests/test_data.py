@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import data
 from gptjax.config import Config, DataConfig, ModelConfig
 from gptjax.errors import UserError
-from gptjax.tokenizer import CharTokenizer
+from gptjax.text import data
+from gptjax.text.tokenizer import CharTokenizer
 
 BLOCK = 8
 

@@ -83,7 +83,7 @@ def test_links_lead_somewhere():
 
 def test_the_architecture_page_has_every_room():
     page = (ROOT / "docs" / "architecture.md").read_text()
-    for path in (ROOT / "gptjax").glob("*.py"):
+    for path in (ROOT / "gptjax").rglob("*.py"):
         if path.name != "__init__.py":
             assert f"`{path.name}`" in page
 

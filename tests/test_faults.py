@@ -13,17 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptjax import data, files, records, runs
-from gptjax.checkpoint import Checkpoints
 from gptjax.cli import SampleCommand
 from gptjax.config import Config, ModelConfig, OptimConfig
-from gptjax.data import Dataset, fingerprint
 from gptjax.errors import UserError
-from gptjax.files import MANIFEST, Damaged
 from gptjax.report import Report
-from gptjax.runs import Run
 from gptjax.sample import stream
-from gptjax.tokenizer import ByteTokenizer
+from gptjax.store import files, records, runs
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.files import MANIFEST, Damaged
+from gptjax.store.runs import Run
+from gptjax.text import data
+from gptjax.text.data import Dataset, fingerprint
+from gptjax.text.tokenizer import ByteTokenizer
 from gptjax.train import train
 
 CONFIG = Config(

@@ -18,12 +18,12 @@ from test_train import TINY, SignalAt, arrays, records
 
 from gptjax import feed, metrics
 from gptjax.config import Config, DataConfig, ModelConfig
-from gptjax.data import open_dataset
 from gptjax.errors import UserError
 from gptjax.programs import Programs
 from gptjax.replay import replay
 from gptjax.report import Report
 from gptjax.step import Batches, batch_at
+from gptjax.text.data import open_dataset
 from gptjax.train import train
 
 CONFIG = Config(

@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 from reference import random_params
 
-from gptjax import finetune, sharding
 from gptjax.build import build_model
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.optim import make_optimizer
 from gptjax.programs import Programs
 from gptjax.replay import replay
-from gptjax.runs import Run
+from gptjax.scale import sharding
 from gptjax.step import init_state, make_train_steps
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.runs import Run
 from gptjax.train import train
 from gptjax.verify import verify
+from gptjax.weights import finetune
 
 V = 17
 GPT2 = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8)

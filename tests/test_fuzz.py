@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax import runs
 from gptjax.errors import UserError
-from gptjax.tokenizer import CharTokenizer
+from gptjax.store import runs
+from gptjax.text.tokenizer import CharTokenizer
 
 EXAMPLES = 150  # of each; `python tests/fuzz.py` tries many more
 

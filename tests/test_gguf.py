@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import gguf_file, pretrained
 from gptjax.build import build_model
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, generate
+from gptjax.weights import gguf_file, pretrained
 
 gguf: Any = pytest.importorskip("gguf", reason="needs the extra hf")
 pytest.importorskip("tokenizers", reason="needs the extra hf")

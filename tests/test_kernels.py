@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import kernels
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import GPT, attention, causal_mask
-from gptjax.sharding import make_mesh
+from gptjax.scale import kernels
+from gptjax.scale.sharding import make_mesh
 from gptjax.step import make_gradient
 
 CONFIG = ModelConfig(

@@ -13,7 +13,7 @@ from gptjax.config import MeshConfig
 from gptjax.errors import UserError
 from gptjax.lecture import CountedBigram
 from gptjax.presets import PRESETS
-from gptjax.runs import Run
+from gptjax.store.runs import Run
 
 FAST = ["--stages", "1-bigram", "3-head", "--seeds", "2", "--steps", "10"]
 COUNTED = CountedBigram(2.4519, 2.4819, 2.3735, 187)

@@ -17,12 +17,12 @@ from reference import random_params
 from gptjax import lecture, notes
 from gptjax.build import build_model
 from gptjax.config import Config, ModelConfig, differences
-from gptjax.data import open_dataset
 from gptjax.errors import UserError
 from gptjax.generate import Sampling, generate
 from gptjax.model import GPT, CausalSelfAttention
 from gptjax.presets import PRESETS
-from gptjax.sharding import make_mesh, shardings
+from gptjax.scale.sharding import make_mesh, shardings
+from gptjax.text.data import open_dataset
 
 V = 65
 STAGES = [name for name in PRESETS if name.startswith("lecture/")]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gptjax import corpora
+from gptjax.text import corpora
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))

@@ -17,15 +17,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from gptjax import aot, chips, cli, estimate, metrics
-from gptjax.chips import CHIPS, GIB, Chip, read_target
+from gptjax import cli, metrics
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
-from gptjax.estimate import Cost, Times
-from gptjax.hlo import Collective, Program
-from gptjax.plan import flags, plan
 from gptjax.presets import PRESETS
 from gptjax.programs import Programs
+from gptjax.scale import aot, chips, estimate
+from gptjax.scale.chips import CHIPS, GIB, Chip, read_target
+from gptjax.scale.estimate import Cost, Times
+from gptjax.scale.hlo import Collective, Program
+from gptjax.scale.plan import flags, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Config(
@@ -287,7 +288,7 @@ def test_the_command_makes_no_folder_and_refuses_in_one_line(tmp_path):
 COMPILE = """
 import json, sys
 from dataclasses import replace
-from gptjax import aot, chips, kernels
+from gptjax.scale import aot, chips, kernels
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
 model = ModelConfig(n_layer=13, n_head=2, n_embd=128, block_size=256, vocab_size=512,
                     dtype="bfloat16", attention="auto", remat=True)

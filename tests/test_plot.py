@@ -7,8 +7,8 @@ import pytest
 from gptjax import plot
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.runs import Run
-from gptjax.tokenizer import CharTokenizer
+from gptjax.store.runs import Run
+from gptjax.text.tokenizer import CharTokenizer
 
 
 @pytest.fixture

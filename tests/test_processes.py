@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import processes
 from gptjax.cli import SampleCommand, parse_train
 from gptjax.config import MeshConfig
 from gptjax.errors import UserError
-from gptjax.processes import Place, roll_call
 from gptjax.report import Report
 from gptjax.sample import stream
+from gptjax.scale import processes
+from gptjax.scale.processes import Place, roll_call
 from gptjax.train import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,8 +18,6 @@ import optax
 import pytest
 from rich.console import Console
 
-from gptjax import runs
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ModelConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.model import GPT
@@ -27,8 +25,10 @@ from gptjax.optim import make_optimizer
 from gptjax.programs import Programs
 from gptjax.replay import replay
 from gptjax.report import Report
-from gptjax.runs import Run
 from gptjax.step import batch_at, cross_entropy
+from gptjax.store import runs
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.runs import Run
 from gptjax.train import train
 
 CONFIG = Config(
@@ -101,7 +101,7 @@ def skipping(config, tmp_path_factory) -> Path:
 
 def bad_steps(config: Config) -> list[int]:
     """By the definition of a batch, without training."""
-    from gptjax.data import open_dataset
+    from gptjax.text.data import open_dataset
 
     tokens = jnp.asarray(open_dataset(config).train)
     key = jax.random.key(config.seed)
@@ -121,7 +121,7 @@ def test_bad_steps_are_skipped_once_and_the_rest_are_made(config, skipping):
 
 def test_the_parameters_are_those_of_a_loop_that_leaves_the_batches_out(config, skipping):
     """A plain loop: no dispatches, no cond, no NaN."""
-    from gptjax.data import open_dataset
+    from gptjax.text.data import open_dataset
 
     dataset = open_dataset(config)
     programs = Programs(config, vocab_size(config))
@@ -238,7 +238,7 @@ def test_replay_of_what_is_not_a_step(config, skipping):
 HOLD = """
 import sys, time
 from pathlib import Path
-from gptjax import runs
+from gptjax.store import runs
 with runs.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

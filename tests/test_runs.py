@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax import runs
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
-from gptjax.files import MANIFEST
-from gptjax.runs import Run
-from gptjax.tokenizer import CharTokenizer
+from gptjax.store import runs
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.files import MANIFEST
+from gptjax.store.runs import Run
+from gptjax.text.tokenizer import CharTokenizer
 
 PARAMS = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones(4, jnp.bfloat16)}}
 OPT_STATE = (jnp.zeros((), jnp.int32), {"mu": jnp.full(3, 0.5)})
@@ -238,9 +238,9 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import jax.numpy as jnp
-from gptjax.checkpoint import Checkpoints
+from gptjax.store.checkpoint import Checkpoints
 from gptjax.errors import UserError
-from gptjax.files import MANIFEST
+from gptjax.store.files import MANIFEST
 
 checkpoints = Checkpoints(Path("checkpoints"))
 def save(step):

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from gptjax import hlo, meshes, sharding
+from gptjax import meshes
 from gptjax.build import build_model
 from gptjax.cli import SampleCommand
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
@@ -24,9 +24,10 @@ from gptjax.errors import UserError
 from gptjax.optim import make_optimizer
 from gptjax.programs import Programs
 from gptjax.report import Report
-from gptjax.runs import Run
 from gptjax.sample import stream
+from gptjax.scale import hlo, sharding
 from gptjax.step import TrainState, init_state
+from gptjax.store.runs import Run
 from gptjax.train import train
 
 VOCAB = 12

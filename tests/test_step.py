@@ -31,7 +31,7 @@ from gptjax.step import (
     make_gradient,
     make_train_steps,
 )
-from gptjax.tokenizer import CharTokenizer
+from gptjax.text.tokenizer import CharTokenizer
 from gptjax.train import train
 
 VOCAB = 13

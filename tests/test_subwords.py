@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax import vocabulary
 from gptjax.errors import UserError
 from gptjax.sample import Growing
-from gptjax.subwords import HFTokenizer, SentencePieceTokenizer
-from gptjax.tokenizer import ByteTokenizer, Tokenizer, from_json
+from gptjax.text import vocabulary
+from gptjax.text.subwords import HFTokenizer, SentencePieceTokenizer
+from gptjax.text.tokenizer import ByteTokenizer, Tokenizer, from_json
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra text")
 RANKS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "gpt2.tiktoken"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import corpora, texts
 from gptjax.errors import UserError
-from gptjax.texts import Piece
+from gptjax.text import corpora, texts
+from gptjax.text.texts import Piece
 
 TEXT = "a\r\nb\rc\n\u00e9\u2028 \U0001f600 e\u0301\n" * 9
 

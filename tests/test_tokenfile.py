@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax import data, splits, tokenfile, vocabulary
 from gptjax.config import Config, DataConfig, ModelConfig
-from gptjax.data import open_dataset
 from gptjax.errors import UserError
 from gptjax.report import Report
-from gptjax.splits import LEFT_OUT, TRAIN, VAL, Part, Split
-from gptjax.texts import Piece
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from gptjax.text import data, splits, tokenfile, vocabulary
+from gptjax.text.data import open_dataset
+from gptjax.text.splits import LEFT_OUT, TRAIN, VAL, Part, Split
+from gptjax.text.texts import Piece
+from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 CONFIG = Config(model=ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=8))
 QUIET = Report(quiet=True)
@@ -188,7 +188,7 @@ def test_a_long_text_is_kept_and_found_again(tmp_path, monkeypatch, cache, play:
     assert first.told["split"] == small.told["split"]
 
     with monkeypatch.context() as patch:  # now nothing is read
-        patch.setattr("gptjax.texts.read", None)
+        patch.setattr("gptjax.text.texts.read", None)
         again = open_dataset(config)
         assert again.train.tolist() == small.train.tolist()
         assert again.told == first.told and again.val_bytes == small.val_bytes
@@ -200,7 +200,7 @@ def test_a_long_text_is_kept_and_found_again(tmp_path, monkeypatch, cache, play:
     assert len(other.val) > len(small.val)
     os.utime(path, ns=(1, 1))
     with monkeypatch.context() as patch:
-        patch.setattr("gptjax.texts.read", None)
+        patch.setattr("gptjax.text.texts.read", None)
         with pytest.raises(TypeError):
             open_dataset(config)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.errors import UserError
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer, from_json
+from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer, from_json
 
 # Unlike st.text()'s default, with surrogates: a terminal or a file name can bring them in.
 ANY_TEXT = st.text(st.characters(exclude_categories=()))

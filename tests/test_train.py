@@ -15,17 +15,17 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax import corpora
-from gptjax.checkpoint import Checkpoints
 from gptjax.cli import SampleCommand
 from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.presets import PRESETS
 from gptjax.programs import Programs
 from gptjax.report import Report
-from gptjax.runs import Run
 from gptjax.sample import main as sample_main
 from gptjax.sample import stream
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.runs import Run
+from gptjax.text import corpora
 from gptjax.train import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax import verify as verify_module
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import Config, ModelConfig, OptimConfig
 from gptjax.programs import Programs
 from gptjax.report import Report
-from gptjax.runs import Run
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.runs import Run
 from gptjax.train import train
 from gptjax.verify import verify
 

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 from reference import random_params
 
-from gptjax import adopt, hf, hf_config, hf_tokenizer, nanogpt, pretrained
+from gptjax import adopt
 from gptjax.adopt import AdoptCommand
 from gptjax.build import build_model
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
@@ -24,9 +24,10 @@ from gptjax.export import ExportCommand, export
 from gptjax.generate import Sampling, generate
 from gptjax.model import GPT
 from gptjax.programs import Programs
-from gptjax.runs import Run
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer
+from gptjax.store.runs import Run
+from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer
 from gptjax.train import train
+from gptjax.weights import hf, hf_config, hf_tokenizer, nanogpt, pretrained
 
 V, BLOCK = 61, 256
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"

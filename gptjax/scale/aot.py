@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax import chips, hlo
-from gptjax.chips import Target
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.programs import Programs
+from gptjax.scale import chips, hlo
+from gptjax.scale.chips import Target
 
 CORPUS = 2**20  # tokens of the compiled step; a run's own lie on every device besides
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.hf import Source, full_name
+from gptjax.weights.hf import Source, full_name
 
 TURNED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # nn.Linear there, Conv1D in GPT-2's
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")

@@ -14,21 +14,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from gptjax import config_json, files, records
-from gptjax import tokenizer as tokenizer_module
+from gptjax import config_json
 from gptjax.config import Config, differences
 from gptjax.errors import UserError
-from gptjax.files import Damaged
-from gptjax.folders import CONFIG, METRICS, TEXT, TOKENIZER, copies, taken, unwritable
+from gptjax.store import files, records
+from gptjax.store.files import Damaged
+from gptjax.store.folders import CONFIG, METRICS, TEXT, TOKENIZER, copies, taken, unwritable
 
 # A caller of this room finds runs here too.
-from gptjax.folders import RUNS as RUNS
-from gptjax.folders import find as find
-from gptjax.folders import locked as locked
-from gptjax.folders import new_directory as new_directory
-from gptjax.folders import run_name as run_name
-from gptjax.records import Record
-from gptjax.tokenizer import Tokenizer
+from gptjax.store.folders import RUNS as RUNS
+from gptjax.store.folders import find as find
+from gptjax.store.folders import locked as locked
+from gptjax.store.folders import new_directory as new_directory
+from gptjax.store.folders import run_name as run_name
+from gptjax.store.records import Record
+from gptjax.text import tokenizer as tokenizer_module
+from gptjax.text.tokenizer import Tokenizer
 
 SPEED_ONLY = "model.dtype", "model.remat", "data.resident_tokens"  # may change while resuming
 

@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
 
-from gptjax import tokenizer as tokenizer_module
 from gptjax.config import DataConfig
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
-from gptjax.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer, extra
-from gptjax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from gptjax.store.files import write_atomically
+from gptjax.text import tokenizer as tokenizer_module
+from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer, extra
+from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 # Rules of thumb: an id for each of very many characters leaves most of them too rare to learn, and
 # BPE learned on less text than this keeps pieces of that text.

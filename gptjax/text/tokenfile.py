@@ -20,9 +20,9 @@ import numpy as np
 import platformdirs
 
 from gptjax.errors import UserError
-from gptjax.files import write_atomically
-from gptjax.splits import Part
-from gptjax.tokenizer import Tokenizer
+from gptjax.store.files import write_atomically
+from gptjax.text.splits import Part
+from gptjax.text.tokenizer import Tokenizer
 
 FORMAT = 1  # raised when the same key would mean other ids
 UNIT = 2**16  # characters encoded at a time by one core

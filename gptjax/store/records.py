@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax import files
 from gptjax.errors import UserError
+from gptjax.store import files
 
 Record = dict[str, Any]  # "step": int, floats by name, "skipped": why
 

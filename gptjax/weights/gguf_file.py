@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import hf_config
 from gptjax.errors import UserError
-from gptjax.hf import Source
-from gptjax.subwords import HFTokenizer, extra
+from gptjax.text.subwords import HFTokenizer, extra
+from gptjax.weights import hf_config
+from gptjax.weights.hf import Source
 
 NAMES = {  # llama.cpp's to those of transformers
     "token_embd": "model.embed_tokens",

@@ -23,10 +23,11 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gptjax import files, processes
 from gptjax.errors import UserError
-from gptjax.files import Damaged
-from gptjax.records import Record, as_record
+from gptjax.scale import processes
+from gptjax.store import files
+from gptjax.store.files import Damaged
+from gptjax.store.records import Record, as_record
 
 # A save that fails is one line of ours, not fifty tracebacks from orbax's threads.
 logging.getLogger("absl").setLevel(logging.CRITICAL)

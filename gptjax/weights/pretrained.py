@@ -18,17 +18,20 @@ import numpy as np
 import safetensors
 from jax.sharding import Mesh
 
-from gptjax import gguf_file, hf_tokenizer, nanogpt, runs, sharding, vocabulary
 from gptjax.build import build_model
-from gptjax.checkpoint import Checkpoints
 from gptjax.config import OF_A_LOADED_MODEL, Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
-from gptjax.files import read_file
-from gptjax.hf import Source, full_name, to_params
-from gptjax.hf_config import read_config
-from gptjax.runs import Run
-from gptjax.subwords import extra
-from gptjax.tokenizer import Tokenizer
+from gptjax.scale import sharding
+from gptjax.store import runs
+from gptjax.store.checkpoint import Checkpoints
+from gptjax.store.files import read_file
+from gptjax.store.runs import Run
+from gptjax.text import vocabulary
+from gptjax.text.subwords import extra
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.weights import gguf_file, hf_tokenizer, nanogpt
+from gptjax.weights.hf import Source, full_name, to_params
+from gptjax.weights.hf_config import read_config
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_ROWS = (50257, 50304)  # of GPT-2's table; nanoGPT fills it up to a multiple of 64

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import corpora, splits, texts, tokenfile, vocabulary
 from gptjax.config import Config, DataConfig
 from gptjax.errors import UserError
 from gptjax.report import Report
-from gptjax.tokenfile import Tokens
-from gptjax.tokenizer import Tokenizer
+from gptjax.text import corpora, splits, texts, tokenfile, vocabulary
+from gptjax.text.tokenfile import Tokens
+from gptjax.text.tokenizer import Tokenizer
 
 LARGE = 2**24  # bytes of text; from there on its tokens are kept on disk
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from gptjax.errors import UserError
 
-DATA_DIR = Path(__file__).resolve().parents[1] / "data"
+DATA_DIR = Path(__file__).resolve().parents[2] / "data"
 
 URL_TIMEOUT = 10  # seconds without an answer
 PIP_TIMEOUT = 120  # seconds for the whole download

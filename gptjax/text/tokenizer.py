@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.subwords import END_OF_TEXT as END_OF_TEXT
-from gptjax.subwords import HFTokenizer, SentencePieceTokenizer, Unknown, join, scalars
+from gptjax.text.subwords import END_OF_TEXT as END_OF_TEXT
+from gptjax.text.subwords import HFTokenizer, SentencePieceTokenizer, Unknown, join, scalars
 
 REPLACEMENTS = "\N{REPLACEMENT CHARACTER}? \n"  # the first of these that the vocabulary has
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.texts import Piece
+from gptjax.text.texts import Piece
 
 TRAIN, VAL, LEFT_OUT = range(3)
 

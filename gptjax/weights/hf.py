@@ -12,8 +12,8 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.hf_config import family, kv_heads
-from gptjax.tokenizer import Tokenizer
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.weights.hf_config import family, kv_heads
 
 
 class Leaf(NamedTuple):

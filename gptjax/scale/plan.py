@@ -15,14 +15,15 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from gptjax import aot, chips, estimate, metrics, sharding
-from gptjax.chips import GIB, Chip
+from gptjax import metrics
 from gptjax.config import Config, MeshConfig
-from gptjax.data import open_dataset
 from gptjax.errors import UserError
-from gptjax.estimate import Cost
 from gptjax.programs import Programs
 from gptjax.report import processor
+from gptjax.scale import aot, chips, estimate, sharding
+from gptjax.scale.chips import GIB, Chip
+from gptjax.scale.estimate import Cost
+from gptjax.text.data import open_dataset
 
 TRIES = 3  # proposals that are compiled, until one fits
 

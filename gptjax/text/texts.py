@@ -18,9 +18,9 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from gptjax import corpora
 from gptjax.errors import UserError
-from gptjax.subwords import extra
+from gptjax.text import corpora
+from gptjax.text.subwords import extra
 
 IN_FOLDERS = (".txt", ".text", ".md", ".jsonl", ".ndjson")  # with .gz or .zst or without
 BLOCK = 2**20  # bytes read at a time

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
-from gptjax.files import read_file
-from gptjax.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
-from gptjax.tokenizer import CharTokenizer, Tokenizer
-from gptjax.vocabulary import byte_letters
+from gptjax.store.files import read_file
+from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
+from gptjax.text.tokenizer import CharTokenizer, Tokenizer
+from gptjax.text.vocabulary import byte_letters
 
 BYTES = {
     "type": "ByteLevel",

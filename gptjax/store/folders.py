@@ -8,8 +8,8 @@ from pathlib import Path
 
 import filelock
 
-from gptjax import files
 from gptjax.errors import UserError
+from gptjax.store import files
 
 RUNS = Path("runs")
 LOCK = ".lock"

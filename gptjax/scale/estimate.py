@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from gptjax import metrics, sharding
-from gptjax.chips import Chip
+from gptjax import metrics
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError
-from gptjax.hlo import Collective
+from gptjax.scale import sharding
+from gptjax.scale.chips import Chip
+from gptjax.scale.hlo import Collective
 
 ROOM = 0.9  # of the memory that a proposal may fill, for the estimate is one
 

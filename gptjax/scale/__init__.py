@@ -1,0 +1,1 @@
+"""More devices than one: how arrays lie on them, and what that costs."""
