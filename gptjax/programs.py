@@ -185,6 +185,8 @@ class Programs:
 
     def put(self, tokens: Any) -> jax.Array:
         """Tokens for every device: each cuts its own rows of a batch."""
+        if isinstance(tokens, jax.Array) and tokens.sharding == self._everywhere:
+            return tokens
         if self._everywhere.is_fully_addressable:
             return jax.device_put(tokens, self._everywhere)
         tokens = np.asarray(tokens)
