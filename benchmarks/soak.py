@@ -117,6 +117,7 @@ def draw(
         UserError: a picture that cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True).ravel()
@@ -135,6 +136,8 @@ def draw(
         panel.grid(alpha=0.3)
     for panel in panels[2:]:
         panel.set_xlabel("step; a colour is a life")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     try:
         figure.savefig(out, dpi=110)
     except OSError as error:
