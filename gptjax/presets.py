@@ -102,6 +102,50 @@ SMALL = Config(
     optim=OptimConfig(learning_rate=6e-3, warmup_steps=50),
 )
 
+# The modern family, as far as it paid here (benchmarks/ablation.py): n-gram embeddings, rotary
+# positions, RMS norms, squared ReLU, a head of its own, and Muon.
+_MODERN = ModelConfig(
+    bias=False,
+    norm="rms",
+    qk_norm=True,
+    position="rotary",
+    rope_base=1000.0,
+    activation="relu2",
+    tie_head=False,
+    init="zero",
+    ngram=3,
+)
+_MUON = OptimConfig(
+    kind="muon",
+    muon_learning_rate=0.03,
+    muon_weight_decay=0.05,
+    learning_rate=2e-2,
+    schedule="wsd",
+    warmup_steps=10,
+    decay_share=0.8,
+    final_lr_ratio=0.0,
+)
+
+# python train.py --config fast: the loss of nanoGPT's CPU setting (1.8857), as soon as possible.
+FAST = Config(
+    steps=150,
+    batch_size=32,
+    eval_every=50,
+    save_every=150,
+    model=replace(_MODERN, n_layer=1),
+    optim=_MUON,
+)
+
+# python train.py --config record: the lowest loss that two cores reach in a quarter of an hour.
+RECORD = Config(
+    steps=900,
+    batch_size=16,
+    eval_every=50,
+    save_every=300,
+    model=replace(_MODERN, n_embd=256, block_size=256, dropout=0.1, attn_dropout=0.0),
+    optim=replace(_MUON, learning_rate=1e-2, warmup_steps=20, decay_share=0.5),
+)
+
 # python train.py --config shakespeare: nanoGPT's character model.
 # Cited: val 1.4697 on random windows, about 3 minutes on one A100 (nanoGPT's README).
 SHAKESPEARE = Config(
@@ -194,6 +238,8 @@ _PRESETS: dict[str, Config] = {
     "bigram": BIGRAM,
     "tiny": TINY,
     "small": SMALL,
+    "fast": FAST,
+    "record": RECORD,
     "lecture": LECTURE,
     "shakespeare": SHAKESPEARE,
     "gpt2": GPT2,

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from benchmarks import (
+    ablation,
     checks,
     growth,
     jax_gpt,
@@ -21,6 +22,7 @@ from benchmarks import (
     startup,
     step,
     time_to_loss,
+    where,
 )
 from gptjax.build import build_model
 from gptjax.config import Config, MeshConfig, ModelConfig
@@ -252,6 +254,8 @@ def test_errors_a_user_can_cause(tmp_path: Path):
         lambda: scaling.main(["--chips", "v7"]): "--chips: unknown 'v7'; known: v4, v5e, v5p, v6e",
         lambda: growth.main(["--points", "0"]): "--points 0 is too small; give 1 or more",
         lambda: sampling.main(["--batches", "0"]): "--batches 0 is too small; give 1 or more",
+        lambda: where.main(["--presets", "x"]): "unknown preset 'x'; presets: bigram, tiny",
+        lambda: ablation.main(["--options", "x"]): "unknown option 'x'; options: rotary, rms",
         lambda: startup.main(["--config", "x"]): "unknown preset 'x'; presets: bigram, tiny",
         lambda: time_to_loss.main(["--config", "x"]): "unknown preset 'x'; presets: bigram, tiny",
         lambda: measure.need("torch_x", instead="--sides gptjax"): (
@@ -283,6 +287,49 @@ def test_without_the_checks_there_are_none():
         jax.lax.cond(False, lambda x: branches.append(x), lambda x: x, x)
         assert optax.tree.norm(x + 1) == 0
     assert len(branches) == 1
+
+
+def test_ablation(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "ablation.json"
+    ablation.main(f"--options muon --steps 2 --seeds 1 --text {text} --out {out}".split())
+    rows = results(out, "ablation")
+    assert [row["recipe"] for row in rows] == [
+        *("classic", "classic + muon", "modern", "modern - muon"),
+    ]
+    assert len({row["ends"][0]["val_loss"] for row in rows}) == 4
+    assert "mean of 1 seeds" in capsys.readouterr().out
+
+
+def test_every_option_of_an_ablation_changes_the_recipe():
+    for name in ablation.OPTIONS:
+        assert ablation.with_options((name,), 300, "x") != ablation.with_options((), 300, "x")
+    modern = ablation.with_options(ablation.MODERN, 5, "x")
+    assert modern.optim.kind == "muon" and modern.optim.warmup_steps == 5
+
+
+def test_where(tmp_path: Path):
+    out = tmp_path / "where.json"
+    where.main(f"--presets tiny --steps 2 --out {out}".split())
+    [row] = results(out, "where")
+    assert {"attention: linear layers", "MLP: linear layers", "optimizer"} <= row["parts"].keys()
+    assert 0 < row["covered"] <= 1
+    assert sum(row["parts"].values()) >= row["covered"] * row["milliseconds"] * 0.99
+
+
+def test_what_ran_and_where_it_is_from():
+    hlo = """
+  %dot.1 = f32[8,4]{1,0} dot(%a, %b), metadata={op_name="jit(f)/h/attn/c_proj/dot"}
+  ROOT %while.2 = (f32[], s32[]) while(%t), metadata={op_name="jit(f)/while"}
+"""
+    found = where.instructions(hlo)
+    assert found["dot.1"] == ("dot", "jit(f)/h/attn/c_proj/dot")
+    assert found["while.2"][0] == "while" and where.part(found["dot.1"][1]) == (
+        "attention: linear layers"
+    )
+    assert where.part("") == "copies and the rest"
+    events = [("dot.1", 0.0, 1.0), ("dot.1", 4.0, 5.0), ("end: dot.1", 3.0, 3.0)]
+    assert where.durations(events) == [("dot.1", 0.0, 3.0), ("dot.1", 4.0, 5.0)]
+    assert where.covered([(0, 2), (1, 3), (5, 6)]) == 4
 
 
 @pytest.mark.slow

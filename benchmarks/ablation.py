@@ -1,0 +1,129 @@
+"""What each option is worth: `python -m benchmarks.ablation [--seeds 2]`.
+
+From the classic recipe one option at a time is added; from the modern one, which has those that
+paid, one at a time is taken away. Every run makes as many updates of as many tokens, and is
+measured by the whole validation split.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure, time_to_loss
+from gptjax import cli
+from gptjax.config import Config, DataConfig
+from gptjax.errors import UserError, one_line_errors
+
+# nanoGPT's CPU setting, with a rate for short runs.
+CLASSIC = replace(
+    time_to_loss.NANOGPT,
+    optim=replace(time_to_loss.NANOGPT.optim, learning_rate=6e-3, warmup_steps=30),
+)
+# What each changes: of the model, of the optimizer.
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rotary": ({"position": "rotary", "rope_base": 1000.0}, {}),
+    "rms": ({"norm": "rms"}, {}),
+    "qk_norm": ({"qk_norm": True}, {}),
+    "relu2": ({"activation": "relu2"}, {}),
+    "untied": ({"tie_head": False}, {}),
+    "zero": ({"init": "zero"}, {}),
+    "ngram": ({"ngram": 3}, {}),
+    "muon": ({}, {"kind": "muon", "muon_learning_rate": 0.03, "muon_weight_decay": 0.05}),
+    "wsd": ({}, {"schedule": "wsd", "final_lr_ratio": 0.0}),
+    "swiglu": ({"activation": "swiglu", "n_inner": 344}, {}),
+    "grouped": ({"n_kv_head": 2}, {}),
+    "softcap": ({"softcap": 15.0}, {}),
+    "ema": ({}, {"ema": 0.98}),
+}
+MODERN = ("rotary", "rms", "qk_norm", "relu2", "untied", "zero", "ngram", "muon", "wsd")
+
+
+@dataclass(frozen=True)
+class AblationCommand:
+    """Train the classic recipe with each option, and the modern one without."""
+
+    options: tuple[str, ...] = tuple(OPTIONS)
+    """Which."""
+    steps: int = 300
+    """Updates of each run."""
+    seeds: int = 2
+    """Runs of each recipe, with seeds 1337, 1338, ..."""
+    text: str = "tiny_shakespeare"
+    """What to train on."""
+    out: Path | None = None
+    """Where to write the results (default: benchmarks/results/ablation.json)."""
+
+
+def with_options(names: tuple[str, ...], steps: int, text: str) -> Config:
+    """The classic recipe with some options."""
+    model, optim = CLASSIC.model, CLASSIC.optim
+    for name in names:
+        of_model, of_optim = OPTIONS[name]
+        model, optim = replace(model, **of_model), replace(optim, **of_optim)
+    optim = replace(optim, warmup_steps=min(optim.warmup_steps, steps))
+    data = DataConfig(text=text)
+    return replace(CLASSIC, steps=steps, eval_every=steps, model=model, optim=optim, data=data)
+
+
+def recipes(options: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """By the row's name: the options it has.
+
+    Raises:
+        UserError: no such option.
+    """
+    if unknown := set(options) - set(OPTIONS):
+        raise UserError(f"unknown option {min(unknown)!r}; options: {', '.join(OPTIONS)}")
+    added = {f"classic + {name}": (name,) for name in options}
+    less = {
+        f"modern - {name}": tuple(other for other in MODERN if other != name)
+        for name in options
+        if name in MODERN
+    }
+    return {"classic": (), **added, "modern": MODERN, **less}
+
+
+def main(argv: list[str]) -> None:
+    """Train them all, and tell."""
+    command = cli.parse(AblationCommand, AblationCommand(), argv, "benchmarks.ablation", "")
+    measure.at_least(steps=command.steps, seeds=command.seeds)
+    rows_of = recipes(command.options)
+    here = measure.begin(f"validation loss after {command.steps} updates, option by option")
+    rows: list[dict[str, Any]] = []
+    for name, options in rows_of.items():
+        config = with_options(options, command.steps, command.text)
+        last = []
+        for seed in range(1337, 1337 + command.seeds):
+            with measure.sides({name: (time_to_loss.train_ours, config)}) as sides:
+                *_, end = sides[name](seed)
+            last.append(end)
+        rows.append({"recipe": name, "options": options, "ends": last})
+        losses = [end["val_loss"] for end in last]
+        measure.console.print(f"{name}: {sum(losses) / len(losses):.4f}")
+    show(rows)
+    measure.save(command.out, "ablation", here, command, rows)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table: each recipe beside the one it comes from."""
+    mean = {
+        row["recipe"]: sum(end["val_loss"] for end in row["ends"]) / len(row["ends"])
+        for row in rows
+    }
+    table = []
+    for row in rows:
+        losses = [end["val_loss"] for end in row["ends"]]
+        name = row["recipe"]
+        base = name.split(" ")[0]
+        change = f"{mean[name] - mean[base]:+.4f}" if name != base else ""
+        table.append([name, f"{mean[name]:.4f}", change, f"{max(losses) - min(losses):.4f}"])
+    measure.show(
+        f"mean of {len(rows[0]['ends'])} seeds",
+        ["recipe", "loss", "change", "between seeds"],
+        table,
+    )
+
+
+if __name__ == "__main__":
+    with one_line_errors("benchmarks.ablation"):
+        main(sys.argv[1:])

@@ -1,0 +1,158 @@
+"""Where the time of a train step goes: `python -m benchmarks.where [--presets small record]`.
+
+A few steps are traced by JAX's profiler; every operation that ran is found again in the compiled
+program, whose metadata names the part of the model that it came from. Operations may run side by
+side, so shares are of the sum of their times.
+"""
+
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from gptjax import cli
+from gptjax.errors import UserError, one_line_errors
+from gptjax.presets import PRESETS
+
+VOCABULARY = 65
+CONTAINERS = {"while", "conditional", "call"}  # their time is that of what they run
+# The first that is found in an operation's name is the part it belongs to.
+PARTS = {
+    "optimizer": r"/cond",
+    "attention: linear layers": r"/attn/c_",
+    "attention: the rest": r"/attn",
+    "MLP: linear layers": r"/mlp/c_",
+    "MLP: the rest": r"/mlp",
+    "norms": r"/ln_",
+    "head and loss": r"head|softmax|log",
+    "embeddings": r"/w[tps]e|features",
+    "batch and random numbers": r"threefry|randint|random|gather|dynamic",
+}
+
+
+@dataclass(frozen=True)
+class WhereCommand:
+    """Trace a train step, and tell which part of the model takes which share of it."""
+
+    presets: tuple[str, ...] = ("small",)
+    """Which to train."""
+    steps: int = 5
+    """How many to trace."""
+    out: Path | None = None
+    """Where to write the results (default: benchmarks/results/where.json)."""
+
+
+def instructions(hlo: str) -> dict[str, tuple[str, str]]:
+    """By the name of an instruction of a compiled program: what it does, and where it is from."""
+    found = {}
+    for line in hlo.splitlines():
+        head = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = \S+ (?:\S+ )*?([\w-]+)\(", line)
+        if head:
+            source = re.search(r'op_name="([^"]*)"', line)
+            found[head[1]] = head[2], source[1] if source else ""
+    return found
+
+
+def part(source: str) -> str:
+    """What an operation belongs to."""
+    found = (name for name, pattern in PARTS.items() if re.search(pattern, source))
+    return next(found, "copies and the rest")
+
+
+def durations(events: Iterable[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    """(name, start, end) of operations; one that goes on in the pool ends with its `end:` event."""
+    running: dict[str, list[int]] = {}
+    found: list[tuple[str, float, float]] = []
+    for name, start, end in sorted(events, key=lambda event: event[1]):
+        if name.startswith("end: "):
+            if begun := running.get(name[5:]):
+                i = begun.pop(0)
+                found[i] = found[i][0], found[i][1], max(found[i][2], start)
+        else:
+            running.setdefault(name, []).append(len(found))
+            found.append((name, start, end))
+    return found
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of (start, end)."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def trace(preset: str, steps: int) -> dict[str, Any]:
+    """Milliseconds of a step, in all and by part."""
+    import jax
+
+    from gptjax.programs import Programs
+
+    config = replace(PRESETS[preset], steps=10**6, steps_per_dispatch=steps)
+    programs = Programs(config, VOCABULARY)
+    tokens = programs.put(measure.random_tokens(VOCABULARY))
+    state = programs.start()
+    program = programs.train_steps.lower(state, tokens, programs.seed_key, steps).compile()
+    of = instructions(program.as_text())
+    state, log = program(state, tokens, programs.seed_key, steps)
+    jax.block_until_ready(log)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            state, log = program(state, tokens, programs.seed_key, steps)
+            jax.block_until_ready(log)
+        [file] = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        events = [
+            (event.name, event.start_ns / 1e6, event.end_ns / 1e6)
+            for plane in planes
+            for line in plane.lines
+            for event in line.events
+            if event.name.removeprefix("end: ") in of
+        ]
+    found = [e for e in durations(events) if of[e[0]][0] not in CONTAINERS]
+    if not found:
+        raise UserError("the profiler traced no operation on this platform; --presets on a CPU")
+    spans = [(start, end) for _, start, end in found]
+    wall = max(end for _, end in spans) - min(start for start, _ in spans)
+    parts: Counter[str] = Counter()
+    for name, start, end in found:
+        parts[part(of[name][1])] += (end - start) / steps
+    return {
+        "preset": preset,
+        "milliseconds": wall / steps,
+        "covered": covered(spans) / wall,
+        "parts": dict(parts.most_common()),
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Trace, and tell."""
+    command = cli.parse(WhereCommand, WhereCommand(), argv, "benchmarks.where", "")
+    measure.at_least(steps=command.steps)
+    if unknown := set(command.presets) - set(PRESETS):
+        raise UserError(f"unknown preset {min(unknown)!r}; presets: {', '.join(PRESETS)}")
+    here = measure.begin("where the time of a train step goes")
+    rows = [trace(preset, command.steps) for preset in command.presets]
+    for row in rows:
+        total = sum(row["parts"].values())
+        table = [
+            [name, measure.figure(ms), f"{ms / total:.0%}"] for name, ms in row["parts"].items()
+        ]
+        measure.show(
+            f"{row['preset']}: {measure.figure(row['milliseconds'])} ms a step, traced; some "
+            f"operation ran in {row['covered']:.0%} of it",
+            ["part", "ms", "share"],
+            table,
+        )
+    measure.save(command.out, "where", here, command, rows)
+
+
+if __name__ == "__main__":
+    with one_line_errors("benchmarks.where"):
+        main(sys.argv[1:])
