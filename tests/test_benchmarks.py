@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import (
     checks,
+    feed,
     growth,
     jax_gpt,
     measure,
@@ -251,6 +252,7 @@ def test_errors_a_user_can_cause(tmp_path: Path):
         lambda: step.main(["--seconds", "-1"]): "--seconds -1.0 is too small; give 0 or more",
         lambda: scaling.main(["--chips", "v7"]): "--chips: unknown 'v7'; known: v4, v5e, v5p, v6e",
         lambda: growth.main(["--points", "0"]): "--points 0 is too small; give 1 or more",
+        lambda: feed.main(["--preset", "x"]): "unknown preset 'x'; presets: bigram, tiny",
         lambda: sampling.main(["--batches", "0"]): "--batches 0 is too small; give 1 or more",
         lambda: startup.main(["--config", "x"]): "unknown preset 'x'; presets: bigram, tiny",
         lambda: time_to_loss.main(["--config", "x"]): "unknown preset 'x'; presets: bigram, tiny",
@@ -274,6 +276,17 @@ def test_checks(tmp_path: Path):
     checks.main(f"--presets tiny --rounds 1 --seconds 0 --out {out}".split())
     [row] = results(out, "checks")
     assert row["preset"] == "tiny" and len(row["wall"]) == len(row["cpu"]) == 2
+
+
+def test_feed(tmp_path: Path):
+    pytest.importorskip("grain", reason="needs the extra text")
+    out = tmp_path / "feed.json"
+    feed.main(f"--preset tiny --tokens 20000 --rounds 2 --seconds 0 --out {out}".split())
+    rows = results(out, "feed")
+    assert [row["side"] for row in rows] == list(feed.SIDES)
+    for row in rows:
+        assert len(row["seconds"]) == 2 and min(row["cpu_seconds"]) > 0
+        assert all(0 < share < 1 for share in row["stalled"])
 
 
 def test_without_the_checks_there_are_none():
