@@ -27,6 +27,7 @@ from gptjax.build import build_model
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.programs import Programs
+from gptjax.scale import aot
 
 
 def results(path: Path, name: str) -> Any:
@@ -60,6 +61,24 @@ def test_scaling(
     assert out.with_suffix(".png").stat().st_size > 10_000
     for axes, found in scaling.meshes(16, scaling.CHIPS["h100"]).items():
         assert found and all((m.data or 1) * m.fsdp * m.tensor == 16 for m in found), axes
+
+
+def test_compiled_points_stand_beside_those_of_arithmetic(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Here for the simulated devices, in place of those that the point names."""
+    monkeypatch.setattr(scaling, "COUNTS", (8,))
+    monkeypatch.setattr(aot, "topology", lambda target: jax.devices())
+    out = tmp_path / "scaling.json"
+    scaling.main(f"--models tiny --chips h100 --confirm --points tiny@h100:8 --out {out}".split())
+    *points, compiled = results(out, "scaling")
+    assert compiled.pop("compiled")
+    [same] = [p for p in points if p["mesh"] == compiled["mesh"]]
+    assert 0 < compiled["share"] <= compiled["bound"] and compiled["memory"] < 10 * same["memory"]
+    assert "tiny@h100:8  compiler, " in capsys.readouterr().out
+    monkeypatch.setattr(aot, "topology", lambda target: None)
+    with pytest.raises(UserError, match="--confirm needs compilers: pip install -e"):
+        scaling.confirm(("tiny@h100:8",))
 
 
 @pytest.mark.torch
@@ -251,6 +270,9 @@ def test_errors_a_user_can_cause(tmp_path: Path):
         lambda: step.main(["--rounds", "0"]): "--rounds 0 is too small; give 1 or more",
         lambda: step.main(["--seconds", "-1"]): "--seconds -1.0 is too small; give 0 or more",
         lambda: scaling.main(["--chips", "v7"]): "--chips: unknown 'v7'; known: v4, v5e, v5p, v6e",
+        lambda: scaling.main(["--points", "x"]): (
+            "--points x: give MODEL@CHIP:SIZES, such as gpt2@v5p:2x2x2"
+        ),
         lambda: growth.main(["--points", "0"]): "--points 0 is too small; give 1 or more",
         lambda: feed.main(["--preset", "x"]): "unknown preset 'x'; presets: bigram, tiny",
         lambda: sampling.main(["--batches", "0"]): "--batches 0 is too small; give 1 or more",
