@@ -21,7 +21,10 @@ from gptjax.scale.chips import CHIPS, GIB, Chip, read_target
 
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 BATCH = {"7b": 1024}  # windows in an update, whatever the devices; 512 of the others
-POINTS = ("gpt2@v5p:2x2x2", "gpt2@v5p:4x4x4", "gpt2@h100:8", "gpt2@h100:64", "gpt2-xl@h100:8")
+POINTS = (
+    *("gpt2@v5p:2x2x2", "gpt2@v5p:2x4x4", "gpt2@v5p:4x4x4", "gpt2@v5p:4x8x8", "7b@v5p:4x4x4"),
+    *("gpt2@h100:8", "gpt2@h100:64", "gpt2-xl@h100:8", "7b@h100:8", "7b@h100:64"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class ScalingCommand:
     models: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "7b")
     """Presets."""
     confirm: bool = False
-    """Compile some points, for accelerators that are not here (extra plan; minutes each)."""
+    """Compile some points, for accelerators that are not here (extra plan; ten minutes)."""
     points: tuple[str, ...] = POINTS
     """Which, as MODEL@CHIP:SIZES."""
     out: Path | None = None
