@@ -21,7 +21,10 @@ from gptjax.scale.chips import CHIPS, GIB, Chip, read_target
 
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 BATCH = {"7b": 1024}  # windows in an update, whatever the devices; 512 of the others
-POINTS = ("gpt2@v5e:2x4", "gpt2-xl@v5e:4x4", "gpt2-xl@h100:8", "7b@v5p:4x4x4")
+POINTS = (
+    *("gpt2@v5p:2x2x2", "gpt2@v5p:2x4x4", "gpt2@v5p:4x4x4", "gpt2@v5p:4x8x8", "7b@v5p:4x4x4"),
+    *("gpt2@h100:8", "gpt2@h100:64", "gpt2-xl@h100:8", "7b@h100:8", "7b@h100:64"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class ScalingCommand:
     models: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "7b")
     """Presets."""
     confirm: bool = False
-    """Compile some points, for accelerators that are not here (extra plan; minutes each)."""
+    """Compile some points, for accelerators that are not here (extra plan; ten minutes)."""
+    points: tuple[str, ...] = POINTS
+    """Which, as MODEL@CHIP:SIZES."""
     out: Path | None = None
     """Where to write the results (default: benchmarks/results/scaling.json); the picture goes
     beside them, as .png."""
@@ -80,31 +85,39 @@ def point(model: str, name: str, count: int, axes: str, state: Any) -> Point | N
     """The fastest that fits of those meshes; None: none does."""
     from gptjax.scale import estimate
 
-    chip, config = CHIPS[name], config_of(model)
-    found = estimate.proposals(config, state, chip, meshes(count, chip)[axes])
-    if not found:
-        return None
-    best, cost = found[0]
+    chip = CHIPS[name]
+    found = estimate.proposals(config_of(model), state, chip, meshes(count, chip)[axes])
+    return told(model, name, count, axes, *found[0]) if found else None
+
+
+def told(model: str, name: str, count: int, axes: str, config: Config, cost: Any) -> Point:
+    """A step of a config at that cost."""
+    from gptjax.scale import estimate
+
+    chip, m = CHIPS[name], config.mesh
     times = estimate.times(cost, chip)
     useful = cost.useful / chip.flops
-    m = best.mesh
-    mesh = f"{m.data} x {m.fsdp} x {m.tensor}, G {best.optim.accumulate}"
-    mesh += f", {best.model.remat_saves}" if best.model.remat else ", no remat"
+    mesh = f"{m.data} x {m.fsdp} x {m.tensor}, G {config.optim.accumulate}"
+    mesh += f", {config.model.remat_saves}" if config.model.remat else ", no remat"
     sent = sum(c.wire * c.times for c in cost.collectives) / 1e9
     limit = max(times._asdict(), key=lambda key: getattr(times, key))
     shares = useful / times.most, useful / times.least
     return Point(model, name, count, axes, mesh, cost.total / GIB, sent, *shares, limit)
 
 
-def grow(command: ScalingCommand) -> list[Point]:
-    """All points of all meshes."""
+def shapes(model: str) -> Any:
+    """Of the train state."""
     from gptjax.programs import Programs
 
+    config = replace(config_of(model), mesh=MeshConfig(1))
+    return Programs(replace(config, model=replace(config.model, attention="plain")), 1).abstract
+
+
+def grow(command: ScalingCommand) -> list[Point]:
+    """All points of all meshes."""
     found = []
     for model in command.models:
-        plain = replace(config_of(model), mesh=MeshConfig(1))
-        plain = replace(plain, model=replace(plain.model, attention="plain"))
-        state = Programs(plain, 1).abstract
+        state = shapes(model)
         for name in command.chips:
             for count in track(COUNTS, f"{model} on {name}", console=measure.console):
                 for axes in meshes(count, CHIPS[name]):
@@ -163,8 +176,9 @@ def ends(points: list[Point], model: str, chip: str, axes: str) -> list[str]:
     return [fits, f"{best.share:.0%}", "", "does not divide more" if more else "not up to 1024"]
 
 
-def draw(command: ScalingCommand, points: list[Point], out: Path) -> None:
-    """Share of peak, memory and bytes over the chips: the best mesh of each model.
+def draw(command: ScalingCommand, points: list[Point], compiled: list[Point], out: Path) -> None:
+    """Share of peak, memory and bytes over the chips: the best mesh of each model, and crosses for
+    what was compiled.
 
     Raises:
         UserError: a picture that cannot be written.
@@ -182,7 +196,10 @@ def draw(command: ScalingCommand, points: list[Point], out: Path) -> None:
                 best += [max(here, key=lambda p: p.share)] if here else []
             for panel, values in zip(row, ("share", "memory", "sent"), strict=True):
                 ys = [getattr(p, values) for p in best]
-                panel.plot([p.count for p in best], ys, "o-", markersize=3, label=model)
+                [line] = panel.plot([p.count for p in best], ys, "o-", markersize=3, label=model)
+                for p in compiled:
+                    if (p.model, p.chip) == (model, name):
+                        panel.plot(p.count, getattr(p, values), "x", color=line.get_color())
         for panel, label in zip(row, labels, strict=True):
             panel.set(xscale="log", xlabel=f"{CHIPS[name].title}, how many", ylabel=label)
             panel.set_xticks(COUNTS, [str(n) for n in COUNTS], fontsize=7)
@@ -198,42 +215,47 @@ def draw(command: ScalingCommand, points: list[Point], out: Path) -> None:
         raise UserError(f"cannot write {out}: {error.strerror}; give another --out") from None
 
 
-def confirm() -> list[dict[str, Any]]:
-    """Some points compiled: what the compiler says beside what the arithmetic said."""
-    from gptjax.programs import Programs
+def confirm(texts: tuple[str, ...]) -> list[Point]:
+    """Compile some points, and tell what the compiler says beside what the arithmetic said.
+
+    Raises:
+        UserError: the compilers are missing, or nothing fits.
+    """
     from gptjax.scale import aot, estimate, plan
 
-    rows, facts = [], []
-    for text in POINTS:
+    found, body = [], []
+    for text in texts:
         model, _, where = text.partition("@")
-        target, config = read_target(where), config_of(model)
+        target, config, state = read_target(where), config_of(model), shapes(model)
         devices = aot.topology(target)
         if devices is None:
             raise UserError("--confirm needs compilers: pip install -e '.[plan]'")
-        plain = replace(config, model=replace(config.model, attention="plain"))
-        state = Programs(replace(plain, mesh=MeshConfig(1)), 1).abstract
-        kinds = meshes(target.count, target.chip)
-        every = [mesh for group in kinds.values() for mesh in group]
-        [(best, cost), *_] = estimate.proposals(config, state, target.chip, every)
+        every = [mesh for group in meshes(target.count, target.chip).values() for mesh in group]
+        proposals = estimate.proposals(config, state, target.chip, every)
+        if not proposals:
+            raise UserError(f"--points {text}: no mesh fits and divides; give more chips")
+        best, cost = proposals[0]
         made = plan.make(best, 1, state, target.count, devices)
         assert made.compiled is not None
-        sent = [sum(c.wire * c.times for c in x.collectives) / 1e9 for x in (cost, made.cost)]
-        m = best.mesh
-        body = [
-            text,
-            f"{m.data} x {m.fsdp} x {m.tensor}",
-            f"{made.compiled.seconds:.0f}",
-            *[f"{x.total / GIB:.1f}" for x in (cost, made.cost)],
-            *[f"{x.flops / 1e12:.0f}" for x in (cost, made.cost)],
-            *[f"{x.traffic / 1e12:.2f}" for x in (cost, made.cost)],
-            *[f"{x:.1f}" for x in sent],
+        costs = {"arithmetic": cost}
+        if made.compiled.plain:
+            plain = replace(best, model=replace(best.model, attention="plain"))
+            costs["arithmetic, plain attention"] = estimate.estimate(plain, state, best.mesh)
+        name = "refused" if made.refused else "compiler"
+        costs[f"{name}, {made.compiled.seconds:.0f} s"] = made.cost
+        steps = [told(model, target.name, target.count, "", best, x) for x in costs.values()]
+        body += [
+            [
+                *(text, by, p.mesh, f"{100 * p.share:.0f} to {p.bound:.0%}", f"{p.memory:.1f}"),
+                *(f"{x.flops / 1e12:.0f}", f"{x.traffic / 1e12:.2f}", f"{p.sent:.1f}", p.limit),
+            ]
+            for (by, x), p in zip(costs.items(), steps, strict=True)
         ]
-        rows.append(body if made.refused is None else [*body[:3], "refused", *[""] * 7])
-        facts.append({"point": text, "row": rows[-1], "plain": made.compiled.plain})
-        head = ["point", "mesh", "compile s", "GiB", "compiled", "TFLOP", "compiled"]
-        head += ["TB moved", "compiled", "GB sent", "compiled"]
-        measure.show("by arithmetic, and compiled", head, rows[-1:])
-    return facts
+        measure.console.print(f"{text}: {body[-1][1]}")
+        found += [] if made.refused else steps[-1:]
+    head = ["point", "by", "mesh", "share of peak", "GiB", "TFLOP", "TB moved", "GB sent", "limit"]
+    measure.show("by arithmetic, and compiled", head, body)
+    return found
 
 
 def main(argv: list[str]) -> None:
@@ -242,13 +264,16 @@ def main(argv: list[str]) -> None:
     for name, known in (("chips", CHIPS), ("models", PRESETS)):
         if unknown := [x for x in getattr(command, name) if x not in known]:
             raise UserError(f"--{name}: unknown {unknown[0]!r}; known: {', '.join(known)}")
+    if unknown := [x for x in command.points if x.partition("@")[0] not in PRESETS]:
+        raise UserError(f"--points {unknown[0]}: give MODEL@CHIP:SIZES, such as {POINTS[0]}")
     here = measure.machine()
     points = grow(command)
     tell(command, points)
-    facts = confirm() if command.confirm else []
-    rows = [*(p._asdict() for p in points), *facts]
+    compiled = confirm(command.points) if command.confirm else []
+    rows = [p._asdict() for p in points]
+    rows += [p._asdict() | {"compiled": True} for p in compiled]
     out = measure.save(command.out, "scaling", here, command, rows)
-    draw(command, points, out.with_suffix(".png"))
+    draw(command, points, compiled, out.with_suffix(".png"))
     measure.console.print(f"{out.with_suffix('.png')}")
 
 

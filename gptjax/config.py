@@ -110,7 +110,7 @@ class ModelConfig:
         if self.remat_saves != "nothing" and not self.remat:
             raise UserError(
                 f"model.remat_saves={self.remat_saves} says what rematerialisation keeps, and "
-                f"model.remat is off; add --model.remat True"
+                f"model.remat is off; add --model.remat"
             )
         if self.position == "rotary" and self.head_size % 2:
             raise UserError(

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import (
     ablation,
     checks,
+    feed,
     growth,
     jax_gpt,
     measure,
@@ -28,6 +29,7 @@ from gptjax.build import build_model
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.programs import Programs
+from gptjax.scale import aot
 
 
 def results(path: Path, name: str) -> Any:
@@ -61,6 +63,24 @@ def test_scaling(
     assert out.with_suffix(".png").stat().st_size > 10_000
     for axes, found in scaling.meshes(16, scaling.CHIPS["h100"]).items():
         assert found and all((m.data or 1) * m.fsdp * m.tensor == 16 for m in found), axes
+
+
+def test_compiled_points_stand_beside_those_of_arithmetic(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Here for the simulated devices, in place of those that the point names."""
+    monkeypatch.setattr(scaling, "COUNTS", (8,))
+    monkeypatch.setattr(aot, "topology", lambda target: jax.devices())
+    out = tmp_path / "scaling.json"
+    scaling.main(f"--models tiny --chips h100 --confirm --points tiny@h100:8 --out {out}".split())
+    *points, compiled = results(out, "scaling")
+    assert compiled.pop("compiled")
+    [same] = [p for p in points if p["mesh"] == compiled["mesh"]]
+    assert 0 < compiled["share"] <= compiled["bound"] and compiled["memory"] < 10 * same["memory"]
+    assert "tiny@h100:8  compiler, " in capsys.readouterr().out
+    monkeypatch.setattr(aot, "topology", lambda target: None)
+    with pytest.raises(UserError, match="--confirm needs compilers: pip install -e"):
+        scaling.confirm(("tiny@h100:8",))
 
 
 @pytest.mark.torch
@@ -252,7 +272,11 @@ def test_errors_a_user_can_cause(tmp_path: Path):
         lambda: step.main(["--rounds", "0"]): "--rounds 0 is too small; give 1 or more",
         lambda: step.main(["--seconds", "-1"]): "--seconds -1.0 is too small; give 0 or more",
         lambda: scaling.main(["--chips", "v7"]): "--chips: unknown 'v7'; known: v4, v5e, v5p, v6e",
+        lambda: scaling.main(["--points", "x"]): (
+            "--points x: give MODEL@CHIP:SIZES, such as gpt2@v5p:2x2x2"
+        ),
         lambda: growth.main(["--points", "0"]): "--points 0 is too small; give 1 or more",
+        lambda: feed.main(["--preset", "x"]): "unknown preset 'x'; presets: bigram, tiny",
         lambda: sampling.main(["--batches", "0"]): "--batches 0 is too small; give 1 or more",
         lambda: where.main(["--presets", "x"]): "unknown preset 'x'; presets: bigram, tiny",
         lambda: ablation.main(["--options", "x"]): "unknown option 'x'; options: rotary, rms",
@@ -278,6 +302,17 @@ def test_checks(tmp_path: Path):
     checks.main(f"--presets tiny --rounds 1 --seconds 0 --out {out}".split())
     [row] = results(out, "checks")
     assert row["preset"] == "tiny" and len(row["wall"]) == len(row["cpu"]) == 2
+
+
+def test_feed(tmp_path: Path):
+    pytest.importorskip("grain", reason="needs the extra text")
+    out = tmp_path / "feed.json"
+    feed.main(f"--preset tiny --tokens 20000 --rounds 2 --seconds 0 --out {out}".split())
+    rows = results(out, "feed")
+    assert [row["side"] for row in rows] == list(feed.SIDES)
+    for row in rows:
+        assert len(row["seconds"]) == 2 and min(row["cpu_seconds"]) > 0
+        assert all(0 < share < 1 for share in row["stalled"])
 
 
 def test_without_the_checks_there_are_none():

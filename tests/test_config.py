@@ -211,7 +211,7 @@ CHECKS = [
     (
         lambda: ModelConfig(remat_saves="dots"),
         "model.remat_saves=dots says what rematerialisation keeps, and model.remat is off; add "
-        "--model.remat True",
+        "--model.remat",
     ),
     (lambda: Config(loss_chunk=0), small("loss_chunk", 0)),
     (

@@ -141,6 +141,19 @@ def test_collectives_are_about_those_of_the_compiled_step(mesh, kind, tolerance)
     assert sent(cost.collectives) == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(8), MeshConfig(1, 8)])
+def test_what_is_sent_has_the_type_of_the_matmuls(mesh):
+    """As the compilers for TPUs and GPUs have it; the one for CPUs sums bfloat16 as float32."""
+    state = shapes(CONFIG)
+
+    def sent(dtype: Any) -> float:
+        config = replace(CONFIG, model=replace(CONFIG.model, dtype=dtype))
+        found = estimate.estimate(config, state, mesh).collectives
+        return sum(c.wire * c.times for c in found)
+
+    assert sent("bfloat16") == pytest.approx(sent("float32") / 2)
+
+
 def test_the_roofline_is_the_slowest_of_three():
     chip = replace(CHIPS["h100"], flops=100.0, bandwidth=10.0, links=4.0, network=1.0)
     near, far = tuple(range(8)), (0, 8)
@@ -239,8 +252,19 @@ def test_what_fits_is_told(no_compiler):
         assert kind in names
     for kind in ("compute", "memory", "network", "all-reduce"):
         assert kind in names
-    assert lines[-1].startswith("limited by ") and "data sheet" in lines[-1]
+    assert lines[-1].startswith("limited by ") and lines[-1].endswith(CHIPS["h100"].source)
     assert [x.split(":")[0] for x in lines[-3:-1]] == ["at the least", "if nothing overlaps"]
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_flags_that_a_plan_proposes_are_the_command_s(remat):
+    config, saves = PRESETS["gpt2"], "dots" if remat else "nothing"
+    model = replace(config.model, remat=remat, remat_saves=saves)
+    wanted = replace(config, mesh=MeshConfig(2, 4), model=model)
+    start = replace(config, model=replace(config.model, remat=not remat))
+    words = flags(wanted, start).split()
+    off = [] if remat else ["--model.remat"]
+    assert cli.parse_train(["--config", "gpt2", *off, *words]).settings == wanted
 
 
 def test_nothing_fits(no_compiler):

@@ -2,9 +2,10 @@
 
 import functools
 import io
+import itertools
 import re
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ from gptjax.optim import make_optimizer
 from gptjax.programs import Programs
 from gptjax.report import Report
 from gptjax.sample import stream
-from gptjax.scale import hlo, sharding
+from gptjax.scale import estimate, hlo, sharding
+from gptjax.scale.chips import CHIPS
 from gptjax.step import TrainState, init_state
 from gptjax.store.runs import Run
 from gptjax.train import train
@@ -299,6 +301,30 @@ def test_data_takes_what_fits(batch_size, accumulate, fsdp, tensor, data):
         mesh=MeshConfig(fsdp=fsdp, tensor=tensor),
     )
     assert dict(sharding.make_mesh(config).shape) == {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What JAX asks a TPU v5p to lay a mesh on its torus."""
+
+    id: int
+    coords: tuple[int, ...]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1), (2, 2, 2), (4, 4, 4), (4, 4, 8)])
+def test_every_mesh_lies_on_a_torus(sizes):
+    """Also those that no set of its axes multiplies to: fsdp 32 of 4x4x4."""
+    places = itertools.product(*map(range, sizes))
+    chips: list[Any] = [Chip(i, place) for i, place in enumerate(places)]
+    for m in estimate.meshes(len(chips), CHIPS["v5p"]):
+        mesh = sharding.mesh_of(m, chips)
+        assert tuple(mesh.shape.values()) == (m.data, m.fsdp, m.tensor)
+        assert {chip.id for chip in mesh.devices.flat} == set(range(len(chips)))
 
 
 @pytest.mark.parametrize(

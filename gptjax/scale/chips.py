@@ -46,26 +46,35 @@ class Chip:
     target: dict[str, Any] = field(default_factory=dict)
 
 
-# XLA keeps 0.25 of v5e's 16 GiB to itself, as its own refusals say; the same share is assumed of
-# the others. On GPUs JAX takes 75 % (XLA_PYTHON_CLIENT_MEM_FRACTION; docs.jax.dev, "GPU memory
-# allocation").
-TPU_USABLE, GPU_USABLE = 15.75 / 16, 0.75
-# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; links from "inter-chip interconnect", in one
-# direction. Network: the host's cards over its chips, same pages.
-# GPUs: NVIDIA's data sheets; NVLink counted in one direction; network: one 200 or 400 Gb/s card a
-# GPU, as in NVIDIA's own DGX servers. Compiler targets: openxla/xla, gpu/target_config/specs.
+# On GPUs JAX takes 75 % (XLA_PYTHON_CLIENT_MEM_FRACTION; docs.jax.dev, "GPU memory allocation"). Of
+# a TPU's memory a program may have what libtpu 0.0.42.1 says when it refuses one that is too large.
+GPU_USABLE = 0.75
+# Read on 2026-11-25, in stored copies of the pages:
+# - TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. Links: half of the "bidirectional
+#   inter-chip interconnect bandwidth per chip". Network: its gigabits, or the host's cards over its
+#   chips. v5p's 95 GiB are of 96, less what the system keeps; v5e's memory has 819 GB/s, in other
+#   copies 800. JAX's own table (jax/_src/pallas/mosaic/tpu_info.py) agrees within 3 %, but for
+#   v5p's memory: 2460 GB/s there.
+# - GPUs, what drivers report of real ones: openxla/xla, xla/backends/gpu/target_config/specs (bytes
+#   and bandwidth of memory; for H100 and H200 cores x rate x clock = 989 TFLOP/s, for B200 2225).
+# - NVLink, in one direction, and cards: NVIDIA's entries to MLPerf inference v4.1 (H100, H200:
+#   18 links, 900 GB/s both ways, cards of 400 Gb/s) and docs.nvidia.com/dgx/dgxb200-user-guide
+#   (14.4 TB/s for eight, eight cards of 400 Gb/s).
+# Found only where others cite the makers, for NVIDIA's data sheets could not be read: A100's
+# 312 TFLOP/s, links and network; B200's 2250 TFLOP/s (jax-ml/scaling-book, gpus.md); v4's links
+# (Jouppi et al. 2023, table 4; the scaling book says 270 GB/s).
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         title="TPU v4",
         kind="tpu",
         flops=275e12,
         memory=32 * GIB,
-        usable=TPU_USABLE,
+        usable=30.75 / 32,
         bandwidth=1200 * GB,
         links=300 * GB,
         joined=4096,
         network=None,
-        source="cloud.google.com/tpu/docs/v4; links: Jouppi et al. 2023, table 4",
+        source="docs.cloud.google.com/tpu/docs/v4; links: Jouppi et al. 2023, table 4",
         sizes=3,
     ),
     "v5e": Chip(
@@ -73,25 +82,25 @@ CHIPS: dict[str, Chip] = {
         kind="tpu",
         flops=197e12,
         memory=16 * GIB,
-        usable=TPU_USABLE,
+        usable=15.75 / 16,
         bandwidth=819 * GB,
         links=200 * GB,
         joined=256,
         network=2 * 100 / 8 / 8 * GB,
-        source="cloud.google.com/tpu/docs/v5e",
+        source="docs.cloud.google.com/tpu/docs/v5e",
         sizes=2,
     ),
     "v5p": Chip(
         title="TPU v5p",
         kind="tpu",
         flops=459e12,
-        memory=95 * GIB,
-        usable=TPU_USABLE,
+        memory=96 * GIB,
+        usable=95.74 / 96,
         bandwidth=2765 * GB,
         links=600 * GB,
         joined=8960,
-        network=None,
-        source="cloud.google.com/tpu/docs/v5p",
+        network=50 / 8 * GB,
+        source="docs.cloud.google.com/tpu/docs/v5p",
         sizes=3,
     ),
     "v6e": Chip(
@@ -99,78 +108,78 @@ CHIPS: dict[str, Chip] = {
         kind="tpu",
         flops=918e12,
         memory=32 * GIB,
-        usable=TPU_USABLE,
-        bandwidth=1600 * GB,
+        usable=31.25 / 32,
+        bandwidth=1638 * GB,
         links=400 * GB,
         joined=256,
         network=4 * 200 / 8 / 8 * GB,
-        source="cloud.google.com/tpu/docs/v6e",
+        source="docs.cloud.google.com/tpu/docs/v6e",
         sizes=2,
     ),
     "a100-40": Chip(
         title="NVIDIA A100-SXM4-40GB",
         kind="gpu",
         flops=312e12,
-        memory=40 * GIB,
+        memory=42_331_013_120,
         usable=GPU_USABLE,
         bandwidth=1555 * GB,
         links=300 * GB,
         joined=8,
         network=25 * GB,
-        source="NVIDIA A100 data sheet; DGX A100",
+        source="openxla/xla, gpu/target_config/specs; NVIDIA A100 data sheet, as cited",
         target={"core_count": 108, "capability": 8, "l2_cache_size": 40 * 2**20},
     ),
     "a100": Chip(
         title="NVIDIA A100-SXM4-80GB",
         kind="gpu",
         flops=312e12,
-        memory=80 * GIB,
+        memory=85_100_068_864,
         usable=GPU_USABLE,
         bandwidth=2039 * GB,
         links=300 * GB,
         joined=8,
         network=25 * GB,
-        source="NVIDIA A100 data sheet; DGX A100",
+        source="openxla/xla, gpu/target_config/specs; NVIDIA A100 data sheet, as cited",
         target={"core_count": 108, "capability": 8, "l2_cache_size": 40 * 2**20},
     ),
     "h100": Chip(
         title="NVIDIA H100 80GB HBM3",
         kind="gpu",
         flops=989e12,
-        memory=80 * GIB,
+        memory=84_942_979_072,
         usable=GPU_USABLE,
         bandwidth=3352 * GB,
         links=450 * GB,
         joined=8,
         network=50 * GB,
-        source="NVIDIA H100 data sheet (SXM5); DGX H100",
+        source="openxla/xla, gpu/target_config/specs; MLPerf v4.1, NVIDIA DGX H100",
         target={"core_count": 132, "capability": 9, "l2_cache_size": 50 * 2**20},
     ),
     "h200": Chip(
         title="NVIDIA H200",
         kind="gpu",
         flops=989e12,
-        memory=141 * GB,
+        memory=151_397_597_184,
         usable=GPU_USABLE,
         bandwidth=4800 * GB,
         links=450 * GB,
         joined=8,
         network=50 * GB,
-        source="NVIDIA H200 data sheet; DGX H200",
+        source="openxla/xla, gpu/target_config/specs; MLPerf v4.1, NVIDIA H200",
         target={"core_count": 132, "capability": 9, "l2_cache_size": 50 * 2**20},
     ),
     "b200": Chip(
         title="NVIDIA B200",
         kind="gpu",
         flops=2250e12,
-        memory=180 * GB,
+        memory=191_514_411_008,
         usable=GPU_USABLE,
-        bandwidth=7700 * GB,
+        bandwidth=7672 * GB,
         links=900 * GB,
         joined=8,
         network=50 * GB,
-        source="NVIDIA DGX B200 data sheet",
-        target={"core_count": 148, "capability": 10, "l2_cache_size": 126 * 2**20},
+        source="openxla/xla, gpu/target_config/specs; NVIDIA DGX B200 user guide",
+        target={"core_count": 148, "capability": 10, "l2_cache_size": 132_644_864},
     ),
 }
 

@@ -168,13 +168,13 @@ def _collectives(
         "tensor": tuple(range(tensor)),
     }
     found = []
+    part = round(params * s / 4)
     if fsdp > 1:  # weights are gathered layer by layer, each time they are used
         uses = 2 + (m.remat and m.remat_saves == "nothing")
-        part = round(params * s / 4)
         found.append(Collective("all-gather", part, group["fsdp"], uses * G))
-        found.append(Collective("reduce-scatter", round(params * fsdp), group["fsdp"], G))
-    if data > 1:  # the gradient of every micro-batch is summed
-        found.append(Collective("all-reduce", round(params), group["data"], G))
+        found.append(Collective("reduce-scatter", part * fsdp, group["fsdp"], G))
+    if data > 1:  # the gradient of every micro-batch is summed, as the matmuls give it
+        found.append(Collective("all-reduce", part, group["data"], G))
     if tensor > 1:  # each layer's two outputs are sums over the devices, there and back
         times = m.n_layer * (4 + 2 * m.remat) * G
         found.append(Collective("all-reduce", round(given), group["tensor"], times))

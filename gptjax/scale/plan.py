@@ -217,7 +217,7 @@ def flags(config: Config, than: Config) -> str:
     if config.optim.accumulate != than.optim.accumulate:
         words.append(f"--optim.accumulate {config.optim.accumulate}")
     if config.model.remat != than.model.remat:
-        words.append(f"--model.remat {config.model.remat}")
+        words.append("--model.remat" if config.model.remat else "--model.no-remat")
     if config.model.remat_saves != than.model.remat_saves:
         words.append(f"--model.remat-saves {config.model.remat_saves}")
     return " ".join(words)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -101,9 +102,10 @@ def mesh_of(m: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"the {jax.process_count()} processes, which have {available}; raise mesh.data or "
             f"mesh.fsdp, with a batch_size that they divide"
         )
-    devices = devices[: math.prod(shape)]
+    # An axis of a TPU's torus may serve two of the mesh: else 4x4x4 chips would be no fsdp 32.
+    grid = create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
     # Auto: XLA infers every sharding. The default, Explicit, would ask the model to name them.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

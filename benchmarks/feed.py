@@ -1,0 +1,119 @@
+"""What waiting for batches costs a run: `python -m benchmarks.feed [--preset small]`.
+
+The same training with the tokens on the device, which cuts windows itself, and in a mapped file,
+which the host reads a call ahead. Stalled: the loop is in the feed, and the batch is not ready.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from gptjax import cli
+from gptjax.config import DataConfig
+from gptjax.errors import UserError, one_line_errors
+from gptjax.presets import PRESETS
+
+SIDES = {
+    "on the device": DataConfig(),
+    "on disk, random": DataConfig(resident_tokens=0),
+    "on disk, shuffled": DataConfig(resident_tokens=0, order="shuffled"),
+}
+
+
+@dataclass(frozen=True)
+class FeedCommand:
+    """Time a train step, and how long it waits for its batch, wherever the tokens lie."""
+
+    preset: str = "small"
+    """Which to train."""
+    tokens: int = 100_000_000
+    """In the file, two bytes each; it is read from the memory that the system keeps it in."""
+    rounds: int = 9
+    """Turns of each side."""
+    seconds: float = 4.0
+    """Of one turn, and whole calls."""
+    out: Path | None = None
+    """Where to write the results (default: benchmarks/results/feed.json)."""
+
+
+def trainer(preset: str, data: DataConfig) -> Callable[[float], tuple[measure.Visit, float]]:
+    """In its process: train as `gptjax.train` does; a visit, and seconds of it in the feed."""
+    import jax
+
+    from gptjax.programs import Programs
+    from gptjax.text.data import open_dataset
+    from gptjax.text.tokenizer import ByteTokenizer
+
+    tokenizer = ByteTokenizer()
+    config = replace(PRESETS[preset], data=data, steps=10**6)
+    programs, n = Programs(config, tokenizer.vocab_size), config.steps_per_dispatch
+    feed = programs.training(open_dataset(config, tokenizer))
+    state, before, step, stalled = programs.start(), None, 0, 0.0
+
+    def call() -> int:
+        """As in `train`: a call's metrics are read while the next one runs."""
+        nonlocal state, before, step, stalled
+        began = time.perf_counter()
+        tokens = feed(step, then=step + n)
+        stalled += time.perf_counter() - began
+        state, out = programs.train_steps(state, tokens, programs.seed_key, n)
+        jax.device_get(before)
+        before, step = out, step + n
+        return n
+
+    def visit(seconds: float) -> tuple[measure.Visit, float]:
+        nonlocal stalled
+        stalled = 0.0
+        return measure.work(call, seconds, lambda: jax.block_until_ready(state)), stalled
+
+    visit(0.0)  # compiles
+    return visit
+
+
+def compare(command: FeedCommand) -> list[dict[str, Any]]:
+    """Seconds of a step and the share of them in the feed, of each side and round."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/train.bin"
+        measure.random_tokens(256, command.tokens).tofile(path)
+        settings = {name: replace(data, text=path) for name, data in SIDES.items()}
+        made = {name: (trainer, command.preset, data) for name, data in settings.items()}
+        with measure.sides(made) as sides:
+            visits = measure.take_turns(sides, command.rounds, command.seconds)
+    return [
+        {
+            "side": name,
+            "seconds": [visit.seconds / visit.count for visit, _ in found],
+            "cpu_seconds": [visit.cpu_seconds / visit.count for visit, _ in found],
+            "stalled": [seconds / visit.seconds for visit, seconds in found],
+        }
+        for name, found in visits.items()
+    ]
+
+
+def main(argv: list[str]) -> None:
+    """Take turns, and tell."""
+    command = cli.parse(FeedCommand, FeedCommand(), argv, "benchmarks.feed", "")
+    measure.at_least(rounds=command.rounds, seconds=command.seconds, tokens=command.tokens)
+    if command.preset not in PRESETS:
+        raise UserError(f"unknown preset {command.preset!r}; presets: {', '.join(PRESETS)}")
+    here = measure.begin(f"batches of {command.preset} from {command.tokens:,} tokens")
+    rows, table = compare(command), []
+    for row in rows:
+        ratios = [measure.ratios(row[of], rows[0][of]) for of in ("seconds", "cpu_seconds")]
+        milliseconds = measure.spread([1e3 * s for s in row["seconds"]])
+        stalled = measure.spread([100 * share for share in row["stalled"]])
+        table.append([row["side"], *map(str, (milliseconds, *ratios, stalled))])
+    head = ["tokens", "ms a step", "time: ratio", "CPU: ratio", "stalled, % of the time"]
+    measure.show("where the tokens lie", head, table)
+    measure.console.print(measure.LEGEND)
+    measure.save(command.out, "feed", here, command, rows)
+
+
+if __name__ == "__main__":
+    with one_line_errors("benchmarks.feed"):
+        main(sys.argv[1:])
