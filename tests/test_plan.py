@@ -87,7 +87,7 @@ KNOWN = ", ".join(CHIPS)
         ),
         (
             "v5e:32x16",
-            "--plan v5e:32x16: a pod holds 256 TPU v5e, and this is 512; give fewer",
+            "--plan v5e:32x16: a job has up to 256 TPU v5e, and this is 512; give fewer",
         ),
     ],
 )
@@ -281,6 +281,20 @@ def test_other_models_are_refused():
     assert printed(PRESETS["bigram"], "v5e:4x4") == (
         "error: --plan knows GPTs only, and model.kind is bigram"
     )
+
+
+def test_chips_by_the_names_that_jax_gives_them():
+    """Those of jax/_src/pallas/mosaic/tpu_info.py, and of drivers."""
+    for kind, name in {
+        "TPU v4": "v4",
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v5p": "v5p",
+        "TPU v6 lite": "v6e",
+        "NVIDIA H100 80GB HBM3": "h100",
+    }.items():
+        assert chips.called(kind) is chips.CHIPS[name]
+    assert chips.called("TPU v4 lite") is chips.called("cpu") is None
 
 
 def test_here_the_step_is_compiled(tmp_path, play):

@@ -25,7 +25,7 @@ class Chip:
         usable: share of it that a program may have.
         bandwidth: bytes/s of its own memory.
         links: bytes/s that it can send to its neighbours, all links at once.
-        joined: most chips that such links join (a TPU pod, a GPU server).
+        joined: most chips of one job that such links join (of a TPU pod, a GPU server).
         network: bytes/s that it can send further than that; None: not published.
         sizes: of a TPU's slice: 2 or 3 numbers, as in 4x4 or 2x2x1.
         target: what the compiler must know of a GPU that is not here.
@@ -98,7 +98,7 @@ CHIPS: dict[str, Chip] = {
         usable=95.74 / 96,
         bandwidth=2765 * GB,
         links=600 * GB,
-        joined=8960,
+        joined=6144,
         network=50 / 8 * GB,
         source="docs.cloud.google.com/tpu/docs/v5p",
         sizes=3,
@@ -184,6 +184,16 @@ CHIPS: dict[str, Chip] = {
 }
 
 
+KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # JAX's names for them
+
+
+def called(kind: str) -> Chip | None:
+    """The chip that JAX calls so (`device_kind`); None: none of these."""
+    if kind in KINDS:
+        return CHIPS[KINDS[kind]]
+    return next((chip for chip in CHIPS.values() if chip.title == kind), None)
+
+
 class Target(NamedTuple):
     """So many chips: `v5e:4x4`, `h100:8`."""
 
@@ -224,7 +234,7 @@ def read_target(text: str) -> Target:
         )
     if chip.kind == "tpu" and target.count > chip.joined:
         raise UserError(
-            f"--plan {text}: a pod holds {chip.joined} {chip.title}, and this is {target.count}; "
+            f"--plan {text}: a job has up to {chip.joined} {chip.title}, and this is {target.count}; "
             f"give fewer"
         )
     return target

@@ -241,9 +241,8 @@ def _shapes(config: Config, vocab_size: int) -> Any:
 def _here(config: Config) -> Chip:
     """This machine's devices: an accelerator that is known, or what can be measured of others."""
     device = jax.devices()[0]
-    for chip in chips.CHIPS.values():
-        if chip.title.lower() in device.device_kind.lower():
-            return chip
+    if known := chips.called(device.device_kind):
+        return known
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemTotal: +(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     count, bandwidth = jax.device_count(), metrics.memory_rate()
