@@ -40,22 +40,32 @@ def free_port() -> int:
 
 
 class Started:
-    """Processes of one run in a folder; each with a log of its own."""
+    """Processes of one run in a folder; each with a log of its own.
 
-    def __init__(self, folder: Path, *flags: tuple[str, ...], devices: int = 1):
+    `launched` gives a process's environment, as a launcher would; then they find one another.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *flags: tuple[str, ...],
+        devices: int = 1,
+        launched: Callable[[int], dict[str, str]] | None = None,
+    ):
         count = len(flags)
         self.folder, port = folder, free_port()
         env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
         self.logs = [folder / f"log-{i}.txt" for i in range(count)]
         self.children = []
         for i, log in enumerate(self.logs):
-            place = f"{i}/{count}@localhost:{port}"
+            place = "auto" if launched else f"{i}/{count}@localhost:{port}"
+            its_env = env | (launched(i) if launched else {})
             words = [str(ROOT / "train.py"), *flags[i], "--distributed", place]
             with log.open("w") as file:
                 self.children.append(
                     subprocess.Popen(
                         [sys.executable, "-u", *words, "--distributed-wait", "120"],
-                        **{"cwd": folder, "env": env, "stdout": file, "stderr": file},
+                        **{"cwd": folder, "env": its_env, "stdout": file, "stderr": file},
                     )
                 )
 
@@ -115,6 +125,23 @@ def test_two_processes_are_one_run(folder):
     assert "devices" in both.said(0) and "data 2" in both.said(0)
     assert_same(losses(folder, "one"), losses(folder, "two"))
     assert sorted(p.name for p in (folder / "runs/two/checkpoints").iterdir()) == ["12", "6"]
+
+
+def test_a_launcher_is_recognised(folder):
+    """SLURM's variables, as `srun` sets them; from the job's number JAX makes the port."""
+    with socket.socket() as probe:  # one of those that JAX uses, and nobody else now
+        for job in range(os.getpid() % 4096, 2 * 4096):
+            if probe.connect_ex(("localhost", job % 4096 + 61440)):
+                break
+
+    def srun(i: int) -> dict[str, str]:
+        there = {"JOB_ID": job, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": i}
+        return {f"SLURM_{k}": str(v) for k, v in there.items()} | {"SLURM_LOCALID": str(i)}
+
+    both = Started(folder, *2 * [(*FLAGS, "--run", "two")], launched=srun)
+    assert both.end() == [0, 0], both.said(0) + both.said(1)
+    assert both.said(1) == "" and "data 2" in both.said(0)
+    assert losses(folder, "two").keys() == set(range(13))
 
 
 @pytest.mark.slow
