@@ -127,6 +127,7 @@ _MUON = OptimConfig(
 )
 
 # python train.py --config fast: the loss of nanoGPT's CPU setting (1.8857), as soon as possible.
+# 8 s of training on 2 cores (AMD EPYC), 3 of them compiling; val 1.846 (1.8423 to 1.8483, 3 seeds).
 FAST = Config(
     steps=150,
     batch_size=32,
@@ -136,7 +137,8 @@ FAST = Config(
     optim=_MUON,
 )
 
-# python train.py --config record: the lowest loss that two cores reach in a quarter of an hour.
+# python train.py --config record: a low loss in a quarter of an hour, 3.2 M parameters.
+# 10.3 minutes of training on 2 cores (AMD EPYC), val 1.507 (one seed).
 RECORD = Config(
     steps=700,
     batch_size=16,
