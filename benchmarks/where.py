@@ -8,7 +8,6 @@ side, so shares are of the sum of their times.
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +98,7 @@ def trace(preset: str, steps: int) -> dict[str, Any]:
     tokens = programs.put(measure.random_tokens(VOCABULARY))
     state = programs.start()
     program = programs.train_steps.lower(state, tokens, programs.seed_key, steps).compile()
-    of = instructions(program.as_text())
+    of = instructions(program.as_text() or "")
     state, log = program(state, tokens, programs.seed_key, steps)
     jax.block_until_ready(log)
     with tempfile.TemporaryDirectory() as folder:
@@ -120,14 +119,15 @@ def trace(preset: str, steps: int) -> dict[str, Any]:
         raise UserError("the profiler traced no operation on this platform; --presets on a CPU")
     spans = [(start, end) for _, start, end in found]
     wall = max(end for _, end in spans) - min(start for start, _ in spans)
-    parts: Counter[str] = Counter()
+    parts: dict[str, float] = {}
     for name, start, end in found:
-        parts[part(of[name][1])] += (end - start) / steps
+        which = part(of[name][1])
+        parts[which] = parts.get(which, 0.0) + (end - start) / steps
     return {
         "preset": preset,
         "milliseconds": wall / steps,
         "covered": covered(spans) / wall,
-        "parts": dict(parts.most_common()),
+        "parts": dict(sorted(parts.items(), key=lambda item: -item[1])),
     }
 
 

@@ -234,8 +234,8 @@ def read_target(text: str) -> Target:
         )
     if chip.kind == "tpu" and target.count > chip.joined:
         raise UserError(
-            f"--plan {text}: a job has up to {chip.joined} {chip.title}, and this is {target.count}; "
-            f"give fewer"
+            f"--plan {text}: a job has up to {chip.joined} {chip.title}, and this is "
+            f"{target.count}; give fewer"
         )
     return target
 
