@@ -5,6 +5,7 @@ program, whose metadata names the part of the model that it came from. Operation
 side, so shares are of the sum of their times.
 """
 
+import itertools
 import re
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from benchmarks import measure
 from gptjax import cli
 from gptjax.errors import UserError, one_line_errors
 from gptjax.presets import PRESETS
+from gptjax.scale.hlo import Program
 
 VOCABULARY = 65
 CONTAINERS = {"while", "conditional", "call"}  # their time is that of what they run
@@ -49,11 +51,9 @@ class WhereCommand:
 def instructions(hlo: str) -> dict[str, tuple[str, str]]:
     """By the name of an instruction of a compiled program: what it does, and where it is from."""
     found = {}
-    for line in hlo.splitlines():
-        head = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = \S+ (?:\S+ )*?([\w-]+)\(", line)
-        if head:
-            source = re.search(r'op_name="([^"]*)"', line)
-            found[head[1]] = head[2], source[1] if source else ""
+    for instruction in itertools.chain(*Program(hlo).computations.values()):
+        source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        found[instruction.name] = instruction.opcode, source[1] if source else ""
     return found
 
 
@@ -116,7 +116,7 @@ def trace(preset: str, steps: int) -> dict[str, Any]:
         ]
     found = [e for e in durations(events) if of[e[0]][0] not in CONTAINERS]
     if not found:
-        raise UserError("the profiler traced no operation on this platform; --presets on a CPU")
+        raise UserError("the profiler told of no operation of the program; run this on a CPU")
     spans = [(start, end) for _, start, end in found]
     wall = max(end for _, end in spans) - min(start for start, _ in spans)
     parts: dict[str, float] = {}

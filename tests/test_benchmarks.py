@@ -28,6 +28,7 @@ from benchmarks import (
 from gptjax.build import build_model
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
+from gptjax.presets import PRESETS
 from gptjax.programs import Programs
 from gptjax.scale import aot
 
@@ -340,6 +341,7 @@ def test_every_option_of_an_ablation_changes_the_recipe():
         assert ablation.with_options((name,), 300, "x") != ablation.with_options((), 300, "x")
     modern = ablation.with_options(ablation.MODERN, 5, "x")
     assert modern.optim.kind == "muon" and modern.optim.warmup_steps == 5
+    assert replace(modern.model, n_layer=1) == PRESETS["fast"].model
 
 
 def test_where(tmp_path: Path):
@@ -353,8 +355,10 @@ def test_where(tmp_path: Path):
 
 def test_what_ran_and_where_it_is_from():
     hlo = """
+ENTRY %main (a: f32[]) -> f32[] {
   %dot.1 = f32[8,4]{1,0} dot(%a, %b), metadata={op_name="jit(f)/h/attn/c_proj/dot"}
-  ROOT %while.2 = (f32[], s32[]) while(%t), metadata={op_name="jit(f)/while"}
+  ROOT %while.2 = (f32[], s32[]) while(%t), backend_config={"known_trip_count":{"n":"2"}}
+}
 """
     found = where.instructions(hlo)
     assert found["dot.1"] == ("dot", "jit(f)/h/attn/c_proj/dot")

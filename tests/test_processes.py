@@ -1,5 +1,7 @@
 """Tests of several processes as one run: on this machine, by gloo, each with its own devices."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -33,10 +35,13 @@ FLAGS = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+def free_port(first: int | None = None) -> int:
+    """Any, or the lowest from `first` on."""
+    for port in itertools.count(first) if first else [0]:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return probe.getsockname()[1]
+    raise AssertionError("no port is free")
 
 
 class Started:
@@ -129,10 +134,7 @@ def test_two_processes_are_one_run(folder):
 
 def test_a_launcher_is_recognised(folder):
     """SLURM's variables, as `srun` sets them; from the job's number JAX makes the port."""
-    with socket.socket() as probe:  # one of those that JAX uses, and nobody else now
-        for job in range(os.getpid() % 4096, 2 * 4096):
-            if probe.connect_ex(("localhost", job % 4096 + 61440)):
-                break
+    job = free_port(61440) - 61440
 
     def srun(i: int) -> dict[str, str]:
         there = {"JOB_ID": job, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": i}
