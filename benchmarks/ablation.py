@@ -29,6 +29,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "untied": ({"tie_head": False}, {}),
     "zero": ({"init": "zero"}, {}),
     "ngram": ({"ngram": 3}, {}),
+    "pairs": ({"pair_rows": 65 * 65}, {}),
     "muon": ({}, {"kind": "muon", "muon_learning_rate": 0.03, "muon_weight_decay": 0.05}),
     "wsd": ({}, {"schedule": "wsd", "final_lr_ratio": 0.0}),
     "swiglu": ({"activation": "swiglu", "n_inner": 344}, {}),
@@ -36,7 +37,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "softcap": ({"softcap": 15.0}, {}),
     "ema": ({}, {"ema": 0.98}),
 }
-MODERN = ("rotary", "rms", "qk_norm", "relu2", "untied", "zero", "ngram", "muon", "wsd")
+MODERN = ("rotary", "rms", "qk_norm", "relu2", "untied", "zero", "ngram", "pairs", "muon", "wsd")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,9 @@ class ModelConfig:
     ngram: int = 1
     """Tokens that a position sees at once: 1: its own (GPT-2); n: n - 1 before it too, their
     embeddings added from tables of their own."""
+    pair_rows: int | None = None
+    """Rows of a table for pairs of a token and the one before it, whose embeddings are added; pairs
+    with the same number modulo this share a row. None: no such table."""
     activation: Literal["gelu", "gelu_erf", "relu", "relu2", "swiglu"] = "gelu"
     """The MLP's non-linearity; gelu is GPT-2's tanh form, gelu_erf the exact one, relu2 a squared
     relu, swiglu Llama's gate (a third matrix: n_inner of 8/3 n_embd has as many parameters)."""
@@ -107,6 +110,8 @@ class ModelConfig:
                 f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}; "
                 f"change one of them (each serves as many queries)"
             )
+        if self.pair_rows is not None:
+            positive("model.pair_rows", self.pair_rows)
         if self.remat_saves != "nothing" and not self.remat:
             raise UserError(
                 f"model.remat_saves={self.remat_saves} says what rematerialisation keeps, and "
@@ -121,6 +126,11 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether embeddings depend on the tokens before."""
+        return self.ngram > 1 or self.pair_rows is not None
 
 
 @dataclass(frozen=True)

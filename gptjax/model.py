@@ -19,6 +19,7 @@ ln_f`); the leaves below `h` have a leading L axis, for the blocks are one scann
 of the modern family (rotary positions, RMS norm, SwiGLU, grouped queries) are fields of the config.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ from gptjax.errors import UserError
 from gptjax.layers import INIT_STD, Linear, activate, init_stds, norm, rms, rotate
 
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
+QUERY_BLOCKS = 4  # more gain no time on CPU, and compile longer
+BLOCKS_FROM = 128  # positions; shorter contexts gain nothing
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v to y, causal
 
 
@@ -71,6 +74,29 @@ def attention(
     if drop is not None:
         weights = drop(weights)
     return jnp.einsum("BHTS,BSHD->BTHD", weights.astype(v.dtype), v)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attention` to the past. Long contexts in blocks of queries: keys after a block's end, which
+    are 3/8 of all, need not be asked.
+
+    Args:
+        q: (B, T, H, D) queries.
+        k: (B, T, G, D) keys.
+        v: (B, T, G, D) values.
+
+    Returns:
+        (B, T, H, D), in v's dtype.
+    """
+    T = q.shape[1]
+    n = QUERY_BLOCKS if T >= BLOCKS_FROM and T % QUERY_BLOCKS == 0 else 1
+    size = T // n
+    blocks = []
+    for end in range(size, T + 1, size):
+        start = end - size
+        mask = causal_mask(size, end, start)
+        blocks.append(attention(q[:, start:end], k[:, :end], v[:, :end], mask))
+    return jnp.concatenate(blocks, axis=1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -116,8 +142,8 @@ class CausalSelfAttention(nn.Module):
             cache = k, v
         share = c.dropout if c.attn_dropout is None else c.attn_dropout
         masked = self.causal and context is None
-        if self.attend is not None and masked and cache is None and not share:
-            y = self.attend(q, k, v)
+        if masked and cache is None and not share:
+            y = (self.attend or causal_attention)(q, k, v)
         else:
             mask = causal_mask(x.shape[1], k.shape[1], start) if masked else None
             drop = nn.Dropout(share, deterministic=not self.train)
@@ -177,7 +203,7 @@ class GPT(nn.Module):
 
     config: ModelConfig
     vocab_size: int
-    attend: Attend | None = None  # None: `attention`, which all others must equal
+    attend: Attend | None = None  # None: `causal_attention`, which all others must equal
 
     def setup(self) -> None:
         c = self.config
@@ -221,7 +247,7 @@ class GPT(nn.Module):
         if c.position == "learned":
             wpe = self.param("wpe", self.normal, (c.block_size, c.n_embd))
             x = x + jax.lax.dynamic_slice_in_dim(wpe, start, T)[None]
-        if c.ngram > 1:
+        if c.looks_back:
             read = tokens
             if cache is not None:
                 read = jax.lax.dynamic_update_slice_in_dim(cache.tokens, tokens, start, 1)
@@ -244,18 +270,35 @@ class GPT(nn.Module):
         return logits
 
     def before(self, read: jax.Array, start: jax.Array | int, T: int) -> jax.Array:
-        """(B, T, C) of what stands at 1 .. ngram - 1 places before each of T positions from
-        `start` on, in the (B, S) ids `read`: a table for each distance, and nothing before 0.
+        """(B, T, C) of what stands before each of T positions from `start` on, in the (B, S) ids
+        `read`: a table for each distance, 1 .. ngram - 1, and one for pairs of a token and the one
+        before it; nothing where nothing stood.
 
-        Source: token shift as in RWKV (Peng et al. 2023), on the embeddings alone.
+        Source: token shift as in RWKV (Peng et al. 2023), on the embeddings alone; tables of
+        hashed n-grams, Roy et al. 2022 (N-Grammer).
         """
         c, V = self.config, self.vocab_size
-        back = jnp.arange(1, c.ngram)
-        at = start + jnp.arange(T)[:, None] - back[None, :]  # (T, ngram - 1)
-        ids = jnp.take(read, jnp.maximum(at, 0), axis=1) + (V * (back - 1))[None, None]
-        normal = nn.initializers.normal(INIT_STD)
-        table = nn.Embed(V * (c.ngram - 1), c.n_embd, embedding_init=normal, name="wse")
-        return jnp.where((at >= 0)[None, :, :, None], table(ids), 0.0).sum(axis=2)
+
+        def back(n: int) -> tuple[jax.Array, jax.Array]:
+            """(B, T) ids of n places before, and (1, T, 1), whether there are any."""
+            at = start + jnp.arange(T) - n
+            return jnp.take(read, jnp.maximum(at, 0), axis=1), (at >= 0)[None, :, None]
+
+        before = []
+        if c.ngram > 1:
+            normal = nn.initializers.normal(INIT_STD)
+            table = nn.Embed(V * (c.ngram - 1), c.n_embd, embedding_init=normal, name="wse")
+            for n in range(1, c.ngram):
+                ids, seen = back(n)
+                before.append(jnp.where(seen, table(ids + V * (n - 1)), 0.0))
+        if c.pair_rows is not None:
+            (last, _), (ids, seen) = back(0), back(1)
+            number = V * ids.astype(jnp.uint32) + last.astype(jnp.uint32)
+            zeros = nn.initializers.zeros  # a pair that was never seen says nothing
+            table = nn.Embed(c.pair_rows, c.n_embd, embedding_init=zeros, name="wpa")
+            pairs = table((number % c.pair_rows).astype(jnp.int32))
+            before.append(jnp.where(seen, pairs, 0.0))
+        return functools.reduce(jnp.add, before)
 
     def blocks(
         self, x: jax.Array, cache: KVCache | None, train: bool
@@ -287,7 +330,7 @@ class GPT(nn.Module):
         c = self.config
         heads = c.n_kv_head or c.n_head
         empty = jnp.zeros((c.n_layer, batch, c.block_size, heads, c.head_size), c.dtype)
-        tokens = jnp.zeros((batch, c.block_size), jnp.int32) if c.ngram > 1 else None
+        tokens = jnp.zeros((batch, c.block_size), jnp.int32) if c.looks_back else None
         return KVCache(empty, empty, jnp.zeros((), jnp.int32), tokens)
 
 

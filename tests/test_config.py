@@ -213,6 +213,7 @@ CHECKS = [
         "model.remat_saves=dots says what rematerialisation keeps, and model.remat is off; add "
         "--model.remat",
     ),
+    (lambda: ModelConfig(pair_rows=0), small("model.pair_rows", 0)),
     (lambda: Config(loss_chunk=0), small("loss_chunk", 0)),
     (
         lambda: Config(loss_chunk=7),

@@ -59,7 +59,8 @@ CONFIGS = {
     ),
     "exact_gelu": replace(SMALL, activation="gelu_erf"),
     "softcap": replace(SMALL, softcap=0.5),
-    "ngram": replace(SMALL, ngram=4, position="none"),
+    "ngram": replace(SMALL, ngram=4, position="none", pair_rows=200),
+    "pairs": replace(SMALL, pair_rows=19),
     "no_position": replace(SMALL, position="none", n_inner=5),
     "eps": replace(SMALL, norm_eps=0.1, qk_norm=True),
 }
@@ -126,6 +127,24 @@ def check_against_numpy(config: ModelConfig, T: int) -> None:
     assert expected.std() > 0.1  # so that 1e-5 means something
 
 
+def test_pairs_have_rows_of_their_own_where_there_is_room():
+    config = replace(SMALL, n_layer=1, position="none", pair_rows=9)
+    params = random_params(GPT(config, 3))
+    pairs = np.array([[a, b] for a in range(3) for b in range(3)], np.int32)
+    before = np.asarray(apply(GPT(config, 3), params, pairs)[0][:, 1])
+    params["wpa"]["embedding"] = jnp.asarray(params["wpa"]["embedding"]).at[4].add(1.0)
+    moved = np.asarray(apply(GPT(config, 3), params, pairs)[0][:, 1]) != before
+    assert moved.any(axis=1).tolist() == [pair == [1, 1] for pair in pairs.tolist()]
+
+
+def test_numbers_of_pairs_of_a_large_vocabulary():
+    """50,256 times 50,257 is more than 31 bits hold."""
+    config = replace(SMALL, pair_rows=11)
+    tokens = 50_256 - random_tokens(1, 8, vocab_size=9)
+    params = random_params(GPT(config, 50_257))
+    close(apply(GPT(config, 50_257), params, tokens)[0], reference.gpt(params, tokens, config))
+
+
 @each_config
 def test_leaves_follow_the_options(config: ModelConfig):
     """The numpy GPT applies the leaves it is given; this says which ones there must be."""
@@ -180,7 +199,7 @@ def logits_in_pieces(model: Any, params: Any, tokens: np.ndarray, sizes: list[in
 
 @pytest.mark.parametrize("sizes", [[8], [1] * 8, [5, 1, 1, 1], [1, 5, 2], [1, 2]])
 @pytest.mark.parametrize(
-    "config", [CONFIGS[name] for name in ("gpt2", "lecture", "llama", "ngram")]
+    "config", [CONFIGS[name] for name in ("gpt2", "lecture", "llama", "ngram", "pairs")]
 )
 def test_cache_changes_nothing(config: ModelConfig, sizes: list[int]):
     model = GPT(config, V)
@@ -237,6 +256,33 @@ def test_attention_weights_are_scaled():
     eye = jnp.eye(200)[None, :, None, :]  # as values: the output is the weights themselves
     weights = model_module.attention(q, k, eye, None)[0, :, 0]
     assert 0.9 < float(jnp.log(weights).var(axis=-1).mean()) < 1.1
+
+
+@pytest.mark.parametrize("T", [1, 7, 128, 130, 256])
+def test_causal_attention_in_blocks_equals_jax(T: int):
+    """Values and gradients; grouped queries; lengths that are one block and four."""
+    q, k, v = (2 * normal(2, T, heads, 8, seed=seed) for seed, heads in enumerate((4, 2, 2)))
+    g = normal(2, T, 4, 8, seed=3)
+    repeated = lambda x: jnp.repeat(x, 2, axis=2)
+    theirs = lambda q, k, v: jax.nn.dot_product_attention(
+        q, repeated(k), repeated(v), is_causal=True
+    )
+    y, back = jax.vjp(model_module.causal_attention, q, k, v)
+    expected, expected_back = jax.vjp(theirs, q, k, v)
+    close(y, expected)
+    jax.tree.map(close, back(g), expected_back(g))
+
+
+def test_causal_attention_skips_what_nobody_sees():
+    """Of 16 pairs of blocks, 6 lie in the future."""
+    q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.float32)
+
+    def flops(f: Any) -> float:
+        cost: Any = jax.jit(f).lower(q, q, q).compile().cost_analysis()
+        return cost["flops"]
+
+    whole = lambda q, k, v: model_module.attention(q, k, v, model_module.causal_mask(256, 256))
+    assert flops(model_module.causal_attention) == pytest.approx(flops(whole) * 10 / 16, rel=0.02)
 
 
 @pytest.mark.parametrize("start", [0, 2])

@@ -300,6 +300,7 @@ OTHER_MODEL: dict[str, Any] = {
     "rope_base": 100.0,
     "activation": "swiglu",
     "ngram": 3,
+    "pair_rows": 30,
     "softcap": 10.0,
     "tie_head": False,
     "init": "torch",

@@ -43,7 +43,13 @@ CONFIG = Config(
 MODERN = replace(
     CONFIG,
     model=replace(
-        CONFIG.model, n_kv_head=1, norm="rms", position="rotary", activation="swiglu", ngram=3
+        CONFIG.model,
+        n_kv_head=1,
+        norm="rms",
+        position="rotary",
+        activation="swiglu",
+        ngram=3,
+        pair_rows=40,
     ),
     optim=replace(CONFIG.optim, kind="muon", ema=0.5),
 )

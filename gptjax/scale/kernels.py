@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.model import Attend, attention, causal_mask
+from gptjax.model import Attend, causal_attention
 
 BLOCKS = 512, 256, 128  # positions that a kernel takes at once; 128 are a TPU's lanes
 CUDNN_HEAD_SIZES = 128, 8  # the largest on every GPU, and what it must be a multiple of
@@ -53,7 +53,7 @@ def make_attend(config: ModelConfig, mesh: Mesh) -> Attend | None:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         B, T, H = q.shape[:3]
         if T % BLOCKS[-1] or B % ways:  # such as the one token that parameters are drawn with
-            return attention(q, k, v, causal_mask(T, T))
+            return causal_attention(q, k, v)
         if not shared:
             k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
         if mesh.size == 1:
