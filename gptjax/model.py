@@ -295,7 +295,7 @@ class GPT(nn.Module):
             (last, _), (ids, seen) = back(0), back(1)
             number = V * ids.astype(jnp.uint32) + last.astype(jnp.uint32)
             zeros = nn.initializers.zeros  # a pair that was never seen says nothing
-            table = nn.Embed(c.pair_rows, c.n_embd, embedding_init=zeros, name="wpa")
+            table = nn.Embed(c.pair_rows, c.n_embd, embedding_init=zeros, name="wbe")
             pairs = table((number % c.pair_rows).astype(jnp.int32))
             before.append(jnp.where(seen, pairs, 0.0))
         return functools.reduce(jnp.add, before)

@@ -132,7 +132,7 @@ def test_pairs_have_rows_of_their_own_where_there_is_room():
     params = random_params(GPT(config, 3))
     pairs = np.array([[a, b] for a in range(3) for b in range(3)], np.int32)
     before = np.asarray(apply(GPT(config, 3), params, pairs)[0][:, 1])
-    params["wpa"]["embedding"] = jnp.asarray(params["wpa"]["embedding"]).at[4].add(1.0)
+    params["wbe"]["embedding"] = jnp.asarray(params["wbe"]["embedding"]).at[4].add(1.0)
     moved = np.asarray(apply(GPT(config, 3), params, pairs)[0][:, 1]) != before
     assert moved.any(axis=1).tolist() == [pair == [1, 1] for pair in pairs.tolist()]
 

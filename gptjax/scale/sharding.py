@@ -30,7 +30,7 @@ TENSOR = "tensor, if it divides"
 # Path of a leaf, from its end, to the mesh axis of each of its axes. AdamW's moments have the
 # parameters' names, so one table covers the whole train state. Scalars need no rule.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(wte|wse|wpa)/embedding", P(TENSOR, "fsdp")),  # (V, C)
+    (r"(wte|wse|wbe)/embedding", P(TENSOR, "fsdp")),  # (V, C)
     (r"wpe", P(None, "fsdp")),  # (block_size, C)
     (r"h/attn/c_attn/kernel", P(None, "fsdp", None, "tensor", None)),  # (L, C, 3, H, D)
     (r"h/attn/c_attn/bias", P(None, None, "tensor", None)),  # (L, 3, H, D)
@@ -202,7 +202,7 @@ class OnMesh:
     def _table_whole(self, path: Any, leaf: jax.Array) -> jax.Array:
         """Gather a table over fsdp: looking up in one that is cut along its width would gather
         the whole batch's activations instead."""
-        if not re.search(r"(^|/)((wte|wse|wpa)/embedding|wpe)$", _name(path)):
+        if not re.search(r"(^|/)((wte|wse|wbe)/embedding|wpe)$", _name(path)):
             return leaf
         spec = _spec(_name(path), leaf.shape, self.mesh)
         return self._constrain(leaf, P(*(None if axis == "fsdp" else axis for axis in spec)))
