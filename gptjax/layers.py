@@ -1,4 +1,4 @@
-"""The parts that networks are made of: linear layers, norms, non-linearities, rotary positions.
+"""The parts that networks are made of: linear layers, norms, non-linearities, positions, n-grams.
 
 Letters as in `model.py`. Norms and positions are computed in float32.
 """
@@ -118,3 +118,36 @@ def rotate(x: jax.Array, start: jax.Array | int, base: float) -> jax.Array:
     cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def look_back(
+    config: ModelConfig, vocab_size: int, read: jax.Array, start: jax.Array | int, T: int
+) -> jax.Array:
+    """What stands before each of T positions from `start` on in the (B, S) ids `read`, embedded:
+    (B, T, C), a table for each distance, 1 .. ngram - 1, and one for pairs of a token and the one
+    before it; nothing where nothing stood. The tables are those of the module that calls.
+
+    Source: token shift as in RWKV (Peng et al. 2023), on the embeddings alone; tables of hashed
+    n-grams, Roy et al. 2022 (N-Grammer).
+    """
+    c, V = config, vocab_size
+
+    def back(n: int) -> tuple[jax.Array, jax.Array]:
+        """(B, T) ids of n places before, and (1, T, 1), whether there are any."""
+        at = start + jnp.arange(T) - n
+        return jnp.take(read, jnp.maximum(at, 0), axis=1), (at >= 0)[None, :, None]
+
+    x: Any = 0.0
+    if c.ngram > 1:
+        normal = nn.initializers.normal(INIT_STD)
+        table = nn.Embed(V * (c.ngram - 1), c.n_embd, embedding_init=normal, name="wse")
+        for n in range(1, c.ngram):
+            ids, seen = back(n)
+            x += jnp.where(seen, table(ids + V * (n - 1)), 0.0)
+    if c.pair_rows is not None:
+        (last, _), (ids, seen) = back(0), back(1)
+        number = V * ids.astype(jnp.uint32) + last.astype(jnp.uint32)
+        zeros = nn.initializers.zeros  # a pair that was never seen says nothing
+        table = nn.Embed(c.pair_rows, c.n_embd, embedding_init=zeros, name="wbe")
+        x += jnp.where(seen, table((number % c.pair_rows).astype(jnp.int32)), 0.0)
+    return x

@@ -19,7 +19,6 @@ ln_f`); the leaves below `h` have a leading L axis, for the blocks are one scann
 of the modern family (rotary positions, RMS norm, SwiGLU, grouped queries) are fields of the config.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.layers import INIT_STD, Linear, activate, init_stds, norm, rms, rotate
+from gptjax.layers import INIT_STD, Linear, activate, init_stds, look_back, norm, rms, rotate
 
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
 QUERY_BLOCKS = 4  # more gain no time on CPU, and compile longer
@@ -77,16 +76,8 @@ def attention(
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention` to the past. Long contexts in blocks of queries: keys after a block's end, which
-    are 3/8 of all, need not be asked.
-
-    Args:
-        q: (B, T, H, D) queries.
-        k: (B, T, G, D) keys.
-        v: (B, T, G, D) values.
-
-    Returns:
-        (B, T, H, D), in v's dtype.
+    """`attention` of (B, T, H, D) queries to the past of as many (B, T, G, D) keys and values. Long
+    contexts in blocks of queries: keys after a block's end, 3/8 of all, need not be asked.
     """
     T = q.shape[1]
     n = QUERY_BLOCKS if T >= BLOCKS_FROM and T % QUERY_BLOCKS == 0 else 1
@@ -252,7 +243,7 @@ class GPT(nn.Module):
             if cache is not None:
                 read = jax.lax.dynamic_update_slice_in_dim(cache.tokens, tokens, start, 1)
                 cache = cache._replace(tokens=read)
-            x = x + self.before(read, start, T)
+            x = x + look_back(c, self.vocab_size, read, start, T)
         x, cache = self.blocks(x.astype(c.dtype), cache, train)
         return norm(c, "ln_f")(x).astype(c.dtype), cache
 
@@ -268,37 +259,6 @@ class GPT(nn.Module):
         if c.softcap is not None:  # Gemma 2, section 2
             logits = c.softcap * jnp.tanh(logits / c.softcap)
         return logits
-
-    def before(self, read: jax.Array, start: jax.Array | int, T: int) -> jax.Array:
-        """(B, T, C) of what stands before each of T positions from `start` on, in the (B, S) ids
-        `read`: a table for each distance, 1 .. ngram - 1, and one for pairs of a token and the one
-        before it; nothing where nothing stood.
-
-        Source: token shift as in RWKV (Peng et al. 2023), on the embeddings alone; tables of
-        hashed n-grams, Roy et al. 2022 (N-Grammer).
-        """
-        c, V = self.config, self.vocab_size
-
-        def back(n: int) -> tuple[jax.Array, jax.Array]:
-            """(B, T) ids of n places before, and (1, T, 1), whether there are any."""
-            at = start + jnp.arange(T) - n
-            return jnp.take(read, jnp.maximum(at, 0), axis=1), (at >= 0)[None, :, None]
-
-        before = []
-        if c.ngram > 1:
-            normal = nn.initializers.normal(INIT_STD)
-            table = nn.Embed(V * (c.ngram - 1), c.n_embd, embedding_init=normal, name="wse")
-            for n in range(1, c.ngram):
-                ids, seen = back(n)
-                before.append(jnp.where(seen, table(ids + V * (n - 1)), 0.0))
-        if c.pair_rows is not None:
-            (last, _), (ids, seen) = back(0), back(1)
-            number = V * ids.astype(jnp.uint32) + last.astype(jnp.uint32)
-            zeros = nn.initializers.zeros  # a pair that was never seen says nothing
-            table = nn.Embed(c.pair_rows, c.n_embd, embedding_init=zeros, name="wbe")
-            pairs = table((number % c.pair_rows).astype(jnp.int32))
-            before.append(jnp.where(seen, pairs, 0.0))
-        return functools.reduce(jnp.add, before)
 
     def blocks(
         self, x: jax.Array, cache: KVCache | None, train: bool

@@ -28,9 +28,10 @@ def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
         for t in range(back, T):
             row = (back - 1) * len(embedding) + tokens[t - back]
             x[t] += params["wse"]["embedding"][row]
-    for t in range(1, T if config.pair_rows is not None else 1):
-        number = len(embedding) * int(tokens[t - 1]) + int(tokens[t])
-        x[t] += params["wbe"]["embedding"][number % config.pair_rows]
+    if config.pair_rows is not None:
+        for t in range(1, T):
+            number = len(embedding) * int(tokens[t - 1]) + int(tokens[t])
+            x[t] += params["wbe"]["embedding"][number % config.pair_rows]
     if "wpe" in params:
         x = x + params["wpe"][:T]
     norm = layer_norm if config.norm == "layer" else rms_norm
