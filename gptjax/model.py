@@ -33,7 +33,7 @@ from gptjax.layers import INIT_STD, Linear, activate, init_stds, look_back, norm
 
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
 QUERY_BLOCKS = 4  # more gain no time on CPU, and compile longer
-BLOCKS_FROM = 128  # positions; shorter contexts gain nothing
+BLOCKS_FROM = 128  # positions; shorter contexts gain little
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v to y, causal
 
 

@@ -44,8 +44,13 @@ def family(config: ModelConfig) -> Family:
         UserError: neither; names the option that has no place there.
     """
     c = config
-    wanted: dict[str, Any] = {"kind": "gpt", "ngram": 1, "pair_rows": None}
-    wanted |= {"qk_norm": False, "softcap": None}
+    wanted: dict[str, Any] = {
+        "kind": "gpt",
+        "ngram": 1,
+        "pair_rows": None,
+        "qk_norm": False,
+        "softcap": None,
+    }
     if c.position == "rotary":
         wanted |= {"norm": "rms", "activation": "swiglu", "bias": False}
     else:
