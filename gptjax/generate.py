@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.model import UNROLL_UP_TO
+
 CHUNK = 16  # tokens per return to the host: what a terminal shows at a time
 
 
@@ -171,9 +173,11 @@ def _write(
     sampling: Sampling,
 ) -> tuple[jax.Array, Any, jax.Array]:
     """Draw n <= CHUNK tokens after `token` (B,): the last, the state, and all as (B, CHUNK)."""
+    layers, state = _apart(params), _apart(state)
 
     def body(i: jax.Array, carry: tuple[jax.Array, Any, jax.Array]):
         token, state, drawn = carry
+        params, state = _together(layers), _together(state)
         if isinstance(state, Window):
             S = state.tokens.shape[1]
             full = state.length == S
@@ -186,10 +190,32 @@ def _write(
             logits, state = model.apply({"params": params}, token[:, None], state)
             at = 0
         token = _draw_at(logits, at, keys, made + i, sampling)
-        return token, state, drawn.at[:, i].set(token)
+        return token, _apart(state), drawn.at[:, i].set(token)
 
     drawn = jnp.zeros((len(token), CHUNK), jnp.int32)
-    return jax.lax.fori_loop(0, n, body, (token, state, drawn))
+    token, state, drawn = jax.lax.fori_loop(0, n, body, (token, state, drawn))
+    return token, _together(state), drawn
+
+
+def _apart(tree: Any) -> Any:
+    """Parameters or a cache of a GPT, its stacks of layers (`h`, `k` and `v`) taken apart to lists.
+
+    A loop that takes layers out of a stack copies them in every turn. A stack made in the turn
+    itself, `_together`, costs nothing: XLA sees what each layer of an unrolled model is.
+    """
+
+    def layers(path: Any, leaf: jax.Array) -> Any:
+        names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+        stacked = leaf.ndim and names & {"h", "k", "v"}
+        return list(leaf) if stacked and len(leaf) <= UNROLL_UP_TO else leaf
+
+    return jax.tree_util.tree_map_with_path(layers, tree)
+
+
+def _together(tree: Any) -> Any:
+    """What `_apart` took apart, stacked again."""
+    apart = lambda x: isinstance(x, list)
+    return jax.tree.map(lambda x: jnp.stack(x) if apart(x) else x, tree, is_leaf=apart)
 
 
 def _draw_at(

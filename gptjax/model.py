@@ -38,7 +38,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v to y,
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the `length` positions read so far: k, v are (L, B, S, G, D)."""
+    """Of the `length` positions read so far: k, v are (L, B, G, S, D), as attention reads them."""
 
     k: jax.Array
     v: jax.Array
@@ -108,7 +108,7 @@ class CausalSelfAttention(nn.Module):
     def __call__(
         self,
         x: jax.Array,  # (B, T, C)
-        cache: tuple[jax.Array, jax.Array] | None = None,  # k, v: (B, S, G, D)
+        cache: tuple[jax.Array, jax.Array] | None = None,  # k, v: (B, G, S, D)
         start: jax.Array | int = 0,  # position of x's first token
         context: jax.Array | None = None,  # (B, S, C)
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -128,9 +128,8 @@ class CausalSelfAttention(nn.Module):
         if c.position == "rotary" and context is None:
             q, k = rotate(q, start, c.rope_base), rotate(k, start, c.rope_base)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), start, 1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), start, 1)
-            cache = k, v
+            cache = add_to(cache[0], k, start), add_to(cache[1], v, start)
+            k, v = cache[0].swapaxes(1, 2), cache[1].swapaxes(1, 2)
         share = c.dropout if c.attn_dropout is None else c.attn_dropout
         masked = self.causal and context is None
         if masked and cache is None and not share:
@@ -145,6 +144,12 @@ class CausalSelfAttention(nn.Module):
             (c.n_embd,), contract=2, bias=c.bias, std=residual_std, dtype=c.dtype, name="c_proj"
         )(y)
         return nn.Dropout(c.dropout, deterministic=not self.train)(y), cache
+
+
+def add_to(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
+    """(B, G, S, D) keys or values with `new` ones, (B, T, G, D), from position `start` on."""
+    new = new.swapaxes(1, 2).astype(cache.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, start, 2)
 
 
 def causal_mask(T: int, S: int, start: jax.Array | int = 0) -> jax.Array:
@@ -289,7 +294,7 @@ class GPT(nn.Module):
         """An empty cache for `batch` streams of up to block_size tokens."""
         c = self.config
         heads = c.n_kv_head or c.n_head
-        empty = jnp.zeros((c.n_layer, batch, c.block_size, heads, c.head_size), c.dtype)
+        empty = jnp.zeros((c.n_layer, batch, heads, c.block_size, c.head_size), c.dtype)
         tokens = jnp.zeros((batch, c.block_size), jnp.int32) if c.looks_back else None
         return KVCache(empty, empty, jnp.zeros((), jnp.int32), tokens)
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from gptjax import generate as generate_module
 from gptjax.config import ModelConfig
 from gptjax.generate import CHUNK, Sampling, draw, generate
 from gptjax.model import GPT, Bigram
+from gptjax.scale.hlo import Program
 
 V = 11
 GREEDY = Sampling(temperature=0.0)
@@ -381,3 +383,35 @@ def test_a_short_prompt_of_a_long_window_is_read_in_a_short_one(monkeypatch: pyt
         logits, _ = model.apply({"params": params}, jnp.asarray([ids]))
         ids.append(int(logits[0, -1].argmax()))
     assert np.ravel(long).tolist() == ids[3:]
+
+
+def weights_made(model: Any, params: Any) -> int:
+    """How many arrays of the shape of a layer's MLP weights each turn of `_write` makes."""
+    keys = jax.random.split(KEY, 2)
+    token, state = generate_module._read(model, params, np.ones((2, 8), int), 1, keys, 0, PLAIN)
+    write = generate_module._write.__wrapped__  # traced anew, for what it calls may be replaced
+    traced = jax.jit(lambda params, *state: write(model, params, *state, keys, 1, 4, PLAIN))
+    program = Program(traced.lower(params, token, state).compile().as_text())
+    every = list(itertools.chain(*program.computations.values()))
+    loops = re.findall(r"body=%?([\w.-]+)", " ".join(i.attributes for i in every))
+    there = ("parameter", "get-tuple-element", "bitcast")
+    in_loops = itertools.chain(*(program.computations[name] for name in loops))
+    made = [i.shape for i in in_loops if i.opcode not in there]
+    C = model.config.n_embd
+    return sum(shape.startswith(f"f32[{C},{4 * C}]") for shape in made)
+
+
+def test_a_loop_over_tokens_copies_no_weights(monkeypatch: pytest.MonkeyPatch):
+    model, params = gpt(8, GPT, n_layer=3)
+    assert weights_made(model, params) == 0
+    monkeypatch.setattr(generate_module, "_apart", lambda tree: tree)
+    assert weights_made(model, params) == 3  # so XLA needs the help, and this would notice
+
+
+def test_a_model_too_deep_to_unroll_draws_the_same(monkeypatch: pytest.MonkeyPatch):
+    model, params = gpt(8, GPT, n_layer=3, n_head=4)
+    tokens = run(model, params, [1, 2], 20, GREEDY, 2)
+    for module in ("model", "generate"):
+        monkeypatch.setattr(f"gptjax.{module}.UNROLL_UP_TO", 2)
+    jax.clear_caches()  # of the programs of the unrolled one
+    np.testing.assert_array_equal(run(model, params, [1, 2], 20, GREEDY, 2), tokens)

@@ -208,10 +208,10 @@ def test_cache_changes_nothing(config: ModelConfig, sizes: list[int]):
     logits, cache = logits_in_pieces(model, params, tokens, sizes)
     close(logits, apply(model, params, tokens)[0])
     heads = config.n_kv_head or config.n_head
-    assert cache.k.shape == cache.v.shape == (2, 2, 8, heads, config.head_size)
+    assert cache.k.shape == cache.v.shape == (2, 2, heads, 8, config.head_size)
     # What was read is kept; places not read yet are still empty.
-    assert (np.abs(cache.k[:, :, : sum(sizes)]).max(axis=(-1, -2)) > 0).all()
-    assert not np.asarray(cache.v[:, :, sum(sizes) :]).any()
+    assert (np.abs(cache.k[:, :, :, : sum(sizes)]).max(axis=(2, 4)) > 0).all()
+    assert not np.asarray(cache.v[:, :, :, sum(sizes) :]).any()
 
 
 def test_what_lies_behind_the_length_of_a_cache_is_not_seen():

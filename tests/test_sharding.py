@@ -464,7 +464,7 @@ def test_the_cache_is_spread_over_rows_and_heads(model):
     here = sharding.on_mesh(build_model(model, VOCAB), mesh)
     cache = jax.jit(lambda: here.init_cache(4))()
     heads = "tensor" if model.n_kv_head is None else None  # one head cannot be cut
-    wanted = NamedSharding(mesh, P(None, ("data", "fsdp"), None, heads))
+    wanted = NamedSharding(mesh, P(None, ("data", "fsdp"), heads))
     for leaf in (cache.k, cache.v):
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
 

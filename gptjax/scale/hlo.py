@@ -96,7 +96,7 @@ class Program:
             if (header := HEADER.match(line)) and " = " not in line.split("(", 1)[0]:
                 current = self.computations[header[2]] = []
                 entry = header[2] if header[1] else entry
-            elif " = " in line and (instruction := _instruction(line)):
+            elif line.startswith(" ") and " = " in line and (instruction := _instruction(line)):
                 current.append(instruction)
         self.times: defaultdict[str, int] = defaultdict(int)  # how often each computation runs
         self._fused: set[str] = set()
