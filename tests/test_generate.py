@@ -389,9 +389,11 @@ def weights_made(model: Any, params: Any) -> int:
     """How many arrays of the shape of a layer's MLP weights each turn of `_write` makes."""
     keys = jax.random.split(KEY, 2)
     token, state = generate_module._read(model, params, np.ones((2, 8), int), 1, keys, 0, PLAIN)
-    write = generate_module._write.__wrapped__  # traced anew, for what it calls may be replaced
+    write: Any = generate_module._write
+    write = write.__wrapped__  # traced anew, for what it calls may be replaced
     traced = jax.jit(lambda params, *state: write(model, params, *state, keys, 1, 4, PLAIN))
-    program = Program(traced.lower(params, token, state).compile().as_text())
+    compiled = traced.lower(params, token, state).compile()
+    program = Program(str(compiled.as_text()))
     every = list(itertools.chain(*program.computations.values()))
     loops = re.findall(r"body=%?([\w.-]+)", " ".join(i.attributes for i in every))
     there = ("parameter", "get-tuple-element", "bitcast")
