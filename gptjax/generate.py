@@ -157,7 +157,7 @@ def _read(
         state = Window(tokens, length)
     else:
         # What the padding left in the cache is masked until real tokens overwrite it.
-        state = cache._replace(length=length)
+        state = _apart(cache._replace(length=length))
     return _draw_at(logits, length - 1, keys, made, sampling), state
 
 
@@ -173,7 +173,7 @@ def _write(
     sampling: Sampling,
 ) -> tuple[jax.Array, Any, jax.Array]:
     """Draw n <= CHUNK tokens after `token` (B,): the last, the state, and all as (B, CHUNK)."""
-    layers, state = _apart(params), _apart(state)
+    layers = _apart(params)
 
     def body(i: jax.Array, carry: tuple[jax.Array, Any, jax.Array]):
         token, state, drawn = carry
@@ -193,8 +193,7 @@ def _write(
         return token, _apart(state), drawn.at[:, i].set(token)
 
     drawn = jnp.zeros((len(token), CHUNK), jnp.int32)
-    token, state, drawn = jax.lax.fori_loop(0, n, body, (token, state, drawn))
-    return token, _together(state), drawn
+    return jax.lax.fori_loop(0, n, body, (token, state, drawn))
 
 
 def _apart(tree: Any) -> Any:
