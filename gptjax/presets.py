@@ -138,8 +138,9 @@ FAST = Config(
     optim=_MUON,
 )
 
-# python train.py --config record: nanoGPT's figure on an A100 (1.4697), within a quarter of an
-# hour, 3.2 M parameters. Tables of n-grams learn the text by heart in that time, so it has none.
+# python train.py --config record: a low loss in a quarter of an hour, 3.2 M parameters. 16 minutes
+# of training on 2 cores (AMD EPYC), val 1.4627 (one seed). Without tables of n-grams, for in
+# several passes over the text they learn it by heart.
 RECORD = Config(
     steps=1130,
     batch_size=16,
