@@ -1,7 +1,7 @@
 """What each option is worth: `python -m benchmarks.ablation [--seeds 2]`.
 
-To the classic recipe one option at a time is added; from the modern one, that of the presets `fast`
-and `record`, one at a time is taken away. Every run makes as many updates of as many tokens, and is
+To the classic recipe one option at a time is added; from the modern one, that of the preset `fast`,
+one at a time is taken away. Every run makes as many updates of as many tokens, and is
 measured by the whole validation split.
 """
 

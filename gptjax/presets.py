@@ -102,8 +102,8 @@ SMALL = Config(
     optim=OptimConfig(learning_rate=6e-3, warmup_steps=50),
 )
 
-# The modern family: n-gram embeddings, rotary positions, RMS norms, squared ReLU, a head of its
-# own, Muon. What each is worth here: docs/speed.md.
+# The modern family: rotary positions, RMS norms, squared ReLU, a head of its own, Muon. What each
+# is worth here: docs/speed.md.
 _MODERN = ModelConfig(
     bias=False,
     norm="rms",
@@ -113,8 +113,6 @@ _MODERN = ModelConfig(
     activation="relu2",
     tie_head=False,
     init="zero",
-    ngram=3,
-    pair_rows=65 * 65,  # one for each pair of characters of Tiny Shakespeare
 )
 _MUON = OptimConfig(
     kind="muon",
@@ -134,7 +132,8 @@ FAST = Config(
     batch_size=32,
     eval_every=40,
     save_every=120,
-    model=replace(_MODERN, n_layer=1),
+    # A row for each pair of characters of Tiny Shakespeare.
+    model=replace(_MODERN, n_layer=1, ngram=3, pair_rows=65 * 65),
     optim=_MUON,
 )
 
@@ -146,15 +145,7 @@ RECORD = Config(
     batch_size=16,
     eval_every=100,
     save_every=565,
-    model=replace(
-        _MODERN,
-        n_embd=256,
-        block_size=256,
-        dropout=0.1,
-        attn_dropout=0.0,
-        ngram=1,
-        pair_rows=None,
-    ),
+    model=replace(_MODERN, n_embd=256, block_size=256, dropout=0.1, attn_dropout=0.0),
     optim=replace(
         _MUON,
         learning_rate=1e-2,

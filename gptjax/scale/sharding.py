@@ -176,7 +176,7 @@ class OnMesh:
     def init_cache(self, batch: int) -> Any:
         """As the module's own, its rows and its heads spread over the mesh."""
         rows = self._rows(batch)
-        specs = {"k": P(None, rows, TENSOR), "v": P(None, rows, TENSOR)}
+        specs = dict.fromkeys(("k", "v"), P(None, rows, TENSOR))
 
         def place(path: Any, leaf: jax.Array) -> jax.Array:
             spec = specs.get(_name(path), P(rows) if leaf.ndim else P())
