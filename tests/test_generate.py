@@ -385,8 +385,9 @@ def test_a_short_prompt_of_a_long_window_is_read_in_a_short_one(monkeypatch: pyt
     assert np.ravel(long).tolist() == ids[3:]
 
 
-def weights_made(model: Any, params: Any) -> int:
-    """How many arrays of the shape of a layer's MLP weights each turn of `_write` makes."""
+def arrays_made(model: Any, params: Any) -> tuple[int, int]:
+    """How many arrays of the shape of a layer's MLP weights each turn of `_write` makes, and how
+    many of the shape of the keys or values of a layer or of a stack of them."""
     keys = jax.random.split(KEY, 2)
     token, state = generate_module._read(model, params, np.ones((2, 8), int), 1, keys, 0, PLAIN)
     write: Any = generate_module._write
@@ -398,17 +399,19 @@ def weights_made(model: Any, params: Any) -> int:
     loops = re.findall(r"body=%?([\w.-]+)", " ".join(i.attributes for i in every))
     there = ("parameter", "get-tuple-element", "bitcast")
     in_loops = itertools.chain(*(program.computations[name] for name in loops))
-    made = [i.shape for i in in_loops if i.opcode not in there]
-    C = model.config.n_embd
-    return sum(shape.startswith(f"f32[{C},{4 * C}]") for shape in made)
+    made = [i.shape.split("{")[0] for i in in_loops if i.opcode not in there]
+    C, D = model.config.n_embd, model.config.head_size
+    weights = sum(shape == f"f32[{C},{4 * C}]" for shape in made)
+    return weights, sum(shape.endswith(f"2,{C // D},8,{D}]") for shape in made)
 
 
-def test_a_loop_over_tokens_copies_no_weights(monkeypatch: pytest.MonkeyPatch):
+def test_a_loop_over_tokens_copies_neither_weights_nor_cache(monkeypatch: pytest.MonkeyPatch):
     model, params = gpt(8, GPT, n_layer=3)
-    assert weights_made(model, params) == 0
+    assert arrays_made(model, params) == (0, 3 * 2)  # a token is written into each in its place
     monkeypatch.setattr(generate_module, "_apart", lambda tree: tree)
     jax.clear_caches()
-    assert weights_made(model, params) == 3  # so XLA needs the help, and this would notice
+    weights, cached = arrays_made(model, params)
+    assert weights == 3 and cached > 3 * 2  # so XLA needs the help, and this would notice
 
 
 def test_a_model_too_deep_to_unroll_draws_the_same(monkeypatch: pytest.MonkeyPatch):

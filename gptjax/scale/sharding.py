@@ -176,7 +176,8 @@ class OnMesh:
     def init_cache(self, batch: int) -> Any:
         """As the module's own, its rows and its heads spread over the mesh."""
         rows = self._rows(batch)
-        specs = dict.fromkeys(("k", "v"), P(None, rows, TENSOR))
+        layers = P(None, rows, TENSOR)
+        specs = {"k": layers, "v": layers}
 
         def place(path: Any, leaf: jax.Array) -> jax.Array:
             spec = specs.get(_name(path), P(rows) if leaf.ndim else P())
