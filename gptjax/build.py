@@ -2,10 +2,11 @@
 
 import flax.linen as nn
 
+from gptjax.attention import Attend
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.lecture import Attention, Averaging, FeedForward
-from gptjax.model import GPT, Attend, Bigram
+from gptjax.model import GPT, Bigram
 
 MODELS = {
     "gpt": GPT,

@@ -57,6 +57,10 @@ class ModelConfig:
     """A table added to the embeddings (GPT-2), or queries and keys turned by position (Llama)."""
     rope_base: float = 10_000.0
     """Rotary positions: longest wavelength / 2 pi, in tokens."""
+    window: int | None = None
+    """Positions that each one sees, itself and those right before it; None: all before it."""
+    key_offset: bool = False
+    """Half of each key is that of the position before, so that a match leads to what followed."""
     ngram: int = 1
     """Tokens that a position sees at once: 1: its own (GPT-2); n: n - 1 before it too, their
     embeddings added from tables of their own."""
@@ -88,10 +92,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "ngram"):
             positive(f"model.{name}", getattr(self, name))
-        if self.vocab_size is not None:
-            positive("model.vocab_size", self.vocab_size)
         within("model.dropout", self.dropout, 0.0, 1.0)
-        for name in ("n_kv_head", "n_inner"):
+        for name in ("vocab_size", "n_kv_head", "n_inner", "window", "pair_rows"):
             if getattr(self, name) is not None:
                 positive(f"model.{name}", getattr(self, name))
         if self.attn_dropout is not None:
@@ -110,8 +112,6 @@ class ModelConfig:
                 f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}; "
                 f"change one of them (each serves as many queries)"
             )
-        if self.pair_rows is not None:
-            positive("model.pair_rows", self.pair_rows)
         if self.remat_saves != "nothing" and not self.remat:
             raise UserError(
                 f"model.remat_saves={self.remat_saves} says what rematerialisation keeps, and "

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.attention import attention, causal_mask
 from gptjax.errors import UserError
 from gptjax.layers import Linear, activate, init_stds
-from gptjax.model import GPT, CausalSelfAttention, KVCache, attention, causal_mask
+from gptjax.model import GPT, CausalSelfAttention, KVCache
 
 # ---------------------------------------------------------------------------------------------
 # The trick: the same average of the past, four ways

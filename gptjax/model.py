@@ -19,22 +19,36 @@ ln_f`); the leaves below `h` have a leading L axis, for the blocks are one scann
 of the modern family (rotary positions, RMS norm, SwiGLU, grouped queries) are fields of the config.
 """
 
-import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gptjax.attention import (
+    Attend,
+    add_to,
+    attention,
+    causal_attention,
+    causal_mask,
+    window_attention,
+)
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.layers import INIT_STD, Linear, activate, init_stds, look_back, norm, rms, rotate
+from gptjax.layers import (
+    INIT_STD,
+    Linear,
+    activate,
+    init_stds,
+    look_back,
+    norm,
+    offset,
+    rms,
+    rotate,
+)
 
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
-QUERY_BLOCKS = 4  # more gain no time on CPU, and compile longer
-BLOCKS_FROM = 128  # positions; shorter contexts gain little
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v to y, causal
 
 
 class KVCache(NamedTuple):
@@ -44,50 +58,6 @@ class KVCache(NamedTuple):
     v: jax.Array
     length: jax.Array  # () int32
     tokens: Any = None  # (B, S) int32, of models that look at n-grams
-
-
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, drop: Any = None
-) -> jax.Array:
-    """Scaled dot-product attention: each query takes the mean of the values it finds relevant.
-
-    Args:
-        q: (B, T, H, D) queries.
-        k: (B, S, G, D) keys; each serves H / G heads of queries (Ainslie et al. 2023).
-        v: (B, S, G, D) values.
-        mask: (1, 1, T, S) bool, true where a query may look; None: everywhere.
-        drop: dropout for the weights, a function of (B, H, T, S); None: none.
-
-    Returns:
-        (B, T, H, D), in v's dtype; the softmax is float32.
-
-    Source: Vaswani et al. 2017, equation 1; lecture, "self-attention".
-    """
-    if (share := q.shape[2] // k.shape[2]) > 1:
-        k, v = jnp.repeat(k, share, axis=2), jnp.repeat(v, share, axis=2)
-    scores = jnp.einsum("BTHD,BSHD->BHTS", q, k, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if drop is not None:
-        weights = drop(weights)
-    return jnp.einsum("BHTS,BSHD->BTHD", weights.astype(v.dtype), v)
-
-
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention` of (B, T, H, D) queries to the past of as many (B, T, G, D) keys and values. Long
-    contexts in blocks of queries: keys after a block's end, 3/8 of all, need not be asked.
-    """
-    T = q.shape[1]
-    n = QUERY_BLOCKS if T >= BLOCKS_FROM and T % QUERY_BLOCKS == 0 else 1
-    size = T // n
-    blocks = []
-    for end in range(size, T + 1, size):
-        start = end - size
-        mask = causal_mask(size, end, start)
-        blocks.append(attention(q[:, start:end], k[:, :end], v[:, :end], mask))
-    return jnp.concatenate(blocks, axis=1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -130,12 +100,15 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache = add_to(cache[0], k, start), add_to(cache[1], v, start)
             k, v = cache[0].swapaxes(1, 2), cache[1].swapaxes(1, 2)
+        if c.key_offset and context is None:
+            k = offset(k)
         share = c.dropout if c.attn_dropout is None else c.attn_dropout
         masked = self.causal and context is None
         if masked and cache is None and not share:
-            y = (self.attend or causal_attention)(q, k, v)
+            windowed = None if c.window is None else partial(window_attention, window=c.window)
+            y = (self.attend or windowed or causal_attention)(q, k, v)
         else:
-            mask = causal_mask(x.shape[1], k.shape[1], start) if masked else None
+            mask = causal_mask(x.shape[1], k.shape[1], start, c.window) if masked else None
             drop = nn.Dropout(share, deterministic=not self.train)
             y = attention(q, k, v, mask, drop if share else None)
         if not self.project:
@@ -144,17 +117,6 @@ class CausalSelfAttention(nn.Module):
             (c.n_embd,), contract=2, bias=c.bias, std=residual_std, dtype=c.dtype, name="c_proj"
         )(y)
         return nn.Dropout(c.dropout, deterministic=not self.train)(y), cache
-
-
-def add_to(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
-    """(B, G, S, D) keys or values with `new` ones, (B, T, G, D), from position `start` on."""
-    new = new.swapaxes(1, 2).astype(cache.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, start, 2)
-
-
-def causal_mask(T: int, S: int, start: jax.Array | int = 0) -> jax.Array:
-    """(1, 1, T, S) bool: query t, at position start + t, sees keys 0..start + t."""
-    return (jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None])[None, None]
 
 
 class MLP(nn.Module):

@@ -16,9 +16,10 @@ import numpy as np
 from rich.console import Console
 
 from gptjax import cli
+from gptjax.attention import attention, causal_mask
 from gptjax.config import ModelConfig
 from gptjax.errors import one_line_errors
-from gptjax.model import CausalSelfAttention, attention, causal_mask
+from gptjax.model import CausalSelfAttention
 
 SIZE = ModelConfig(n_head=4, n_embd=32, block_size=8, qkv_bias=False, init="torch")
 B, T, C = 2, SIZE.block_size, SIZE.n_embd

@@ -38,7 +38,10 @@ def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
     for layer in range(len(params["h"]["ln_1"]["scale"])):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["h"])
         q, k, v = _queries_keys_values(norm(x, block["ln_1"], config), block["attn"], config)
-        heads = heads_side_by_side(q, k, v, config.n_head, visible=np.tri(T, dtype=bool))
+        visible = np.tri(T, dtype=bool)
+        if config.window is not None:
+            visible &= ~np.tri(T, k=-config.window, dtype=bool)
+        heads = heads_side_by_side(q, k, v, config.n_head, visible)
         x = x + linear(heads, block["attn"]["c_proj"])
         hidden = linear(norm(x, block["ln_2"], config), block["mlp"]["c_fc"])
         x = x + linear(ACTIVATIONS[config.activation](hidden), block["mlp"]["c_proj"])
@@ -61,8 +64,20 @@ def _queries_keys_values(x: np.ndarray, layer: Any, config: ModelConfig) -> list
         qs, ks = ([over_rms(head, config.norm_eps) for head in heads] for heads in (qs, ks))
     if config.position == "rotary":
         qs, ks = ([rotate(head, config.rope_base) for head in heads] for heads in (qs, ks))
+    if config.key_offset:
+        ks = [_offset(head) for head in ks]
     ks, vs = ([heads[i * G // H] for i in range(H)] for heads in (ks, vs))
     return [np.concatenate(heads, axis=-1) for heads in (qs, ks, vs)]
+
+
+def _offset(k: np.ndarray) -> np.ndarray:
+    """(T, D): channels of the slower pairs (i, i + D/2), i >= D/4, from one position before."""
+    T, D = k.shape
+    moved = k.copy()
+    for i in range(D // 4, D // 2):
+        for channel in (i, i + D // 2):
+            moved[:, channel] = [0.0, *k[: T - 1, channel]]
+    return moved
 
 
 def rotate(x: np.ndarray, base: float) -> np.ndarray:

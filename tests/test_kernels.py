@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.attention import attention, causal_mask
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
-from gptjax.model import GPT, attention, causal_mask
+from gptjax.model import GPT
 from gptjax.scale import kernels
 from gptjax.scale.sharding import make_mesh
 from gptjax.step import make_gradient

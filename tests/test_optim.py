@@ -299,6 +299,8 @@ OTHER_MODEL: dict[str, Any] = {
     "position": "learned",
     "rope_base": 100.0,
     "activation": "swiglu",
+    "window": 2,
+    "key_offset": True,
     "ngram": 3,
     "pair_rows": 30,
     "softcap": 10.0,

@@ -709,7 +709,8 @@ def test_every_field_of_a_model_is_its_weights_or_the_runs():
 
     of_the_weights = (
         "kind n_layer n_head n_kv_head n_embd n_inner vocab_size bias qkv_bias norm norm_eps "
-        "qk_norm position rope_base ngram pair_rows activation tie_head softcap init"
+        "qk_norm position rope_base window key_offset ngram pair_rows activation tie_head softcap "
+        "init"
     ).split()
     names = {field.name for field in fields(ModelConfig)}
     assert names == {*of_the_weights, *OF_A_LOADED_MODEL}

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gptjax.attention import Attend, causal_attention
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.model import Attend, causal_attention
 
 BLOCKS = 512, 256, 128  # positions that a kernel takes at once; 128 are a TPU's lanes
 CUDNN_HEAD_SIZES = 128, 8  # the largest on every GPU, and what it must be a multiple of
@@ -69,6 +69,8 @@ def _unfit(name: str, config: ModelConfig, device: Any) -> str | None:
     share = config.dropout if config.attn_dropout is None else config.attn_dropout
     if share:
         return f"cannot drop attention weights, and the share to drop is {share}"
+    if config.window is not None:
+        return f"sees the whole past, and model.window is {config.window}"
     if config.block_size % BLOCKS[-1]:
         return (
             f"needs a model.block_size that is a multiple of {BLOCKS[-1]}, and it is "

@@ -27,10 +27,12 @@ BATCH = P(ROWS)
 # heads of keys and values): where it does not divide, the leaf is whole along it.
 TENSOR = "tensor, if it divides"
 
+TABLES = r"(wte|wse|wbe)/embedding"  # (V, C): of tokens, and of those before them
+
 # Path of a leaf, from its end, to the mesh axis of each of its axes. AdamW's moments have the
 # parameters' names, so one table covers the whole train state. Scalars need no rule.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(wte|wse|wbe)/embedding", P(TENSOR, "fsdp")),  # (V, C)
+    (TABLES, P(TENSOR, "fsdp")),
     (r"wpe", P(None, "fsdp")),  # (block_size, C)
     (r"h/attn/c_attn/kernel", P(None, "fsdp", None, "tensor", None)),  # (L, C, 3, H, D)
     (r"h/attn/c_attn/bias", P(None, None, "tensor", None)),  # (L, 3, H, D)
@@ -203,7 +205,7 @@ class OnMesh:
     def _table_whole(self, path: Any, leaf: jax.Array) -> jax.Array:
         """Gather a table over fsdp: looking up in one that is cut along its width would gather
         the whole batch's activations instead."""
-        if not re.search(r"(^|/)((wte|wse|wbe)/embedding|wpe)$", _name(path)):
+        if not re.search(rf"(^|/)({TABLES}|wpe)$", _name(path)):
             return leaf
         spec = _spec(_name(path), leaf.shape, self.mesh)
         return self._constrain(leaf, P(*(None if axis == "fsdp" else axis for axis in spec)))

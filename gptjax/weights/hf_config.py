@@ -48,6 +48,8 @@ def family(config: ModelConfig) -> Family:
         "kind": "gpt",
         "ngram": 1,
         "pair_rows": None,
+        "window": None,
+        "key_offset": False,
         "qk_norm": False,
         "softcap": None,
     }
