@@ -120,18 +120,6 @@ def rotate(x: jax.Array, start: jax.Array | int, base: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def offset(k: jax.Array) -> jax.Array:
-    """(B, S, G, D) keys whose slow half of pairs is that of the position before (none before the
-    first): a query that knows a place from before then finds what followed there.
-
-    Source: the speedruns of Jordan et al. 2024 (modded-nanogpt, "partial key offset").
-    """
-    before = jnp.pad(k, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
-    half, quarter = k.shape[3] // 2, k.shape[3] // 4
-    slow = jnp.arange(k.shape[3]) % half >= quarter
-    return jnp.where(slow, before, k)
-
-
 def look_back(
     config: ModelConfig, vocab_size: int, read: jax.Array, start: jax.Array | int, T: int
 ) -> jax.Array:

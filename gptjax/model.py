@@ -32,6 +32,7 @@ from gptjax.attention import (
     attention,
     causal_attention,
     causal_mask,
+    offset,
     window_attention,
 )
 from gptjax.config import ModelConfig
@@ -43,7 +44,6 @@ from gptjax.layers import (
     init_stds,
     look_back,
     norm,
-    offset,
     rms,
     rotate,
 )

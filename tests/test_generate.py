@@ -144,9 +144,14 @@ def test_past_the_window_the_last_half_is_read_anew(block_size: int, length: int
     assert run(model, params, prompt, n)[0].tolist() == plain_loop(model, params, prompt, n, halve)
 
 
-def test_a_modern_model_past_its_window():
-    """Positions that turn, shared heads and looks back all begin anew with the half window."""
-    model, params = gpt(position="rotary", n_kv_head=1, ngram=3, pair_rows=30, seed=1)
+@pytest.mark.parametrize(
+    "options",
+    [{"ngram": 3, "pair_rows": 30}, {"key_offset": True}, {"key_offset": True, "window": 2}],
+    ids=["looks back", "offset", "windows of attention"],
+)
+def test_a_modern_model_past_its_window(options: dict[str, Any]):
+    """Positions that turn, shared heads, looks back and offsets begin anew with the half window."""
+    model, params = gpt(position="rotary", n_kv_head=1, seed=1, **options)
     expected = plain_loop(model, params, [1, 2, 3], 30, halve)
     assert run(model, params, [1, 2, 3], 30)[0].tolist() == expected
     assert len(set(expected)) > 4

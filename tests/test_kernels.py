@@ -150,6 +150,7 @@ BF16 = replace(CONFIG, dtype="bfloat16")
         (replace(BF16, dropout=0.1), TPU, None),
         (replace(BF16, dropout=0.1, attn_dropout=0.0), TPU, "splash"),
         (replace(BF16, block_size=100), TPU, None),
+        (replace(BF16, window=32), TPU, None),
         (replace(BF16, attention="plain"), TPU, None),
     ],
 )
@@ -189,6 +190,7 @@ def test_what_a_kernel_does_not_divide_is_attended_to_plainly():
             TPU,
             "needs a model.block_size that is a multiple of 128, and it is 100",
         ),
+        ("splash", replace(BF16, window=32), TPU, "sees all positions, and model.window is 32"),
         (
             "splash",
             replace(BF16, dropout=0.1),

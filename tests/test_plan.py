@@ -173,6 +173,15 @@ def test_more_shards_take_less_memory_and_traffic():
     assert all(a.traffic > 1.5 * b.traffic for a, b in itertools.pairwise(costs))
 
 
+def test_windows_of_attention_take_less():
+    config = PRESETS["gpt2"]
+    config = replace(config, model=replace(config.model, attention="plain"))
+    windowed = replace(config, model=replace(config.model, window=64))
+    whole, less = (estimate.estimate(c, shapes(config), MeshConfig(8)) for c in (config, windowed))
+    assert less.flops < whole.flops and less.traffic < whole.traffic
+    assert less.memory["activations"] < whole.memory["activations"] / 2
+
+
 def test_rematerialisation_trades_memory_for_flops():
     config = PRESETS["gpt2"]
     state, mesh = shapes(config), MeshConfig(8)

@@ -108,7 +108,8 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     # Activations of a layer: what enters it, what its linear layers give, and the rest.
     given = b * T * C * s
     dots = b * T * (C + kv + F_in) // t * s + 2 * b * T * C * s
-    weights = 0 if m.attention != "plain" else b * H * T * T // t * (4 + s)
+    seen = T if m.window is None else min(T, 2 * m.window)  # as `window_attention` does it
+    weights = 0 if m.attention != "plain" else b * H * T * seen // t * (4 + s)
     rest = 2 * b * T * C * (4 + s) + b * T * (C + F) // t * s + weights
     kept = {(False, "nothing"): given + dots + rest, (True, "dots"): given + dots}
     saved = L * kept.get((m.remat, m.remat_saves), given)
@@ -130,7 +131,7 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     if m.remat:
         # All but a block's last matmul, whose result nothing asks for.
         linear = 2 * (metrics.count_params(state.params["h"]) - L * F * C)
-        again += (linear if m.remat_saves == "nothing" else 0) + 4 * L * C * T
+        again += (linear if m.remat_saves == "nothing" else 0) + 4 * L * C * seen
     if config.loss_chunk is not None:
         again += 2 * V * C
     passes = 3 + m.remat

@@ -70,7 +70,7 @@ def _unfit(name: str, config: ModelConfig, device: Any) -> str | None:
     if share:
         return f"cannot drop attention weights, and the share to drop is {share}"
     if config.window is not None:
-        return f"sees the whole past, and model.window is {config.window}"
+        return f"sees all positions, and model.window is {config.window}"
     if config.block_size % BLOCKS[-1]:
         return (
             f"needs a model.block_size that is a multiple of {BLOCKS[-1]}, and it is "
