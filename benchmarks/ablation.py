@@ -35,11 +35,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "swiglu": ({"activation": "swiglu", "n_inner": 344}, {}),
     "grouped": ({"n_kv_head": 2}, {}),
     "softcap": ({"softcap": 15.0}, {}),
-    "window": ({"window": 32}, {}),
-    "offset": ({"key_offset": True}, {}),
+    "window": ({"window": 4}, {}),
     "ema": ({}, {"ema": 0.98}),
 }
-MODERN = ("rotary", "rms", "qk_norm", "relu2", "untied", "zero", "ngram", "pairs", "muon", "wsd")
+MODERN = ("rotary", "rms", "qk_norm", "relu2", "untied", "zero", "window", "pairs", "muon", "wsd")
 
 
 @dataclass(frozen=True)

@@ -78,19 +78,6 @@ def window_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> j
     return y.reshape(y.shape[0], T, *y.shape[3:])
 
 
-def offset(k: jax.Array) -> jax.Array:
-    """(B, S, G, D) keys of which half is that of the position before, and nothing before the first:
-    who finds a place like its own then takes the value of what followed there. It is the half of
-    the rotary pairs that turn slowly.
-
-    Source: the speedruns of Jordan et al. 2024 (modded-nanogpt, "partial key offset").
-    """
-    before = jnp.pad(k, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
-    half, quarter = k.shape[3] // 2, k.shape[3] // 4
-    slow = jnp.arange(k.shape[3]) % half >= quarter
-    return jnp.where(slow, before, k)
-
-
 def add_to(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
     """(B, G, S, D) keys or values with `new` ones, (B, T, G, D), from position `start` on."""
     new = new.swapaxes(1, 2).astype(cache.dtype)

@@ -59,8 +59,6 @@ class ModelConfig:
     """Rotary positions: longest wavelength / 2 pi, in tokens."""
     window: int | None = None
     """Positions that each one sees, itself and those right before it; None: all before it."""
-    key_offset: bool = False
-    """Half of each key is that of the position before, so that a match leads to what followed."""
     ngram: int = 1
     """Tokens that a position sees at once: 1: its own (GPT-2); n: n - 1 before it too, their
     embeddings added from tables of their own."""

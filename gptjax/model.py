@@ -32,7 +32,6 @@ from gptjax.attention import (
     attention,
     causal_attention,
     causal_mask,
-    offset,
     window_attention,
 )
 from gptjax.config import ModelConfig
@@ -100,8 +99,6 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache = add_to(cache[0], k, start), add_to(cache[1], v, start)
             k, v = cache[0].swapaxes(1, 2), cache[1].swapaxes(1, 2)
-        if c.key_offset and context is None:
-            k = offset(k)
         share = c.dropout if c.attn_dropout is None else c.attn_dropout
         masked = self.causal and context is None
         if masked and cache is None and not share:

@@ -64,20 +64,8 @@ def _queries_keys_values(x: np.ndarray, layer: Any, config: ModelConfig) -> list
         qs, ks = ([over_rms(head, config.norm_eps) for head in heads] for heads in (qs, ks))
     if config.position == "rotary":
         qs, ks = ([rotate(head, config.rope_base) for head in heads] for heads in (qs, ks))
-    if config.key_offset:
-        ks = [_offset(head) for head in ks]
     ks, vs = ([heads[i * G // H] for i in range(H)] for heads in (ks, vs))
     return [np.concatenate(heads, axis=-1) for heads in (qs, ks, vs)]
-
-
-def _offset(k: np.ndarray) -> np.ndarray:
-    """(T, D): channels of the slower pairs (i, i + D/2), i >= D/4, from one position before."""
-    T, D = k.shape
-    moved = k.copy()
-    for i in range(D // 4, D // 2):
-        for channel in (i, i + D // 2):
-            moved[:, channel] = [0.0, *k[: T - 1, channel]]
-    return moved
 
 
 def rotate(x: np.ndarray, base: float) -> np.ndarray:

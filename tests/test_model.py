@@ -65,8 +65,7 @@ CONFIGS = {
     "window_and_rest": replace(SMALL, window=3, block_size=16),
     "one_sees_itself": replace(SMALL, window=1, block_size=4),
     "window_of_all": replace(SMALL, window=99),
-    "key_offset": replace(LLAMA, key_offset=True),
-    "offset_window": replace(LLAMA, key_offset=True, window=4, block_size=12, n_embd=24),
+    "llama_window": replace(LLAMA, window=4, block_size=12),
     "no_position": replace(SMALL, position="none", n_inner=5),
     "eps": replace(SMALL, norm_eps=0.1, qk_norm=True),
 }

@@ -300,7 +300,6 @@ OTHER_MODEL: dict[str, Any] = {
     "rope_base": 100.0,
     "activation": "swiglu",
     "window": 2,
-    "key_offset": True,
     "ngram": 3,
     "pair_rows": 30,
     "softcap": 10.0,

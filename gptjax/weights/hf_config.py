@@ -49,7 +49,6 @@ def family(config: ModelConfig) -> Family:
         "ngram": 1,
         "pair_rows": None,
         "window": None,
-        "key_offset": False,
         "qk_norm": False,
         "softcap": None,
     }
