@@ -47,8 +47,7 @@ class ModelConfig:
     qkv_bias: bool = True
     """Biases on queries, keys and values too (the lecture has none there)."""
     norm: Literal["layer", "rms", "none"] = "layer"
-    """Before attention, before the MLP and at the end; none: nothing there, as the lecture before
-    it comes to layer norm. rms is Llama's."""
+    """Before attention, before the MLP and at the end; none: nothing there. rms is Llama's."""
     norm_eps: float = 1e-5
     """Added to the variance or mean square in every norm."""
     qk_norm: bool = False
@@ -124,6 +123,10 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
+
+    @property
+    def dropped_attention(self) -> float:
+        return self.dropout if self.attn_dropout is None else self.attn_dropout
 
     @property
     def looks_back(self) -> bool:

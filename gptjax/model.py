@@ -36,16 +36,7 @@ from gptjax.attention import (
 )
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.layers import (
-    INIT_STD,
-    Linear,
-    activate,
-    init_stds,
-    look_back,
-    norm,
-    rms,
-    rotate,
-)
+from gptjax.layers import INIT_STD, Linear, activate, init_stds, look_back, norm, rms, rotate
 
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
 
@@ -99,7 +90,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache = add_to(cache[0], k, start), add_to(cache[1], v, start)
             k, v = cache[0].swapaxes(1, 2), cache[1].swapaxes(1, 2)
-        share = c.dropout if c.attn_dropout is None else c.attn_dropout
+        share = c.dropped_attention
         masked = self.causal and context is None
         if masked and cache is None and not share:
             windowed = None if c.window is None else partial(window_attention, window=c.window)

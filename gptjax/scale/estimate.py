@@ -108,7 +108,9 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     # Activations of a layer: what enters it, what its linear layers give, and the rest.
     given = b * T * C * s
     dots = b * T * (C + kv + F_in) // t * s + 2 * b * T * C * s
-    seen = T if m.window is None else min(T, 2 * m.window)  # as `window_attention` does it
+    seen = T  # positions whose scores are held: two windows, where `window_attention` serves
+    if m.window is not None and T % m.window == 0 and not m.dropped_attention:
+        seen = min(T, 2 * m.window)
     weights = 0 if m.attention != "plain" else b * H * T * seen // t * (4 + s)
     rest = 2 * b * T * C * (4 + s) + b * T * (C + F) // t * s + weights
     kept = {(False, "nothing"): given + dots + rest, (True, "dots"): given + dots}

@@ -66,8 +66,7 @@ def make_attend(config: ModelConfig, mesh: Mesh) -> Attend | None:
 
 def _unfit(name: str, config: ModelConfig, device: Any) -> str | None:
     """Why a kernel cannot do the config's attention on a device; None: it can."""
-    share = config.dropout if config.attn_dropout is None else config.attn_dropout
-    if share:
+    if share := config.dropped_attention:
         return f"cannot drop attention weights, and the share to drop is {share}"
     if config.window is not None:
         return f"sees all positions, and model.window is {config.window}"

@@ -158,7 +158,7 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
             "n_positions": c.block_size,
             "layer_norm_epsilon": c.norm_eps,
             "activation_function": names[c.activation],
-            "attn_pdrop": c.dropout if c.attn_dropout is None else c.attn_dropout,
+            "attn_pdrop": c.dropped_attention,
             "embd_pdrop": 0.0,
             "resid_pdrop": c.dropout,
             **shared,
