@@ -30,6 +30,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zero": ({"init": "zero"}, {}),
     "ngram": ({"ngram": 3}, {}),
     "pairs": ({"pair_rows": 65 * 65}, {}),
+    "recall": ({"recall": 4}, {}),
     "muon": ({}, {"kind": "muon", "muon_learning_rate": 0.03, "muon_weight_decay": 0.05}),
     "wsd": ({}, {"schedule": "wsd", "final_lr_ratio": 0.0}),
     "swiglu": ({"activation": "swiglu", "n_inner": 344}, {}),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from gptjax.errors import UserError
-from gptjax.limits import above_zero, not_negative, pattern, positive, within
+from gptjax.limits import above_zero, multiple, not_negative, pattern, positive, within
 
 # The fields of a model that do not come with its weights.
 OF_A_LOADED_MODEL = (
@@ -64,6 +64,9 @@ class ModelConfig:
     pair_rows: int | None = None
     """Rows of a table for pairs of a token and the one before it, whose embeddings are added; pairs
     with the same number modulo this share a row. None: no such table."""
+    recall: int | None = None
+    """n: a position sees what followed the last n tokens when they stood in the context before,
+    embedded in a table of its own (an n-gram head); None: it does not."""
     activation: Literal["gelu", "gelu_erf", "relu", "relu2", "swiglu"] = "gelu"
     """The MLP's non-linearity; gelu is GPT-2's tanh form, gelu_erf the exact one, relu2 a squared
     relu, swiglu Llama's gate (a third matrix: n_inner of 8/3 n_embd has as many parameters)."""
@@ -90,7 +93,7 @@ class ModelConfig:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "ngram"):
             positive(f"model.{name}", getattr(self, name))
         within("model.dropout", self.dropout, 0.0, 1.0)
-        for name in ("vocab_size", "n_kv_head", "n_inner", "window", "pair_rows"):
+        for name in ("vocab_size", "n_kv_head", "n_inner", "window", "pair_rows", "recall"):
             if getattr(self, name) is not None:
                 positive(f"model.{name}", getattr(self, name))
         if self.attn_dropout is not None:
@@ -99,16 +102,11 @@ class ModelConfig:
             above_zero("model.softcap", self.softcap)
         above_zero("model.norm_eps", self.norm_eps)
         above_zero("model.rope_base", self.rope_base)
-        if self.n_embd % self.n_head:
-            raise UserError(
-                f"model.n_embd={self.n_embd} is not divisible by model.n_head={self.n_head}; "
-                f"change one of them (heads share the width equally)"
-            )
-        if self.n_kv_head is not None and self.n_head % self.n_kv_head:
-            raise UserError(
-                f"model.n_head={self.n_head} is not divisible by model.n_kv_head={self.n_kv_head}; "
-                f"change one of them (each serves as many queries)"
-            )
+        shared = " (heads share the width equally)"
+        multiple("model.n_embd", self.n_embd, "model.n_head", self.n_head, shared)
+        if (G := self.n_kv_head) is not None:
+            served = " (each serves as many queries)"
+            multiple("model.n_head", self.n_head, "model.n_kv_head", G, served)
         if self.remat_saves != "nothing" and not self.remat:
             raise UserError(
                 f"model.remat_saves={self.remat_saves} says what rematerialisation keeps, and "
@@ -131,7 +129,7 @@ class ModelConfig:
     @property
     def looks_back(self) -> bool:
         """Whether embeddings depend on the tokens before."""
-        return self.ngram > 1 or self.pair_rows is not None
+        return self.ngram > 1 or self.pair_rows is not None or self.recall is not None
 
 
 @dataclass(frozen=True)
@@ -321,16 +319,9 @@ class Config:
                     f"loss_chunk={self.loss_chunk} needs model.kind=gpt, and it is "
                     f"{self.model.kind}; leave --loss-chunk out"
                 )
-            if self.model.block_size % self.loss_chunk:
-                raise UserError(
-                    f"model.block_size={self.model.block_size} is not divisible by "
-                    f"loss_chunk={self.loss_chunk}; change one of them"
-                )
-        if self.batch_size % self.optim.accumulate:
-            raise UserError(
-                f"batch_size={self.batch_size} is not divisible by "
-                f"optim.accumulate={self.optim.accumulate}; change one of them"
-            )
+            block = self.model.block_size
+            multiple("model.block_size", block, "loss_chunk", self.loss_chunk)
+        multiple("batch_size", self.batch_size, "optim.accumulate", self.optim.accumulate)
         if self.optim.warmup_steps > self.steps:
             raise UserError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}; "

@@ -124,11 +124,12 @@ def look_back(
     config: ModelConfig, vocab_size: int, read: jax.Array, start: jax.Array | int, T: int
 ) -> jax.Array:
     """What stands before each of T positions from `start` on in the (B, S) ids `read`, embedded:
-    (B, T, C), a table for each distance, 1 .. ngram - 1, and one for pairs of a token and the one
-    before it; nothing where nothing stood. The tables are those of the module that calls.
+    (B, T, C), a table for each distance, 1 .. ngram - 1, one for pairs of a token and the one
+    before it, and one for what is recalled; nothing where nothing stood. The tables are those of
+    the module that calls.
 
     Source: token shift as in RWKV (Peng et al. 2023), on the embeddings alone; tables of hashed
-    n-grams, Roy et al. 2022 (N-Grammer).
+    n-grams, Roy et al. 2022 (N-Grammer); n-gram heads, Akyürek et al. 2024.
     """
     c, V = config, vocab_size
 
@@ -150,4 +151,29 @@ def look_back(
         zeros = nn.initializers.zeros  # a pair that was never seen says nothing
         table = nn.Embed(c.pair_rows, c.n_embd, embedding_init=zeros, name="wbe")
         x += jnp.where(seen, table((number % c.pair_rows).astype(jnp.int32)), 0.0)
+    if c.recall is not None:
+        normal = nn.initializers.normal(INIT_STD)
+        ids, found = recall(read, start, T, c.recall)
+        x += jnp.where(found, nn.Embed(V, c.n_embd, embedding_init=normal, name="wre")(ids), 0.0)
     return x
+
+
+def recall(read: jax.Array, start: jax.Array | int, T: int, n: int) -> tuple[jax.Array, jax.Array]:
+    """What followed the last n tokens when they stood in the context the last time before.
+
+    Args:
+        read: (B, S) int32 ids; of those after a position, it sees none.
+        start: the first of the positions that ask.
+        T: how many they are.
+        n: tokens that must be the same.
+
+    Returns:
+        (B, T) ids, and (B, T, 1) bool, whether there are any.
+    """
+    asks, places = start + jnp.arange(T), jnp.arange(read.shape[1])
+    same: Any = (places >= n - 1)[None, None] & (places[None] < asks[:, None])[None]
+    for i in range(n):
+        mine = jnp.take(read, jnp.maximum(asks - i, 0), axis=1)  # (B, T)
+        same &= mine[:, :, None] == jnp.roll(read, i, axis=1)[:, None]  # (B, T, S)
+    last = jnp.where(same, places[None, None], -1).max(axis=2)
+    return jnp.take_along_axis(read, last + 1, axis=1), (last >= 0)[:, :, None]

@@ -27,6 +27,14 @@ def above_zero(name: str, value: float) -> None:
         raise UserError(f"{name}={value} is out of range; give a number above 0")
 
 
+def multiple(name: str, value: int, of: str, divisor: int, why: str = "") -> None:
+    """Of the number that the field `of` holds."""
+    if value % divisor:
+        raise UserError(
+            f"{name}={value} is not divisible by {of}={divisor}; change one of them{why}"
+        )
+
+
 def pattern(name: str, value: str | None) -> None:
     """A regular expression, or None."""
     try:

@@ -32,6 +32,12 @@ def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
         for t in range(1, T):
             number = len(embedding) * int(tokens[t - 1]) + int(tokens[t])
             x[t] += params["wbe"]["embedding"][number % config.pair_rows]
+    if config.recall is not None:
+        for t in range(config.recall, T):
+            last = tokens[t + 1 - config.recall : t + 1].tolist()
+            ends = [s for s in range(t) if tokens[: s + 1][-config.recall :].tolist() == last]
+            if ends:
+                x[t] += params["wre"]["embedding"][tokens[ends[-1] + 1]]
     if "wpe" in params:
         x = x + params["wpe"][:T]
     norm = layer_norm if config.norm == "layer" else rms_norm

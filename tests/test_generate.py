@@ -146,7 +146,8 @@ def test_past_the_window_the_last_half_is_read_anew(block_size: int, length: int
 
 @pytest.mark.parametrize(
     "options",
-    [{"ngram": 3, "pair_rows": 30, "seed": 1}, {"window": 3, "seed": 7}],  # of a varied text
+    # Seeds of a varied text.
+    [{"ngram": 3, "pair_rows": 30, "recall": 1, "seed": 1}, {"window": 3, "seed": 7}],
     ids=["looks back", "windows of attention"],
 )
 def test_a_modern_model_past_its_window(options: dict[str, Any]):

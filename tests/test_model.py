@@ -61,6 +61,8 @@ CONFIGS = {
     "softcap": replace(SMALL, softcap=0.5),
     "ngram": replace(SMALL, ngram=4, position="none", pair_rows=200),
     "pairs": replace(SMALL, pair_rows=19),
+    "recall": replace(SMALL, recall=1),
+    "recall_pairs": replace(LLAMA, recall=2, block_size=40),
     "window": replace(SMALL, window=4, block_size=16),
     "window_and_rest": replace(SMALL, window=3, block_size=16),
     "one_sees_itself": replace(SMALL, window=1, block_size=4),
@@ -204,7 +206,7 @@ def logits_in_pieces(model: Any, params: Any, tokens: np.ndarray, sizes: list[in
 
 @pytest.mark.parametrize("sizes", [[8], [1] * 8, [5, 1, 1, 1], [1, 5, 2], [1, 2]])
 @pytest.mark.parametrize(
-    "config", [CONFIGS[name] for name in ("gpt2", "lecture", "llama", "ngram", "pairs")]
+    "config", [CONFIGS[name] for name in ("gpt2", "lecture", "llama", "ngram", "pairs", "recall")]
 )
 def test_cache_changes_nothing(config: ModelConfig, sizes: list[int]):
     model = GPT(config, V)

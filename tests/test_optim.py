@@ -302,6 +302,7 @@ OTHER_MODEL: dict[str, Any] = {
     "window": 2,
     "ngram": 3,
     "pair_rows": 30,
+    "recall": 1,
     "softcap": 10.0,
     "tie_head": False,
     "init": "torch",

@@ -50,6 +50,7 @@ MODERN = replace(
         activation="swiglu",
         ngram=3,
         pair_rows=40,
+        recall=1,
     ),
     optim=replace(CONFIG.optim, kind="muon", ema=0.5),
 )

@@ -709,7 +709,7 @@ def test_every_field_of_a_model_is_its_weights_or_the_runs():
 
     of_the_weights = (
         "kind n_layer n_head n_kv_head n_embd n_inner vocab_size bias qkv_bias norm norm_eps "
-        "qk_norm position rope_base window ngram pair_rows activation tie_head softcap "
+        "qk_norm position rope_base window ngram pair_rows recall activation tie_head softcap "
         "init"
     ).split()
     names = {field.name for field in fields(ModelConfig)}

@@ -27,7 +27,7 @@ BATCH = P(ROWS)
 # heads of keys and values): where it does not divide, the leaf is whole along it.
 TENSOR = "tensor, if it divides"
 
-TABLES = r"(wte|wse|wbe)/embedding"  # (V, C): of tokens, and of those before them
+TABLES = r"(wte|wse|wbe|wre)/embedding"  # (V, C): of tokens, and of those before them
 
 # Path of a leaf, from its end, to the mesh axis of each of its axes. AdamW's moments have the
 # parameters' names, so one table covers the whole train state. Scalars need no rule.

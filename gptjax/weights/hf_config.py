@@ -48,6 +48,7 @@ def family(config: ModelConfig) -> Family:
         "kind": "gpt",
         "ngram": 1,
         "pair_rows": None,
+        "recall": None,
         "window": None,
         "qk_norm": False,
         "softcap": None,
