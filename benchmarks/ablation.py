@@ -37,9 +37,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grouped": ({"n_kv_head": 2}, {}),
     "softcap": ({"softcap": 15.0}, {}),
     "window": ({"window": 4}, {}),
+    "context": ({"block_size": 256}, {}),
     "ema": ({}, {"ema": 0.98}),
 }
-MODERN = ("rotary", "rms", "qk_norm", "relu2", "untied", "zero", "window", "pairs", "muon", "wsd")
+MODERN = (
+    *("rotary", "rms", "qk_norm", "relu2", "untied", "zero", "context", "window", "pairs"),
+    *("recall", "muon", "wsd"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,21 @@ class AblationCommand:
 
 
 def with_options(names: tuple[str, ...], steps: int, text: str) -> Config:
-    """The classic recipe with some options."""
+    """The classic recipe with some options, and as many tokens in an update."""
     model, optim = CLASSIC.model, CLASSIC.optim
     for name in names:
         of_model, of_optim = OPTIONS[name]
         model, optim = replace(model, **of_model), replace(optim, **of_optim)
     optim = replace(optim, warmup_steps=min(optim.warmup_steps, steps))
-    data = DataConfig(text=text)
-    return replace(CLASSIC, steps=steps, eval_every=steps, model=model, optim=optim, data=data)
+    return replace(
+        CLASSIC,
+        steps=steps,
+        batch_size=CLASSIC.batch_size * CLASSIC.model.block_size // model.block_size,
+        eval_every=steps,
+        model=model,
+        optim=optim,
+        data=DataConfig(text=text),
+    )
 
 
 def recipes(options: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

@@ -341,7 +341,7 @@ def test_every_option_of_an_ablation_changes_the_recipe():
         assert ablation.with_options((name,), 300, "x") != ablation.with_options((), 300, "x")
     modern = ablation.with_options(ablation.MODERN, 5, "x")
     assert modern.optim.kind == "muon" and modern.optim.warmup_steps == 5
-    assert replace(modern.model, n_layer=1) == PRESETS["fast"].model
+    assert replace(modern.model, n_layer=1, block_size=1024) == PRESETS["fast"].model
 
 
 def test_where(tmp_path: Path):
