@@ -68,6 +68,7 @@ CONFIGS = {
     "one_sees_itself": replace(SMALL, window=1, block_size=4),
     "window_of_all": replace(SMALL, window=99),
     "llama_window": replace(LLAMA, window=4, block_size=12),
+    "llama_narrow": replace(LLAMA, window=3),
     "no_position": replace(SMALL, position="none", n_inner=5),
     "eps": replace(SMALL, norm_eps=0.1, qk_norm=True),
 }
@@ -206,7 +207,11 @@ def logits_in_pieces(model: Any, params: Any, tokens: np.ndarray, sizes: list[in
 
 @pytest.mark.parametrize("sizes", [[8], [1] * 8, [5, 1, 1, 1], [1, 5, 2], [1, 2]])
 @pytest.mark.parametrize(
-    "config", [CONFIGS[name] for name in ("gpt2", "lecture", "llama", "ngram", "pairs", "recall")]
+    "config",
+    [
+        CONFIGS[name]
+        for name in ("gpt2", "lecture", "llama", "llama_narrow", "ngram", "pairs", "recall")
+    ],
 )
 def test_cache_changes_nothing(config: ModelConfig, sizes: list[int]):
     model = GPT(config, V)
