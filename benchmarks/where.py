@@ -31,7 +31,7 @@ PARTS = {
     "MLP: the rest": r"/mlp",
     "norms": r"/ln_",
     "head and loss": r"head|softmax|log",
-    "embeddings, residual stream": r"/w[tpsb]e|features",
+    "embeddings, residual stream": r"/w[tpsbr]e|features",
     "batch and random numbers": r"threefry|randint|random|gather|dynamic",
 }
 

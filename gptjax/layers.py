@@ -132,30 +132,30 @@ def look_back(
     n-grams, Roy et al. 2022 (N-Grammer); n-gram heads, Akyürek et al. 2024.
     """
     c, V = config, vocab_size
-
-    def back(n: int) -> tuple[jax.Array, jax.Array]:
-        """(B, T) ids of n places before, and (1, T, 1), whether there are any."""
-        at = start + jnp.arange(T) - n
-        return jnp.take(read, jnp.maximum(at, 0), axis=1), (at >= 0)[None, :, None]
-
+    normal = nn.initializers.normal(INIT_STD)
     x: Any = 0.0
     if c.ngram > 1:
-        normal = nn.initializers.normal(INIT_STD)
         table = nn.Embed(V * (c.ngram - 1), c.n_embd, embedding_init=normal, name="wse")
         for n in range(1, c.ngram):
-            ids, seen = back(n)
+            ids, seen = back(read, start, T, n)
             x += jnp.where(seen, table(ids + V * (n - 1)), 0.0)
     if c.pair_rows is not None:
-        (last, _), (ids, seen) = back(0), back(1)
+        (last, _), (ids, seen) = back(read, start, T, 0), back(read, start, T, 1)
         number = V * ids.astype(jnp.uint32) + last.astype(jnp.uint32)
         zeros = nn.initializers.zeros  # a pair that was never seen says nothing
         table = nn.Embed(c.pair_rows, c.n_embd, embedding_init=zeros, name="wbe")
         x += jnp.where(seen, table((number % c.pair_rows).astype(jnp.int32)), 0.0)
     if c.recall is not None:
-        normal = nn.initializers.normal(INIT_STD)
         ids, found = recall(read, start, T, c.recall)
         x += jnp.where(found, nn.Embed(V, c.n_embd, embedding_init=normal, name="wre")(ids), 0.0)
     return x
+
+
+def back(read: jax.Array, start: jax.Array | int, T: int, n: int) -> tuple[jax.Array, jax.Array]:
+    """What stands n places before each of T positions from `start` on in the (B, S) ids `read`:
+    (B, T) ids, and (1, T, 1) bool, whether there are any."""
+    at = start + jnp.arange(T) - n
+    return jnp.take(read, jnp.maximum(at, 0), axis=1), (at >= 0)[None, :, None]
 
 
 def recall(read: jax.Array, start: jax.Array | int, T: int, n: int) -> tuple[jax.Array, jax.Array]:
@@ -173,7 +173,7 @@ def recall(read: jax.Array, start: jax.Array | int, T: int, n: int) -> tuple[jax
     asks, places = start + jnp.arange(T), jnp.arange(read.shape[1])
     same: Any = (places >= n - 1)[None, None] & (places[None] < asks[:, None])[None]
     for i in range(n):
-        mine = jnp.take(read, jnp.maximum(asks - i, 0), axis=1)  # (B, T)
+        mine, _ = back(read, start, T, i)
         same &= mine[:, :, None] == jnp.roll(read, i, axis=1)[:, None]  # (B, T, S)
     last = jnp.where(same, places[None, None], -1).max(axis=2)
     return jnp.take_along_axis(read, last + 1, axis=1), (last >= 0)[:, :, None]
