@@ -15,7 +15,7 @@ if __name__ == "__main__":
         command = cli.parse_sample(sys.argv[1:])
         # jax is imported here, after the arguments were understood.
         from gptjax.cache import use_compilation_cache
-        from gptjax.sample import main
+        from gptjax.inference import main
 
         use_compilation_cache()
         main(command)

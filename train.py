@@ -21,21 +21,21 @@ if __name__ == "__main__":
         if command.plan is not None:
             # The CUDA plug-in, loaded to compile, need not say that there is no GPU.
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-            from gptjax.scale.plan import plan
+            from gptjax.plan.plan import plan
 
             plan(command.settings, command.plan)
             sys.exit()
         directory = command.directory() if command.distributed is None else None
         # jax is imported here, after the arguments were understood.
         from gptjax.cache import use_compilation_cache
-        from gptjax.replay import replay
-        from gptjax.scale import processes
-        from gptjax.train import train
+        from gptjax.parallel import distributed
+        from gptjax.tools.replay import replay
+        from gptjax.training import train
 
         use_compilation_cache()
-        with processes.joined(command.distributed, command.distributed_wait, "train.py"):
+        with distributed.joined(command.distributed, command.distributed_wait, "train.py"):
             # Of several processes the first one chooses the name of a new folder.
-            directory = directory or Path(processes.first_does(lambda: str(command.directory())))
+            directory = directory or Path(distributed.first_does(lambda: str(command.directory())))
             if command.replay is not None:
                 replay(directory, command.replay)
             else:

@@ -42,12 +42,12 @@ class FeedCommand:
 
 
 def trainer(preset: str, data: DataConfig) -> Callable[[float], tuple[measure.Visit, float]]:
-    """In its process: train as `gptjax.train` does; a visit, and seconds of it in the feed."""
+    """In its process: train as `gptjax.training` does; a visit, and seconds of it in the feed."""
     import jax
 
     from gptjax.programs import Programs
-    from gptjax.text.data import open_dataset
-    from gptjax.text.tokenizer import ByteTokenizer
+    from gptjax.text.dataset import open_dataset
+    from gptjax.text.tokenizers import ByteTokenizer
 
     tokenizer = ByteTokenizer()
     config = replace(PRESETS[preset], data=data, steps=10**6)

@@ -66,7 +66,7 @@ def config_of(axis: str, value: int) -> Config:
 def point(config: Config, characters: int) -> Callable[..., Any]:
     """A model in training on a text of that many characters, in its process."""
     from benchmarks import jax_gpt
-    from gptjax.text.data import open_dataset
+    from gptjax.text.dataset import open_dataset
 
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "random.txt"

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from gptjax import metrics
 from gptjax.config import Config
-from gptjax.generate import Sampling, generate
+from gptjax.parallel.flops import count_params, flops_per_token, matmul_peak
 from gptjax.programs import Programs
+from gptjax.sampling import Sampling, generate
 from gptjax.step import batch_at
 
 
@@ -27,7 +27,7 @@ def flat(params: Any) -> dict[str, np.ndarray]:
 def training(
     config: Config, vocab_size: int, tokens: np.ndarray, start: Path | None = None, check: int = 3
 ) -> Callable[..., Any]:
-    """A side that trains as `gptjax.train` does.
+    """A side that trains as `gptjax.training` does.
 
     Args:
         config: of the run.
@@ -48,8 +48,8 @@ def training(
         batches = [np.asarray(batch_at(config, on_device, key, step)) for step in range(check)]
         arrays = flat(state.params) | {"batches": np.stack(batches)}
         np.savez(start, **arrays)  # pyright: ignore[reportArgumentType]
-    params = metrics.count_params(state.params)
-    flops = metrics.flops_per_token(config.model, state.params)
+    params = count_params(state.params)
+    flops = flops_per_token(config.model, state.params)
     flops *= config.batch_size * config.model.block_size
 
     began, losses = time.perf_counter(), []
@@ -73,7 +73,7 @@ def training(
         if what == "work":
             return measure.work(dispatch, seconds, lambda: jax.block_until_ready(state))
         if what == "peak":
-            return metrics.matmul_peak(config.model.dtype) * programs.mesh.size
+            return matmul_peak(config.model.dtype) * programs.mesh.size
         return {
             "params": params,
             "flops": flops,
@@ -99,7 +99,7 @@ def sampling(config: Config, vocab_size: int, weights: Path) -> Callable[..., An
     np.savez(weights, **flat(params))  # pyright: ignore[reportArgumentType]
     prompt = np.zeros(1, np.int32)
 
-    peak = functools.cache(lambda: metrics.matmul_peak(config.model.dtype))
+    peak = functools.cache(lambda: matmul_peak(config.model.dtype))
 
     def tokens(batch: int, length: int, temperature: float = 1.0) -> np.ndarray:
         how = Sampling(temperature, vocab_size=vocab_size)
@@ -139,7 +139,7 @@ def floor(config: Config, params: Any, batch: int, length: int, peak: float) -> 
     # flops_per_token counts 6 for each parameter that is multiplied with, and attention's.
     width = m.n_embd * (m.n_kv_head or m.n_head) // m.n_head
     attention = 12 * m.n_layer * m.n_embd * m.block_size
-    multiplied = (metrics.flops_per_token(m, params) - attention) // 6
+    multiplied = (flops_per_token(m, params) - attention) // 6
     context = min(length, m.block_size) // 2  # the mean over a window that fills
     read = 4 * (multiplied + batch * 2 * m.n_layer * context * width)
     flops = batch * (2 * multiplied + 4 * m.n_layer * m.n_embd * context)

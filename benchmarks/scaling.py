@@ -1,6 +1,6 @@
 """How GPTs scale over accelerators, on paper: `python -m benchmarks.scaling [--confirm]`.
 
-Each point is the fastest step by the arithmetic of `gptjax.scale.estimate` that fits the memory,
+Each point is the fastest step by the arithmetic of `gptjax.plan.estimate` that fits the memory,
 all at published peaks; `--confirm` compiles a few of them ahead of time, and prints both.
 Nothing is run.
 """
@@ -16,8 +16,8 @@ from benchmarks import measure
 from gptjax import cli
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError, one_line_errors
+from gptjax.plan.chips import CHIPS, GIB, Chip, read_target
 from gptjax.presets import PRESETS
-from gptjax.scale.chips import CHIPS, GIB, Chip, read_target
 
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 BATCH = {"7b": 1024}  # windows in an update, whatever the devices; 512 of the others
@@ -32,7 +32,7 @@ class ScalingCommand:
     """Tell what limits GPTs of 124 M to 7 B parameters on 8 to 1024 accelerators."""
 
     chips: tuple[str, ...] = ("v5p", "h100")
-    """Of `gptjax.scale.chips`."""
+    """Of `gptjax.plan.chips`."""
     models: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "7b")
     """Presets."""
     confirm: bool = False
@@ -83,7 +83,7 @@ def meshes(count: int, chip: Chip) -> dict[str, list[MeshConfig]]:
 
 def point(model: str, name: str, count: int, axes: str, state: Any) -> Point | None:
     """The fastest that fits of those meshes; None: none does."""
-    from gptjax.scale import estimate
+    from gptjax.plan import estimate
 
     chip = CHIPS[name]
     found = estimate.proposals(config_of(model), state, chip, meshes(count, chip)[axes])
@@ -92,7 +92,7 @@ def point(model: str, name: str, count: int, axes: str, state: Any) -> Point | N
 
 def told(model: str, name: str, count: int, axes: str, config: Config, cost: Any) -> Point:
     """A step of a config at that cost."""
-    from gptjax.scale import estimate
+    from gptjax.plan import estimate
 
     chip, m = CHIPS[name], config.mesh
     times = estimate.times(cost, chip)
@@ -221,7 +221,7 @@ def confirm(texts: tuple[str, ...]) -> list[Point]:
     Raises:
         UserError: the compilers are missing, or nothing fits.
     """
-    from gptjax.scale import aot, estimate, plan
+    from gptjax.plan import aot, estimate, plan
 
     found, body = [], []
     for text in texts:

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import measure
 from gptjax import cli
 from gptjax.errors import UserError, one_line_errors
-from gptjax.store import records
+from gptjax.runs import records
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 5.0  # seconds between looks

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from benchmarks import measure
 from gptjax import cli
+from gptjax.console import Report
 from gptjax.errors import UserError, one_line_errors
 from gptjax.presets import PRESETS
-from gptjax.report import Report
-from gptjax.store.runs import Record
-from gptjax.text import texts
+from gptjax.runs.run import Record
+from gptjax.text import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600.0  # seconds after which a command counts as hanging
@@ -131,7 +131,7 @@ def traced(started: float, argv: list[str], cache: str) -> Callable[[], dict[str
 
     marks.mark("import jax")
     from gptjax.cache import use_compilation_cache
-    from gptjax.train import train
+    from gptjax.training import train
 
     marks.mark("import flax, optax, orbax")
     jax.devices()
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> None:
     measure.at_least(rounds=command.rounds)
     if command.config not in PRESETS:
         raise UserError(f"unknown preset {command.config!r}; presets: {', '.join(PRESETS)}")
-    texts.read_text(command.text or PRESETS[command.config].data.text)  # fetched now, not timed
+    sources.read_text(command.text or PRESETS[command.config].data.text)  # fetched now, not timed
     here = measure.begin(f"start-up of {command.config}")
     times: dict[str, list[float]] = {}
     split: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}

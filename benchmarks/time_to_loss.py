@@ -17,10 +17,10 @@ from typing import Any
 from benchmarks import measure
 from gptjax import cli
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
+from gptjax.console import Report
 from gptjax.errors import UserError, one_line_errors
 from gptjax.presets import PRESETS
-from gptjax.report import Report
-from gptjax.store.runs import Run
+from gptjax.runs.run import Run
 
 LEADERBOARD = Path("docs") / "leaderboard.md"
 BASELINE = "nanoGPT's, PyTorch"
@@ -96,7 +96,7 @@ def train_ours(config: Config) -> Callable[[int], list[dict[str, float]]]:
     """Our side, in its process: from a seed to the records with an evaluation."""
     import jax
 
-    from gptjax.train import train
+    from gptjax.training import train
 
     jax.config.update("jax_enable_compilation_cache", False)
 
@@ -128,10 +128,10 @@ def _evaluations(records: list[dict[str, float]], dispatch: int) -> list[dict[st
 def train_theirs(config: Config) -> Callable[[int], list[dict[str, float]]]:
     """The baseline, in its process."""
     from benchmarks import torch_gpt
-    from gptjax.text import texts
-    from gptjax.text.tokenizer import CharTokenizer
+    from gptjax.text import sources
+    from gptjax.text.tokenizers import CharTokenizer
 
-    text = texts.read_text(config.data.text)
+    text = sources.read_text(config.data.text)
     tokenizer = CharTokenizer.fit(text)
     tokens = tokenizer.encode(text)
     split = int((1 - config.data.val_fraction) * len(tokens))

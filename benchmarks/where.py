@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks import measure
 from gptjax import cli
 from gptjax.errors import UserError, one_line_errors
+from gptjax.plan.hlo import Program
 from gptjax.presets import PRESETS
-from gptjax.scale.hlo import Program
 
 VOCABULARY = 65
 CONTAINERS = {"while", "conditional", "call"}  # their time is that of what they run

@@ -5,7 +5,7 @@ import flax.linen as nn
 from gptjax.attention import Attend
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.lecture import Attention, Averaging, FeedForward
+from gptjax.lecture.models import Attention, Averaging, FeedForward
 from gptjax.model import GPT, Bigram
 
 MODELS = {

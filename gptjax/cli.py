@@ -16,8 +16,9 @@ import tyro
 from gptjax.config import OF_A_LOADED_MODEL, Config, MeshConfig, differences
 from gptjax.errors import UserError
 from gptjax.presets import PRESETS
-from gptjax.store import runs
-from gptjax.text.tokenizer import Unknown
+from gptjax.runs import folders
+from gptjax.runs.run import read_config
+from gptjax.text.tokenizers import Unknown
 
 T = TypeVar("T")
 
@@ -53,8 +54,8 @@ class TrainCommand:
             UserError: the folder of a new run holds something already.
         """
         if self.resume or self.replay is not None:
-            return runs.find(self.run, like=self.config)
-        return runs.new_directory(self.run, self.config)
+            return folders.find(self.run, like=self.config)
+        return folders.new_directory(self.run, self.config)
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def parse_train(argv: list[str]) -> TrainCommand:
         raise UserError(f"unknown preset {preset!r}; {hint}presets: {', '.join(PRESETS)}")
     old = "--resume" in argv or _peek(argv, "--replay") is not None
     if old and not _wants_help(argv):
-        directory = runs.find(name, like=preset)
-        settings, name = runs.read_config(directory), str(directory)
+        directory = folders.find(name, like=preset)
+        settings, name = read_config(directory), str(directory)
         argv = _without(argv, "--run")
     else:
         preset = preset or ("small" if _peek(argv, "--init") is None else "finetune")

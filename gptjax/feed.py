@@ -15,7 +15,7 @@ import numpy as np
 
 from gptjax.config import Config
 from gptjax.step import BATCH, Batches, batch_at, eval_starts, random_key
-from gptjax.text.data import random_starts
+from gptjax.text.dataset import random_starts
 from gptjax.text.subwords import extra
 
 EVERY = slice(None)  # row of a batch

@@ -9,7 +9,7 @@ from gptjax.config import Config, ModelConfig, OptimConfig
 
 # ---------------------------------------------------------------------------------------------
 # The lecture, stage by stage: each is the one before and one thing more. Losses are of python -m
-# gptjax.ladder: whole validation split, mean of three seeds; times on 2 cores (AMD EPYC).
+# gptjax.lecture.ladder: whole validation split, mean of three seeds; times on 2 cores (AMD EPYC).
 
 # python train.py --config lecture/1-bigram: the lecture's first model. 1 s, val 2.489.
 BIGRAM = Config(

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gptjax import trainable
 from gptjax.build import build_model
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.feed import Feed, OnDisk, Resident, gather, in_a_row
 from gptjax.optim import make_optimizer
-from gptjax.scale import sharding
-from gptjax.scale.kernels import make_attend
+from gptjax.parallel import sharding
+from gptjax.parallel.kernels import make_attend
+from gptjax.runs.checkpoint import Checkpoints
 from gptjax.step import (
     TrainState,
     eval_starts,
@@ -25,9 +27,7 @@ from gptjax.step import (
     make_gradient,
     make_train_steps,
 )
-from gptjax.store.checkpoint import Checkpoints
-from gptjax.text.data import Dataset
-from gptjax.weights import finetune
+from gptjax.text.dataset import Dataset
 
 
 class Programs:
@@ -111,7 +111,7 @@ class Programs:
         """
         if params is not None:
             shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
-            if shapes(params) != shapes(finetune.without_lora(self.abstract.params)):
+            if shapes(params) != shapes(trainable.without_lora(self.abstract.params)):
                 raise UserError(
                     f"the weights of init={self.config.init} are of another shape than this "
                     f"model's; leave model= out, or start from weights of its kind"
@@ -130,7 +130,7 @@ class Programs:
             self.abstract,
             self.placed,
         )
-        weights = finetune.without_lora(state.params)
+        weights = trainable.without_lora(state.params)
         items = checkpoints.load(
             step,
             {"params": weights, "training": {"step": state.step, "opt_state": self._rest(state)}},

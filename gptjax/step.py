@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from jax.sharding import Sharding
 
+from gptjax import trainable
 from gptjax.config import Config, OptimConfig
 from gptjax.errors import UserError
 from gptjax.optim import make_schedule
-from gptjax.text.data import cut, random_starts, sample_batch, whole_split_starts
-from gptjax.weights import finetune
+from gptjax.text.dataset import cut, random_starts, sample_batch, whole_split_starts
 
 INIT, BATCH, DROPOUT, EVAL, LORA = range(5)  # purposes of a key
 
@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
     @property
     def weights(self) -> Any:
         """The parameters to evaluate, save and sample with."""
-        return finetune.merged(self.params if self.average is None else self.average)
+        return trainable.merged(self.params if self.average is None else self.average)
 
 
 class StepMetrics(NamedTuple):
@@ -86,11 +86,11 @@ def init_state(
     if params is None:
         tokens = jnp.zeros((1, 1), jnp.int32)
         params = model.init(random_key(seed_key, INIT), tokens)["params"]
-    params = finetune.add_lora(params, config, random_key(seed_key, LORA))
+    params = trainable.add_lora(params, config, random_key(seed_key, LORA))
     average = None
     if config.ema is not None:
         average = jax.tree.map(jnp.copy, params)  # two buffers, to be donated
-    opt_state = optimizer.init(finetune.trained(params, config))
+    opt_state = optimizer.init(trainable.trained(params, config))
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average)
 
 
@@ -179,7 +179,7 @@ def make_gradient(
     G, T = config.optim.accumulate, config.model.block_size
 
     def loss_fn(moved: Any, params: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
-        whole = finetune.merged(finetune.put_back(moved, params))
+        whole = trainable.merged(trainable.put_back(moved, params))
         options = {"train": True, "rngs": {"dropout": key}}
         return token_losses(model, whole, batch, config.loss_chunk, **options).mean()
 
@@ -188,7 +188,7 @@ def make_gradient(
     ) -> tuple[jax.Array, Any]:
         key = random_key(seed_key, DROPOUT, step)
         value_and_grad = jax.value_and_grad(loss_fn)
-        moved = finetune.trained(params, config.optim)
+        moved = trainable.trained(params, config.optim)
         if G == 1:
             return value_and_grad(moved, params, batch, key)
 
@@ -251,15 +251,15 @@ def make_train_steps(
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
             def move(state: TrainState) -> TrainState:
-                moved = finetune.trained(state.params, config.optim)
+                moved = trainable.trained(state.params, config.optim)
                 updates, opt_state = optimizer.update(grads, state.opt_state, moved)
                 moved = optax.apply_updates(moved, updates)
                 average = state.average
                 if average is not None:
-                    mean = finetune.trained(average, config.optim)
+                    mean = trainable.trained(average, config.optim)
                     mean = optax.incremental_update(moved, mean, 1 - decay(state.step))
-                    average = finetune.put_back(mean, average)
-                params = finetune.put_back(moved, state.params)
+                    average = trainable.put_back(mean, average)
+                params = trainable.put_back(moved, state.params)
                 return TrainState(state.step + 1, params, opt_state, average)
 
             metrics = StepMetrics(loss, norm, jnp.float32(schedule(state.step)))

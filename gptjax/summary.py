@@ -2,21 +2,21 @@
 
 import jax
 
-from gptjax import metrics
+from gptjax import trainable
+from gptjax.parallel.flops import count_params, matmul_peak, will_memorise
 from gptjax.programs import Programs
-from gptjax.store.checkpoint import Checkpoints
-from gptjax.store.records import Record
-from gptjax.store.runs import Run
-from gptjax.text.data import Dataset
-from gptjax.weights import finetune
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.records import Record
+from gptjax.runs.run import Run
+from gptjax.text.dataset import Dataset
 
 
 def before(programs: Programs, dataset: Dataset, start: int) -> dict[str, str]:
     """What is about to happen, from step `start` on."""
     config, mesh, params = programs.config, programs.mesh, programs.abstract.params
     m, n_train = config.model, dataset.n_train
-    count = metrics.count_params(params)
-    moved = metrics.count_params(finetune.trained(params, config.optim))
+    count = count_params(params)
+    moved = count_params(trainable.trained(params, config.optim))
     some = f" ({moved:,} of them trained)" if moved < count else ""
     tokens = config.steps * config.batch_size * m.block_size
     leaves = jax.tree.leaves((programs.abstract, params))  # the gradient is as large as these
@@ -42,9 +42,9 @@ def before(programs: Programs, dataset: Dataset, start: int) -> dict[str, str]:
 
 def warning(programs: Programs, dataset: Dataset) -> str | None:
     """What to know before it starts, if anything."""
-    config, count = programs.config, metrics.count_params(programs.abstract.params)
+    config, count = programs.config, count_params(programs.abstract.params)
     passes = config.steps * config.batch_size * config.model.block_size / dataset.n_train
-    if not metrics.will_memorise(dataset.n_train, count, passes):
+    if not will_memorise(dataset.n_train, count, passes):
         return None
     return (
         f"this model will memorise its text: it has more parameters than the text has tokens and "
@@ -75,7 +75,7 @@ def after(programs: Programs, run: Run, record: Record, flops: int) -> dict[str,
     }
     if flops:
         rate = flops * tokens_per_second
-        peak = metrics.matmul_peak(config.model.dtype) * programs.mesh.size
+        peak = matmul_peak(config.model.dtype) * programs.mesh.size
         rows["arithmetic"] = (
             f"{rate / 1e9:,.0f} GFLOP/s, {rate / peak:.0%} of the {peak / 1e9:,.0f} that a large "
             f"matmul reaches here"

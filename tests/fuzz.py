@@ -16,13 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gptjax import config_json  # noqa: E402
 from gptjax.config import Config  # noqa: E402
 from gptjax.errors import UserError  # noqa: E402
-from gptjax.store import files, records  # noqa: E402
-from gptjax.store.runs import Run  # noqa: E402
-from gptjax.text import texts, tokenizer  # noqa: E402
-from gptjax.text.tokenizer import CharTokenizer  # noqa: E402
+from gptjax.runs import config_json, files, records  # noqa: E402
+from gptjax.runs.run import Run  # noqa: E402
+from gptjax.text import sources  # noqa: E402
+from gptjax.text import tokenizers as tokenizer  # noqa: E402
+from gptjax.text.tokenizers import CharTokenizer  # noqa: E402
 
 FOLDER = Path(tempfile.mkdtemp(prefix="gptjax-fuzz-"))
 HF = {
@@ -101,7 +101,7 @@ def read_checksums(data: bytes) -> None:
 
 
 def read_text(data: bytes) -> None:
-    text = texts.read_text(str(written("text.txt", data)))
+    text = sources.read_text(str(written("text.txt", data)))
     found = CharTokenizer.fit(text)
     assert found.decode(found.encode(text)) == text
 

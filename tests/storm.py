@@ -140,8 +140,8 @@ def look(directory: Path, before: int) -> int:
     Returns:
         The step of the newest sound checkpoint.
     """
-    from gptjax.store import records
-    from gptjax.store.checkpoint import Checkpoints
+    from gptjax.runs import records
+    from gptjax.runs.checkpoint import Checkpoints
 
     metrics = directory / "metrics.jsonl"
     found, damage = records.read(metrics) if metrics.exists() else ([], None)
@@ -164,11 +164,11 @@ def same(reference: Path, directory: Path) -> None:
 
     from gptjax.cache import use_compilation_cache
     from gptjax.cli import SampleCommand
+    from gptjax.inference import stream
     from gptjax.programs import Programs
-    from gptjax.sample import stream
-    from gptjax.store import records
-    from gptjax.store.checkpoint import Checkpoints
-    from gptjax.store.runs import Run
+    from gptjax.runs import records
+    from gptjax.runs.checkpoint import Checkpoints
+    from gptjax.runs.run import Run
 
     use_compilation_cache()
     ends = []

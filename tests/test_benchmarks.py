@@ -28,9 +28,9 @@ from benchmarks import (
 from gptjax.build import build_model
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
+from gptjax.plan import aot
 from gptjax.presets import PRESETS
 from gptjax.programs import Programs
-from gptjax.scale import aot
 
 
 def results(path: Path, name: str) -> Any:

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gptjax import cli
 from gptjax.cli import SampleCommand, TrainCommand, parse_sample, parse_train, read_prompt
 from gptjax.config import Config
 from gptjax.errors import LONGEST, UserError, one_line_errors
 from gptjax.presets import PRESETS
-from gptjax.store import runs
-from gptjax.text.tokenizer import CharTokenizer
+from gptjax.runs import folders
+from gptjax.runs.run import Run
+from gptjax.text.tokenizers import CharTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET_NAMES = ", ".join(PRESETS)
@@ -92,7 +94,7 @@ def test_run_name():
 
 def test_resume_starts_from_the_runs_own_config(elsewhere):
     config = replace(PRESETS["tiny"], steps=7)
-    runs.Run.create(Path("runs/mine"), config, CharTokenizer("ab"))
+    Run.create(Path("runs/mine"), config, CharTokenizer("ab"))
     command = parse_train(["--run", "mine", "--resume", "--steps", "9"])
     assert command.run == str(Path("runs/mine")) and command.resume
     assert command.settings == replace(config, steps=9)
@@ -163,8 +165,8 @@ def test_train_says_what_is_wrong(argv, message):
 
 
 def test_a_step_is_made_again_by_one_process(elsewhere, monkeypatch):
-    monkeypatch.setattr(runs, "find", lambda *args, **kwargs: elsewhere)
-    monkeypatch.setattr(runs, "read_config", lambda directory: PRESETS["tiny"])
+    monkeypatch.setattr(folders, "find", lambda *args, **kwargs: elsewhere)
+    monkeypatch.setattr(cli, "read_config", lambda directory: PRESETS["tiny"])
     assert message_of(parse_train, ["--replay", "3", "--distributed", "auto"]) == (
         "--replay is the work of one process; leave --distributed out"
     )
@@ -183,7 +185,7 @@ def test_a_name_too_long_for_the_disk_is_a_user_error():
     name = "x" * 300
     for action in (
         lambda: parse_train(["--resume", "--run", name]),
-        lambda: runs.new_directory(name, "small"),
+        lambda: folders.new_directory(name, "small"),
     ):
         with pytest.raises(UserError):
             action()

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from gptjax.build import build_model
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, differences
-from gptjax.config_json import FORMAT, from_json, to_json
 from gptjax.errors import UserError
 from gptjax.optim import make_optimizer
 from gptjax.presets import PRESETS
+from gptjax.runs.config_json import FORMAT, from_json, to_json
 from gptjax.step import init_state
 
 VOCAB = 65  # of Tiny Shakespeare

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import cli, train
+from gptjax import cli, training
 from gptjax.config import DataConfig
+from gptjax.console import Report
 from gptjax.errors import UserError
 from gptjax.presets import PRESETS
-from gptjax.report import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -57,9 +57,9 @@ def test_the_extension_of_the_readme_trains(play, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     text = DataConfig(text=str(tmp_path / "play.txt"))
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], steps=6, data=text))
-    real = train.train
+    real = training.train
     monkeypatch.setattr(
-        train, "train", lambda *args, **kwargs: real(*args, report=Report(quiet=True), **kwargs)
+        training, "train", lambda *args, **kwargs: real(*args, report=Report(quiet=True), **kwargs)
     )
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "runs" / "looped" / "checkpoints" / "6").is_dir()

@@ -15,17 +15,17 @@ import pytest
 
 from gptjax.cli import SampleCommand
 from gptjax.config import Config, ModelConfig, OptimConfig
+from gptjax.console import Report
 from gptjax.errors import UserError
-from gptjax.report import Report
-from gptjax.sample import stream
-from gptjax.store import files, records, runs
-from gptjax.store.checkpoint import Checkpoints
-from gptjax.store.files import MANIFEST, Damaged
-from gptjax.store.runs import Run
-from gptjax.text import data
-from gptjax.text.data import Dataset, fingerprint
-from gptjax.text.tokenizer import ByteTokenizer
-from gptjax.train import train
+from gptjax.inference import stream
+from gptjax.runs import files, folders, records
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.files import MANIFEST, Damaged
+from gptjax.runs.run import Run, read_config
+from gptjax.text import dataset as data
+from gptjax.text.dataset import Dataset, fingerprint
+from gptjax.text.tokenizers import ByteTokenizer
+from gptjax.training import train
 
 CONFIG = Config(
     steps=6,
@@ -194,7 +194,7 @@ def test_a_damaged_small_file_is_named_and_a_copy_offered(run, name):
     said = message(Run, run)
     assert said.startswith(f"{path} is damaged: not JSON: ") and said.endswith(copy_of(run, name))
     path.unlink()
-    assert message(Run, runs.find(str(run))) == (
+    assert message(Run, folders.find(str(run))) == (
         f"cannot read {path}: No such file or directory; {copy_of(run, name)}"
     )
     shutil.copy(run / "checkpoints" / "6" / name, path)
@@ -440,7 +440,7 @@ def test_killed_before_the_run_was_made(tmp_path, finished, monkeypatch):
     half.mkdir(parents=True)
     for name in (".lock", "tokenizer.json", "config.json.tmp"):
         (half / name).write_text("{")
-    assert runs.new_directory("half", "small") == half
+    assert folders.new_directory("half", "small") == half
     config = replace(Run(finished).config, steps=1)
     assert train(config, half, report=QUIET)["step"] == 1
 
@@ -465,4 +465,4 @@ def test_a_pipe_is_not_waited_for(run):
     (run / "config.json").unlink()
     os.mkfifo(run / "config.json")
     assert "is a link or a device" in message(Run, run)
-    assert message(runs.read_config, run).startswith(f"{run}/config.json is damaged: it is not a")
+    assert message(read_config, run).startswith(f"{run}/config.json is damaged: it is not a")

@@ -14,17 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from test_train import TINY, SignalAt, arrays, records
+from test_training import TINY, SignalAt, arrays, records
 
-from gptjax import feed, metrics
+from gptjax import feed
 from gptjax.config import Config, DataConfig, ModelConfig
+from gptjax.console import Report
 from gptjax.errors import UserError
+from gptjax.parallel import flops
 from gptjax.programs import Programs
-from gptjax.replay import replay
-from gptjax.report import Report
 from gptjax.step import Batches, batch_at
-from gptjax.text.data import open_dataset
-from gptjax.train import train
+from gptjax.text.dataset import open_dataset
+from gptjax.tools.replay import replay
+from gptjax.training import train
 
 CONFIG = Config(
     batch_size=8, seed=5, model=ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=16)
@@ -235,7 +236,7 @@ def test_what_is_said_of_a_text(own: Config, play: str, tmp_path):
     [(100, 101, 16.1, True), (100, 101, 16.0, False), (100, 100, 99.0, False)],
 )
 def test_who_memorises(tokens: int, parameters: int, passes: float, expected: bool):
-    assert metrics.will_memorise(tokens, parameters, passes) == expected
+    assert flops.will_memorise(tokens, parameters, passes) == expected
 
 
 def test_batches_are_spread_over_the_devices(own: Config):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.errors import UserError
-from gptjax.store import runs
-from gptjax.text.tokenizer import CharTokenizer
+from gptjax.runs import folders
+from gptjax.text.tokenizers import CharTokenizer
 
 EXAMPLES = 150  # of each; `python tests/fuzz.py` tries many more
 
@@ -74,7 +74,7 @@ def test_any_prompt_becomes_ids_or_a_line(vocabulary, prompt, unknown):
 
 @given(name=ANY_TEXT)
 def test_any_name_of_a_run_is_a_folder_or_a_line(name):
-    for look in (runs.find, lambda name: runs.new_directory(name, "small")):
+    for look in (folders.find, lambda name: folders.new_directory(name, "small")):
         try:
             look(name)
         except UserError as error:

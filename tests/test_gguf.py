@@ -15,8 +15,9 @@ import pytest
 
 from gptjax.build import build_model
 from gptjax.errors import UserError
-from gptjax.generate import Sampling, generate
-from gptjax.weights import gguf_file, pretrained
+from gptjax.interop import gguf as gguf_module
+from gptjax.interop import pretrained
+from gptjax.sampling import Sampling, generate
 
 gguf: Any = pytest.importorskip("gguf", reason="needs the extra hf")
 pytest.importorskip("tokenizers", reason="needs the extra hf")
@@ -134,7 +135,7 @@ def test_its_tokenizer(tmp_path: Path):
     assert spelled == ["Ġthe", "Ġ", "1", "2", "he", "!!"]  # digits stand alone
     assert tokenizer.end_of_text == 0
     write(tmp_path / "gpt2.gguf", pre="gpt-2")
-    tokenizer = gguf_file.read(tmp_path / "gpt2.gguf").tokenizer
+    tokenizer = gguf_module.read(tmp_path / "gpt2.gguf").tokenizer
     assert tokenizer is not None
     assert [names[i] for i in tokenizer.encode("12he")] == ["12", "he"]
 

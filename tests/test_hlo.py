@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax.scale.hlo import Collective, Program
+from gptjax.plan.hlo import Collective, Program
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -14,8 +14,8 @@ from gptjax.attention import attention, causal_mask
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import GPT
-from gptjax.scale import kernels
-from gptjax.scale.sharding import make_mesh
+from gptjax.parallel import kernels
+from gptjax.parallel.sharding import make_mesh
 from gptjax.step import make_gradient
 
 CONFIG = ModelConfig(

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax import ladder
 from gptjax.config import MeshConfig
 from gptjax.errors import UserError
-from gptjax.lecture import CountedBigram
+from gptjax.lecture import ladder
+from gptjax.lecture.models import CountedBigram
 from gptjax.presets import PRESETS
-from gptjax.store.runs import Run
+from gptjax.runs.run import Run
 
 FAST = ["--stages", "1-bigram", "3-head", "--seeds", "2", "--steps", "10"]
 COUNTED = CountedBigram(2.4519, 2.4819, 2.3735, 187)
@@ -118,7 +118,7 @@ def test_the_big_stage_is_run_only_when_asked_for():
         (["--stages", "nope"], "unknown stage 'nope'; stages: 1-bigram, 2-averaging"),
         (["--seeds", "0"], "--seeds 0 is too small; give 1 or more"),
         (["--steps", "0"], "--steps 0 is too small; give 1 or more"),
-        (["--sed", "1"], "see gptjax.ladder --help"),
+        (["--sed", "1"], "see gptjax.lecture.ladder --help"),
         (["--text", "missing.txt"], "text not found: missing.txt"),
     ],
 )

@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import random_params
 
-from gptjax import lecture, notes
 from gptjax.build import build_model
 from gptjax.config import Config, ModelConfig, differences
 from gptjax.errors import UserError
-from gptjax.generate import Sampling, generate
+from gptjax.lecture import models as lecture
+from gptjax.lecture import notes
 from gptjax.model import GPT, CausalSelfAttention
+from gptjax.parallel.sharding import make_mesh, shardings
 from gptjax.presets import PRESETS
-from gptjax.scale.sharding import make_mesh, shardings
-from gptjax.text.data import open_dataset
+from gptjax.sampling import Sampling, generate
+from gptjax.text.dataset import open_dataset
 
 V = 65
 STAGES = [name for name in PRESETS if name.startswith("lecture/")]

@@ -17,16 +17,17 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from gptjax import cli, metrics
+from gptjax import cli
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
+from gptjax.parallel.flops import flops_per_token
+from gptjax.plan import aot, chips, estimate
+from gptjax.plan.chips import CHIPS, GIB, Chip, read_target
+from gptjax.plan.estimate import Cost, Times
+from gptjax.plan.hlo import Collective, Program
+from gptjax.plan.plan import flags, plan
 from gptjax.presets import PRESETS
 from gptjax.programs import Programs
-from gptjax.scale import aot, chips, estimate
-from gptjax.scale.chips import CHIPS, GIB, Chip, read_target
-from gptjax.scale.estimate import Cost, Times
-from gptjax.scale.hlo import Collective, Program
-from gptjax.scale.plan import flags, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Config(
@@ -224,7 +225,7 @@ def test_flops_of_a_step_are_the_model_s(remat):
     cost = estimate.estimate(config, programs.abstract, MeshConfig(1))
     assert counted == pytest.approx(cost.flops, rel=0.03)
     tokens = 16 * 16
-    expected = metrics.flops_per_token(config.model, programs.abstract.params) * tokens
+    expected = flops_per_token(config.model, programs.abstract.params) * tokens
     assert cost.useful == expected and (cost.flops > expected) == remat
 
 
@@ -335,7 +336,9 @@ def test_the_command_makes_no_folder_and_refuses_in_one_line(tmp_path):
 COMPILE = """
 import json, sys
 from dataclasses import replace
-from gptjax.scale import aot, chips, kernels
+from gptjax.plan import aot
+from gptjax.plan import chips
+from gptjax.parallel import kernels
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
 model = ModelConfig(n_layer=13, n_head=2, n_embd=128, block_size=256, vocab_size=512,
                     dtype="bfloat16", attention="auto", remat=True)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import plot
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.store.runs import Run
-from gptjax.text.tokenizer import CharTokenizer
+from gptjax.runs.run import Run
+from gptjax.text.tokenizers import CharTokenizer
+from gptjax.tools import plot
 
 
 @pytest.fixture

@@ -19,17 +19,17 @@ import pytest
 from rich.console import Console
 
 from gptjax.config import Config, ModelConfig, OptimConfig
+from gptjax.console import Report
 from gptjax.errors import UserError
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.programs import Programs
-from gptjax.replay import replay
-from gptjax.report import Report
+from gptjax.runs import folders
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.run import Run
 from gptjax.step import batch_at, cross_entropy
-from gptjax.store import runs
-from gptjax.store.checkpoint import Checkpoints
-from gptjax.store.runs import Run
-from gptjax.train import train
+from gptjax.tools.replay import replay
+from gptjax.training import train
 
 CONFIG = Config(
     steps=12,
@@ -101,7 +101,7 @@ def skipping(config, tmp_path_factory) -> Path:
 
 def bad_steps(config: Config) -> list[int]:
     """By the definition of a batch, without training."""
-    from gptjax.text.data import open_dataset
+    from gptjax.text.dataset import open_dataset
 
     tokens = jnp.asarray(open_dataset(config).train)
     key = jax.random.key(config.seed)
@@ -121,7 +121,7 @@ def test_bad_steps_are_skipped_once_and_the_rest_are_made(config, skipping):
 
 def test_the_parameters_are_those_of_a_loop_that_leaves_the_batches_out(config, skipping):
     """A plain loop: no dispatches, no cond, no NaN."""
-    from gptjax.text.data import open_dataset
+    from gptjax.text.dataset import open_dataset
 
     dataset = open_dataset(config)
     programs = Programs(config, vocab_size(config))
@@ -238,8 +238,8 @@ def test_replay_of_what_is_not_a_step(config, skipping):
 HOLD = """
 import sys, time
 from pathlib import Path
-from gptjax.store import runs
-with runs.locked(Path(sys.argv[1])):
+from gptjax.runs import folders
+with folders.locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -269,12 +269,12 @@ def test_a_run_made_meanwhile_is_not_overwritten(config, skipping):
 
 
 def test_the_lock_is_free_again_after_an_error(tmp_path):
-    with pytest.raises(ZeroDivisionError), runs.locked(tmp_path):
+    with pytest.raises(ZeroDivisionError), folders.locked(tmp_path):
         raise ZeroDivisionError
-    with runs.locked(tmp_path):
+    with folders.locked(tmp_path):
         pass
 
 
 def test_a_run_opens_while_it_is_trained(skipping):
-    with runs.locked(skipping):
+    with folders.locked(skipping):
         assert Run(skipping).metrics()

@@ -13,11 +13,11 @@ import pytest
 
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
-from gptjax.store import runs
-from gptjax.store.checkpoint import Checkpoints
-from gptjax.store.files import MANIFEST
-from gptjax.store.runs import Run
-from gptjax.text.tokenizer import CharTokenizer
+from gptjax.runs import folders
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.files import MANIFEST
+from gptjax.runs.run import Run
+from gptjax.text.tokenizers import CharTokenizer
 
 PARAMS = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones(4, jnp.bfloat16)}}
 OPT_STATE = (jnp.zeros((), jnp.int32), {"mu": jnp.full(3, 0.5)})
@@ -60,32 +60,34 @@ def test_a_run_reopens_as_it_was_made(run):
 
 
 def test_default_names_count_up_and_never_overwrite(run):
-    assert runs.new_directory(None, "a") == Path("runs/a-2")
-    assert runs.new_directory(None, "lecture/3-head") == Path("runs/lecture-3-head")
-    assert message(runs.new_directory, "a", "small") == (
+    assert folders.new_directory(None, "a") == Path("runs/a-2")
+    assert folders.new_directory(None, "lecture/3-head") == Path("runs/lecture-3-head")
+    assert message(folders.new_directory, "a", "small") == (
         "runs/a holds another run already; go on with it (--run a --resume) or give another name"
     )
 
 
 def test_the_newest_run_is_found(run):
     Run.create(Path("runs/b"), Config(), CharTokenizer.fit("x")).log([{"step": 0}])
-    assert runs.find(None) == Path("runs/b")
-    assert runs.find(None, like="a") == Path("runs/a")
-    assert runs.find("a") == Path("runs/a")
-    assert runs.find("runs/a") == Path("runs/a")
+    assert folders.find(None) == Path("runs/b")
+    assert folders.find(None, like="a") == Path("runs/a")
+    assert folders.find("a") == Path("runs/a")
+    assert folders.find("runs/a") == Path("runs/a")
 
 
 def test_a_folder_that_is_no_run(run):
     Path("runs/empty").mkdir()
     for name in ("empty", "nowhere"):
-        assert message(runs.find, name) == (
+        assert message(folders.find, name) == (
             f"runs/{name} is not a run's folder (it has no config.json); runs here: a"
         )
 
 
 def test_no_run_at_all(here):
-    assert message(runs.find, None) == ("there is no run in runs/; make one with python train.py")
-    assert message(runs.find, None, like="small") == (
+    assert message(folders.find, None) == (
+        "there is no run in runs/; make one with python train.py"
+    )
+    assert message(folders.find, None, like="small") == (
         "there is no run of preset small in runs/; make one with python train.py"
     )
 
@@ -238,9 +240,9 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import jax.numpy as jnp
-from gptjax.store.checkpoint import Checkpoints
+from gptjax.runs.checkpoint import Checkpoints
 from gptjax.errors import UserError
-from gptjax.store.files import MANIFEST
+from gptjax.runs.files import MANIFEST
 
 checkpoints = Checkpoints(Path("checkpoints"))
 def save(step):

@@ -17,20 +17,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from gptjax import meshes
 from gptjax.build import build_model
 from gptjax.cli import SampleCommand
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
+from gptjax.console import Report
 from gptjax.errors import UserError
+from gptjax.inference import stream
 from gptjax.optim import make_optimizer
+from gptjax.parallel import sharding
+from gptjax.plan import estimate, hlo, meshes
+from gptjax.plan.chips import CHIPS
 from gptjax.programs import Programs
-from gptjax.report import Report
-from gptjax.sample import stream
-from gptjax.scale import estimate, hlo, sharding
-from gptjax.scale.chips import CHIPS
+from gptjax.runs.run import Run
 from gptjax.step import TrainState, init_state
-from gptjax.store.runs import Run
-from gptjax.train import train
+from gptjax.training import train
 
 VOCAB = 12
 CONFIG = Config(
@@ -484,7 +484,7 @@ def cells(markdown: str) -> list[list[str]]:
 
 
 def test_the_page_shows_every_mesh():
-    shown = cells(PAGE.split("<!-- gptjax.meshes -->")[1].split("<!--")[0])
+    shown = cells(PAGE.split("<!-- gptjax.plan.meshes -->")[1].split("<!--")[0])
     assert [row[0] for row in shown] == [meshes.described(mesh) for mesh in meshes.meshes()]
     assert len(shown) == 1 + 3 + 6 + 10
 
@@ -500,6 +500,6 @@ def test_every_mesh_of_up_to_eight_devices_learns_the_same_and_moves_what_the_pa
         console = Console(width=400, file=io.StringIO())
         console.print(meshes.table(rows))
         made = cells(console.file.getvalue())  # pyright: ignore[reportAttributeAccessIssue]
-        shown = cells(PAGE.split("<!-- gptjax.meshes -->")[1].split("<!--")[0])
+        shown = cells(PAGE.split("<!-- gptjax.plan.meshes -->")[1].split("<!--")[0])
         for a, b in zip(made, shown, strict=True):
             assert [a[0], *a[2:]] == [b[0], *b[2:]]  # but for the differences, which are rounding

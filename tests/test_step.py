@@ -18,10 +18,10 @@ import pytest
 
 from gptjax.build import build_model
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
+from gptjax.console import Report
 from gptjax.errors import UserError
 from gptjax.optim import make_optimizer
 from gptjax.presets import PRESETS
-from gptjax.report import Report
 from gptjax.step import (
     TrainState,
     cross_entropy,
@@ -31,8 +31,8 @@ from gptjax.step import (
     make_gradient,
     make_train_steps,
 )
-from gptjax.text.tokenizer import CharTokenizer
-from gptjax.train import train
+from gptjax.text.tokenizers import CharTokenizer
+from gptjax.training import train
 
 VOCAB = 13
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0.2)

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.errors import UserError
-from gptjax.sample import Growing
-from gptjax.text import vocabulary
+from gptjax.inference import Growing
+from gptjax.text import choose
 from gptjax.text.subwords import HFTokenizer, SentencePieceTokenizer
-from gptjax.text.tokenizer import ByteTokenizer, Tokenizer, from_json
+from gptjax.text.tokenizers import ByteTokenizer, Tokenizer, from_json
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra text")
 RANKS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "gpt2.tiktoken"
@@ -38,7 +38,7 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def bpe(play: str) -> HFTokenizer:
-    return vocabulary.train_bpe([play], 400)
+    return choose.train_bpe([play], 400)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpt2(ranks: Path) -> HFTokenizer:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(ranks))
-        return vocabulary.gpt2()
+        return choose.gpt2()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_bpe_gives_back_all_of_unicode(bpe: HFTokenizer):
 
 @given(st.text(st.characters(exclude_categories=("Cs",))))
 def test_bpe_round_trip(text: str):
-    tokenizer = vocabulary.train_bpe(["the king and the queen, the king"], 300)
+    tokenizer = choose.train_bpe(["the king and the queen, the king"], 300)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.count_bytes(ids) == len(text.encode())
@@ -95,8 +95,8 @@ def test_bpe_round_trip(text: str):
 
 def test_bpe_is_shorter_than_bytes_and_the_same_each_time(bpe: HFTokenizer, play: str):
     assert len(bpe.encode(play)) < len(play) / 2
-    assert vocabulary.train_bpe([play], 400) == bpe
-    assert vocabulary.train_bpe([play[:20]], 400).vocab_size < 400  # too short for so many
+    assert choose.train_bpe([play], 400) == bpe
+    assert choose.train_bpe([play[:20]], 400).vocab_size < 400  # too short for so many
 
 
 def test_json_keeps_a_tokenizer_whole(bpe: HFTokenizer, model: bytes, play: str):
@@ -131,7 +131,7 @@ def test_gpt2_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(public, "r50k_base", refuse)
     with pytest.raises(UserError) as error:
-        vocabulary.gpt2()
+        choose.gpt2()
     assert str(error.value) == (
         "GPT-2's tokenizer could not be fetched (no network); where there is no network, put its "
         "file into a folder that TIKTOKEN_CACHE_DIR names"

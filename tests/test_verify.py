@@ -1,4 +1,4 @@
-"""Tests of `python -m gptjax.verify`: sound runs pass, and every kind of harm is named."""
+"""Tests of `python -m gptjax.tools.verify`: sound runs pass, and every kind of harm is named."""
 
 import json
 import shutil
@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax import verify as verify_module
 from gptjax.config import Config, ModelConfig, OptimConfig
+from gptjax.console import Report
 from gptjax.programs import Programs
-from gptjax.report import Report
-from gptjax.store.checkpoint import Checkpoints
-from gptjax.store.runs import Run
-from gptjax.train import train
-from gptjax.verify import verify
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.run import Run
+from gptjax.tools import verify as verify_module
+from gptjax.tools.verify import verify
+from gptjax.training import train
 
 CONFIG = Config(
     steps=4,

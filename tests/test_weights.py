@@ -15,19 +15,18 @@ import pytest
 import safetensors.numpy
 from reference import random_params
 
-from gptjax import adopt
-from gptjax.adopt import AdoptCommand
 from gptjax.build import build_model
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
-from gptjax.export import ExportCommand, export
-from gptjax.generate import Sampling, generate
+from gptjax.interop import hf, hf_config, hf_tokenizer, import_, nanogpt, pretrained
+from gptjax.interop.export import ExportCommand, export
+from gptjax.interop.import_ import AdoptCommand
 from gptjax.model import GPT
 from gptjax.programs import Programs
-from gptjax.store.runs import Run
-from gptjax.text.tokenizer import ByteTokenizer, CharTokenizer
-from gptjax.train import train
-from gptjax.weights import hf, hf_config, hf_tokenizer, nanogpt, pretrained
+from gptjax.runs.run import Run
+from gptjax.sampling import Sampling, generate
+from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer
+from gptjax.training import train
 
 V, BLOCK = 61, 256
 WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
@@ -246,7 +245,7 @@ def test_a_trained_run_is_a_model_of_transformers(
 
 def test_export_import_export(run: Run, exported: Path, tmp_path: Path):
     """The second folder is the first, byte by byte; and so is that of a model that was adopted."""
-    directory = adopt.adopt(AdoptCommand(str(exported), run=str(tmp_path / "adopted")))
+    directory = import_.adopt(AdoptCommand(str(exported), run=str(tmp_path / "adopted")))
     export(ExportCommand(str(directory), tmp_path / "again"))
     for path in exported.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -364,7 +363,7 @@ def test_a_checkpoint_of_nanogpt(bias: bool, prefix: str, tmp_path: Path, play: 
     # Its characters are those of its text, which has to be given.
     command = AdoptCommand(str(tmp_path / "ckpt.pt"), run=str(tmp_path / "run"))
     with pytest.raises(UserError) as error:
-        adopt.adopt(command)
+        import_.adopt(command)
     assert str(error.value) == (
         f"{tmp_path}/ckpt.pt comes without a tokenizer; give the text that it was trained on as "
         "--text, for its characters"
@@ -372,12 +371,12 @@ def test_a_checkpoint_of_nanogpt(bias: bool, prefix: str, tmp_path: Path, play: 
     (tmp_path / "play.txt").write_text(play)
     (tmp_path / "other.txt").write_text("abc")
     with pytest.raises(UserError) as error:
-        adopt.adopt(replace(command, text=str(tmp_path / "other.txt")))
+        import_.adopt(replace(command, text=str(tmp_path / "other.txt")))
     assert str(error.value) == (
         f"{tmp_path}/ckpt.pt comes without a tokenizer and knows {kinds} tokens, and those of "
         f"this text are 3; give the text that it was trained on"
     )
-    directory = adopt.adopt(replace(command, text=str(tmp_path / "play.txt")))
+    directory = import_.adopt(replace(command, text=str(tmp_path / "play.txt")))
     assert Run(directory).tokenizer == CharTokenizer.fit(play)
 
 

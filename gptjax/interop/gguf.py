@@ -1,0 +1,158 @@
+"""A Llama in a GGUF file, read and dequantised by the `gguf` package, its tokenizer with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.errors import UserError
+from gptjax.interop import hf_config
+from gptjax.interop.hf import Source
+from gptjax.text.subwords import HFTokenizer, extra
+
+NAMES = {  # llama.cpp's to those of transformers
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+KEYS = {  # of the metadata, to those of a config.json; another one that is there is refused
+    "block_count": "num_hidden_layers",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+    "rope.dimension_count": "head_dim",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+PRE_TOKENIZERS: dict[str, Any] = {  # how a text is cut before the merges, by llama.cpp's name
+    "gpt-2": BYTE_LEVEL,
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
+    },
+}
+CONTROL = 3  # type of a token that no text contains, such as the end of one
+
+
+def read(path: Path) -> Source:
+    """The model and the tokenizer of a GGUF file.
+
+    Raises:
+        UserError: no gguf package, no such file, a damaged one, or a model, a setting, a kind of
+            numbers or a tokenizer that is not supported.
+    """
+    gguf = extra("gguf", "hf")
+    try:
+        file = gguf.GGUFReader(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # it has no kind of its own for what it cannot read
+        raise UserError(f"{path} is not a sound GGUF file: {error}") from None
+    try:
+        values = {key: field.contents() for key, field in file.fields.items()}
+        tensors = {_name(tensor.name): tensor for tensor in file.tensors}
+        settings = _settings(values)
+        settings.setdefault("vocab_size", len(values.get("tokenizer.ggml.tokens", ())))
+        settings["tie_word_embeddings"] = "lm_head.weight" not in tensors
+        config = hf_config.read_config(settings)
+        tokenizer = _tokenizer(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+    def read_one(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        try:
+            x = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        except NotImplementedError:
+            raise UserError(
+                f"{path}: {tensor.name} has numbers of the kind {tensor.tensor_type.name}, which "
+                f"the gguf package does not turn into floats"
+            ) from None
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # Rotary pairs are neighbours there, and halves of a head here and in transformers.
+            D = config.head_size
+            x = x.reshape(-1, D // 2, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+        return x
+
+    shapes = {name: tuple(map(int, x.shape[::-1])) for name, x in tensors.items()}
+    return Source(config, shapes, read_one, tokenizer)
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of the model as a config.json of transformers says it."""
+    if (kind := values.get("general.architecture")) != "llama":
+        raise UserError(f"general.architecture={kind!r} is not supported; it can be 'llama'")
+    settings: dict[str, Any] = {"model_type": "llama"}
+    for key, value in values.items():
+        if key.startswith("llama."):
+            name = KEYS.get(key.removeprefix("llama."))
+            if name is None:
+                raise UserError(f"{key}={value!r} is not supported; a model without it is")
+            # What was 1e-5 is stored as the float32 next to it.
+            settings[name] = float(str(np.float32(value))) if type(value) is float else value
+    return settings
+
+
+def _name(name: str) -> str:
+    """The name that transformers has for a tensor; one that it has not stays as it is."""
+    match name.split("."):
+        case [part, "weight"] if part in NAMES:
+            return f"{NAMES[part]}.weight"
+        case ["blk", layer, part, "weight"] if part in LAYER_NAMES:
+            return f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
+    return name
+
+
+def _tokenizer(values: dict[str, Any]) -> HFTokenizer:
+    """The tokenizer that the metadata amount to."""
+    kind, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise UserError(
+            f"the tokenizer {kind!r} with the pre-tokenizer {pre!r} is not supported; it can be "
+            f"'gpt2' with {' or '.join(map(repr, PRE_TOKENIZERS))}"
+        )
+    tokens, merges = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.merges"]
+    unknown = values.get("tokenizer.ggml.unknown_token_id")
+    kinds = values.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    control = [i for i, kind in enumerate(kinds) if kind == CONTROL]
+    form = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": tokens[i], "special": True, **flags} for i in control
+        ],
+        "normalizer": None,
+        "pre_tokenizer": PRE_TOKENIZERS[pre],
+        "post_processor": None,
+        "decoder": BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "unk_token": None if unknown is None else tokens[unknown],
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": merges,
+        },
+    }
+    return HFTokenizer(json.dumps(form))

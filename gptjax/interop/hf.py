@@ -1,0 +1,205 @@
+"""Weights in the names and layout of transformers: one table for each family, read both ways.
+
+Letters as in `model.py`, P is block_size. Neither torch nor transformers is needed.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+from gptjax.interop.hf_config import family, kv_heads
+from gptjax.text.tokenizers import Tokenizer
+
+
+class Leaf(NamedTuple):
+    """A leaf of our parameters, and the tensor of theirs that holds it."""
+
+    path: str  # in our tree; what lies below h has one more axis in front: the layers
+    ours: str  # its axes
+    theirs: str  # the tensor's axes; those in brackets are one
+    names: tuple[str, ...]  # {} is the layer; several tensors are stacked along our second axis
+
+
+# Conv1D of GPT-2 keeps a matrix as (in, out), as we do.
+_H = "transformer.h.{}"
+GPT2 = (
+    Leaf("wte/embedding", "V C", "V C", ("transformer.wte.weight",)),
+    Leaf("wpe", "P C", "P C", ("transformer.wpe.weight",)),
+    Leaf("h/ln_1/scale", "C", "C", (f"{_H}.ln_1.weight",)),
+    Leaf("h/ln_1/bias", "C", "C", (f"{_H}.ln_1.bias",)),
+    Leaf("h/attn/c_attn/kernel", "C 3 H D", "C (3 H D)", (f"{_H}.attn.c_attn.weight",)),
+    Leaf("h/attn/c_attn/bias", "3 H D", "(3 H D)", (f"{_H}.attn.c_attn.bias",)),
+    Leaf("h/attn/c_proj/kernel", "H D C", "(H D) C", (f"{_H}.attn.c_proj.weight",)),
+    Leaf("h/attn/c_proj/bias", "C", "C", (f"{_H}.attn.c_proj.bias",)),
+    Leaf("h/ln_2/scale", "C", "C", (f"{_H}.ln_2.weight",)),
+    Leaf("h/ln_2/bias", "C", "C", (f"{_H}.ln_2.bias",)),
+    Leaf("h/mlp/c_fc/kernel", "C F", "C F", (f"{_H}.mlp.c_fc.weight",)),
+    Leaf("h/mlp/c_fc/bias", "F", "F", (f"{_H}.mlp.c_fc.bias",)),
+    Leaf("h/mlp/c_proj/kernel", "F C", "F C", (f"{_H}.mlp.c_proj.weight",)),
+    Leaf("h/mlp/c_proj/bias", "C", "C", (f"{_H}.mlp.c_proj.bias",)),
+    Leaf("ln_f/scale", "C", "C", ("transformer.ln_f.weight",)),
+    Leaf("ln_f/bias", "C", "C", ("transformer.ln_f.bias",)),
+    Leaf("lm_head/kernel", "C V", "V C", ("lm_head.weight",)),
+)
+# nn.Linear keeps it as (out, in).
+_H = "model.layers.{}"
+_Q, _K, _V = (f"{_H}.self_attn.{letter}_proj.weight" for letter in "qkv")
+_GATE, _UP = f"{_H}.mlp.gate_proj.weight", f"{_H}.mlp.up_proj.weight"
+LLAMA = (
+    Leaf("wte/embedding", "V C", "V C", ("model.embed_tokens.weight",)),
+    Leaf("h/ln_1/scale", "C", "C", (f"{_H}.input_layernorm.weight",)),
+    Leaf("h/attn/c_attn/kernel", "C 3 H D", "(H D) C", (_Q, _K, _V)),
+    Leaf("h/attn/c_q/kernel", "C H D", "(H D) C", (_Q,)),
+    Leaf("h/attn/c_kv/kernel", "C 2 G D", "(G D) C", (_K, _V)),
+    Leaf("h/attn/c_proj/kernel", "H D C", "C (H D)", (f"{_H}.self_attn.o_proj.weight",)),
+    Leaf("h/ln_2/scale", "C", "C", (f"{_H}.post_attention_layernorm.weight",)),
+    Leaf("h/mlp/c_fc/kernel", "C 2 F", "F C", (_GATE, _UP)),
+    Leaf("h/mlp/c_proj/kernel", "F C", "C F", (f"{_H}.mlp.down_proj.weight",)),
+    Leaf("ln_f/scale", "C", "C", ("model.norm.weight",)),
+    Leaf("lm_head/kernel", "C V", "V C", ("lm_head.weight",)),
+)
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants, not weights
+
+
+class Source(NamedTuple):
+    """A model in the form of transformers, wherever it lies: checked and read by `to_params`."""
+
+    config: ModelConfig  # with its vocab_size
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by their names in the tables
+    read: Callable[[str], np.ndarray]  # one of them, of any float dtype
+    tokenizer: Tokenizer | None  # None: it comes without one
+
+
+def to_params(source: Source) -> dict[str, Any]:
+    """Our parameters; each tensor is read once.
+
+    Returns:
+        The tree of `model.py`, float32.
+
+    Raises:
+        UserError: naming the first tensor that is missing, unknown, of another shape or not finite.
+    """
+    config, params = source.config, {}
+    _check(source.shapes, shapes(config))
+    for leaf in _table(config):
+        axes, order = _axes(leaf, config)
+
+        def read(name: str, axes: Any = axes, order: Any = order) -> np.ndarray:
+            flat = [size for group in axes for size in group]
+            x = np.asarray(source.read(name), np.float32)
+            if not np.isfinite(x).all():
+                raise UserError(f"the tensor {name} has values that are not finite")
+            return x.reshape(flat).transpose(order)
+
+        layers = []
+        for names in _names(leaf, config):
+            parts = [read(name) for name in names]
+            layers.append(parts[0] if len(parts) == 1 else np.stack(parts, axis=1))
+        *above, last = leaf.path.split("/")
+        node = params
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = np.stack(layers) if _stacked(leaf) else np.ascontiguousarray(layers[0])
+    return params
+
+
+def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Their tensors, by name: the inverse of `to_params`.
+
+    Args:
+        params: the tree of `model.py`; biases that GPT-2 has and it lacks become 0.
+        config: the model's, with its vocab_size.
+
+    Returns:
+        float32 arrays, each of its own memory.
+    """
+    wanted, tensors = shapes(config, whole=True), {}
+    for leaf in _table(config, whole=True):
+        _, order = _axes(leaf, config)
+        value: Any = params
+        for key in leaf.path.split("/"):
+            value = None if value is None else value.get(key)
+        for layer, names in enumerate(_names(leaf, config)):
+            for place, name in enumerate(names):
+                if value is None:
+                    tensors[name] = np.zeros(wanted[name], np.float32)
+                    continue
+                x = np.asarray(value[layer] if _stacked(leaf) else value, np.float32)
+                x = x if len(names) == 1 else x[:, place]
+                x = x.transpose(np.argsort(order)).reshape(wanted[name])
+                tensors[name] = np.array(x, order="C")
+    return tensors
+
+
+def shapes(config: ModelConfig, whole: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shape of each of their tensors, by its name.
+
+    Args:
+        config: the model's, with its vocab_size.
+        whole: with the biases that GPT-2 has even if the model lacks them.
+    """
+    found = {}
+    for leaf in _table(config, whole):
+        shape = tuple(math.prod(group) for group in _axes(leaf, config)[0])
+        found |= {name: shape for names in _names(leaf, config) for name in names}
+    return found
+
+
+def full_name(name: str, tied: bool) -> str | None:
+    """The name in the table of a tensor in a file: GPT-2's own leave out `transformer.`; None for
+    what is no weight of its own: constants, and the head of a model that ties it."""
+    if name.endswith(BUFFERS) or (tied and name == "lm_head.weight"):
+        return None
+    bare = name.split(".")[0] in ("wte", "wpe", "h", "ln_f")
+    return f"transformer.{name}" if bare else name
+
+
+def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            raise UserError(f"the tensor {name} is missing")
+        if name not in wanted:
+            raise UserError(f"the tensor {name} is no part of the model that its config describes")
+        if found[name] != wanted[name]:
+            raise UserError(f"the tensor {name} is {found[name]}, expected {wanted[name]}")
+
+
+def _table(config: ModelConfig, whole: bool = False) -> list[Leaf]:
+    """The rows of a model's family that it has; or GPT-2's with all of its biases."""
+    rows = LLAMA if family(config) == "llama" else GPT2
+    absent = {"c_q", "c_kv"} if kv_heads(config) == config.n_head else {"c_attn"}
+    if config.tie_head:
+        absent |= {"lm_head"}
+    if not whole and not config.bias:
+        absent |= {"bias"}
+    rows = [leaf for leaf in rows if absent.isdisjoint(leaf.path.split("/"))]
+    if not whole and not config.qkv_bias:
+        rows = [leaf for leaf in rows if leaf.path != "h/attn/c_attn/bias"]
+    return rows
+
+
+def _axes(leaf: Leaf, config: ModelConfig) -> tuple[list[list[int]], list[int]]:
+    """Of each axis of the tensor, the sizes of ours in it; and the order that makes them ours."""
+    c = config
+    assert c.vocab_size is not None
+    sizes = {"V": c.vocab_size, "P": c.block_size, "C": c.n_embd, "F": c.n_inner or 4 * c.n_embd}
+    sizes |= {"H": c.n_head, "G": kv_heads(c), "D": c.head_size, "3": 3}
+    groups = [(a or b).split() for a, b in re.findall(r"\(([^)]*)\)|(\S+)", leaf.theirs)]
+    words = [word for group in groups for word in group]
+    order = [words.index(axis) for axis in leaf.ours.split() if axis in words]
+    return [[sizes[word] for word in group] for group in groups], order
+
+
+def _names(leaf: Leaf, config: ModelConfig) -> list[list[str]]:
+    """The leaf's tensors in each layer, or once for all."""
+    layers = range(config.n_layer if _stacked(leaf) else 1)
+    return [[name.format(layer) for name in leaf.names] for layer in layers]
+
+
+def _stacked(leaf: Leaf) -> bool:
+    return leaf.path.startswith("h/")

@@ -1,0 +1,107 @@
+"""Tokenizers as the files that transformers keeps beside a model, read and written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import UserError
+from gptjax.runs.files import read_file
+from gptjax.text.choose import byte_letters
+from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
+from gptjax.text.tokenizers import CharTokenizer, Tokenizer
+
+BYTES = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": False,
+}
+
+
+def read(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a folder; None: there is none.
+
+    Raises:
+        UserError: it cannot be read, or not used.
+    """
+    if (path := folder / "tokenizer.json").exists():
+        return read_file(path, _from_text)
+    if (path := folder / "tokenizer.model").exists():
+        try:
+            return SentencePieceTokenizer(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return None
+
+
+def _from_text(text: str) -> Tokenizer:
+    """Of a `tokenizer.json`; one that `write` made of characters is of characters again."""
+    values = json.loads(text)
+    try:
+        letters, ends = list(values["model"]["vocab"]), values["added_tokens"]
+        ours = CharTokenizer("".join(letters), ends[0]["id"] if ends else None)
+        if letters == sorted(ours.vocabulary) and values == _of_characters(ours):
+            return ours
+    except (KeyError, TypeError, IndexError):
+        pass  # somebody else's
+    return HFTokenizer(text)
+
+
+def write(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
+    """The files of a tokenizer, for transformers: the same ids for any text that ours takes.
+
+    Raises:
+        UserError: it has characters that are half of a surrogate pair.
+    """
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return {"tokenizer.model": tokenizer.model}
+    if isinstance(tokenizer, HFTokenizer):
+        values = json.loads(tokenizer.source)
+    elif isinstance(tokenizer, CharTokenizer):
+        values = _of_characters(tokenizer)
+    else:
+        values = _single(tokenizer, byte_letters(), BYTES, BYTES)
+    about: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": block_size,
+    }
+    if (end := tokenizer.end_of_text) is not None:
+        added = values.get("added_tokens") or []
+        about["eos_token"] = next(token["content"] for token in added if token["id"] == end)
+    try:
+        return {
+            "tokenizer.json": json.dumps(values, ensure_ascii=False).encode("utf-8"),
+            "tokenizer_config.json": json.dumps(about, indent=2).encode("utf-8"),
+        }
+    except UnicodeEncodeError:
+        raise UserError(
+            "the tokenizer has half of a surrogate pair among its characters, which transformers "
+            "cannot hold"
+        ) from None
+
+
+def _of_characters(tokenizer: CharTokenizer) -> dict[str, Any]:
+    return _single(tokenizer, list(tokenizer.vocabulary), None, {"type": "Fuse"})
+
+
+def _single(tokenizer: Tokenizer, letters: list[str], cutter: Any, decoder: Any) -> dict[str, Any]:
+    """A `tokenizer.json` of single letters: byte pair encoding without a pair."""
+    end = tokenizer.end_of_text
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    ends = [] if end is None else [{"id": end, "content": END_OF_TEXT, "special": True, **flags}]
+    return {
+        "version": "1.0",
+        "added_tokens": ends,
+        "normalizer": None,
+        "pre_tokenizer": cutter,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": {
+            "type": "BPE",
+            "vocab": {letter: i for i, letter in enumerate(letters)},
+            "merges": [],
+        },
+    }

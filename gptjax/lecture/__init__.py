@@ -1,0 +1,1 @@
+"""The lecture's models, its ladder of stages and its notes on attention."""

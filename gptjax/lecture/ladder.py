@@ -1,0 +1,329 @@
+"""The lecture's stages, all trained and measured alike: `python -m gptjax.lecture.ladder [--docs]`.
+
+Each stage is a preset; each of its runs is a run like any other, in runs/ladder/. What is finished
+there is not made again, so the command may be stopped and given anew. The losses of the table are
+means over the whole validation split, those of the curves over random windows.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from gptjax import cli
+from gptjax.build import build_model
+from gptjax.config import Config, differences
+from gptjax.console import Report, processor
+from gptjax.errors import UserError, one_line_errors
+from gptjax.lecture.models import CountedBigram, counted_bigram
+from gptjax.parallel.flops import count_params
+from gptjax.presets import PRESETS
+from gptjax.runs import files, folders
+from gptjax.runs.records import Record
+from gptjax.runs.run import Run, read_config
+from gptjax.text.dataset import Dataset, open_dataset
+from gptjax.training import train
+
+# The lecture's validation losses, over 200 random batches: read off its run (bigram, at step
+# 2,700), commonly reported (3 to 7), and its last word (8). It trains no model that averages.
+FIGURES = {
+    "1-bigram": "2.4911",
+    "2-averaging": "-",
+    "3-head": "2.40",
+    "4-heads": "2.28",
+    "5-feedforward": "2.24",
+    "6-residual": "2.08",
+    "7-layernorm": "2.06",
+    "8-scale": "1.4873",
+}
+SCALE = "8-scale"  # hours without an accelerator, so it takes a word more to run it
+PAGE = Path("docs") / "lecture.md"
+MARKERS = "<!-- made by python -m gptjax.lecture.ladder --docs -->", "<!-- end -->"
+NOT_RUN = "not run here"
+
+
+@dataclass(frozen=True)
+class LadderCommand:
+    """Train the lecture's stages, and compare what they reach with its figures."""
+
+    seeds: int = 3
+    """Runs of each stage, with seeds 1337, 1338, ..."""
+    stages: tuple[str, ...] = ()
+    """Some of 1-bigram .. 8-scale (default: all of them up to 7-layernorm)."""
+    scale: bool = False
+    """8-scale too: minutes on an accelerator, half a day on a few cores."""
+    docs: bool = False
+    """Write the table into docs/lecture.md and the curves into docs/lecture.png."""
+    folder: str = "ladder"
+    """Where in runs/ the runs are kept."""
+    steps: int | None = None
+    """Updates of each run (default: the preset's), for a first look."""
+    text: str = "tiny_shakespeare"
+    """Another text to climb on; the lecture's figures are of this one."""
+
+
+class Stage(NamedTuple):
+    """One row of the table; a stage that was not run has no results."""
+
+    name: str
+    params: int
+    losses: list[float]
+    """Over the whole validation split, one for each seed."""
+    seconds: list[float]
+    """Of training, one for each seed."""
+    histories: list[list[Record]]
+    """The records with an evaluation, for each seed."""
+
+
+def climb(command: LadderCommand, console: Console) -> tuple[list[Stage], CountedBigram]:
+    """Train what is not yet trained.
+
+    Args:
+        command: which stages, how often, where.
+        console: where to tell how far it is.
+
+    Returns:
+        All stages in order, and the best bigram table of the text.
+
+    Raises:
+        UserError: an unknown stage, or a folder with runs of other settings.
+    """
+    for flag, value in (("seeds", command.seeds), ("steps", command.steps)):
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value} is too small; give 1 or more")
+    wanted = _wanted(command)
+    dataset = open_dataset(_config("1-bigram", 0, command))
+    counted = counted_bigram(dataset.train, dataset.val, dataset.tokenizer.vocab_size)
+    stages = []
+    for name in FIGURES:
+        stage = Stage(name, _count_params(_config(name, 0, command), dataset), [], [], [])
+        stages.append(stage)
+        for i in range(command.seeds if name in wanted else 0):
+            config, start = _config(name, i, command), time.perf_counter()
+            directory = folders.RUNS / command.folder / f"{name}-{config.seed}"
+            history, before = _finished(config, directory)
+            stage.histories.append(history)
+            stage.losses.append(history[-1]["val_loss"])
+            stage.seconds.append(history[-1]["seconds"])
+            took = "" if before else f", {time.perf_counter() - start:.0f} s with evaluations"
+            console.print(f"{directory}: {stage.losses[-1]:.4f}{took}")
+    return stages, counted
+
+
+def _wanted(command: LadderCommand) -> set[str]:
+    if unknown := [name for name in command.stages if name not in FIGURES]:
+        raise UserError(f"unknown stage {unknown[0]!r}; stages: {', '.join(FIGURES)}")
+    return set(command.stages or FIGURES.keys() - {SCALE}) | ({SCALE} if command.scale else set())
+
+
+def _config(name: str, i: int, command: LadderCommand) -> Config:
+    """The stage's preset, with the command's text and steps, and seed number i."""
+    preset = PRESETS[f"lecture/{name}"]
+    steps = command.steps or preset.steps
+    return replace(
+        preset,
+        seed=preset.seed + i,
+        steps=steps,
+        eval_every=max(1, preset.eval_every * steps // preset.steps),
+        data=replace(preset.data, text=command.text),
+    )
+
+
+def _count_params(config: Config, dataset: Dataset) -> int:
+    model = build_model(config.model, dataset.tokenizer.vocab_size)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return count_params(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+
+
+def _finished(config: Config, directory: Path) -> tuple[list[Record], bool]:
+    """The evaluations of a run, made or completed if need be; and whether it was there before."""
+    resume = (directory / "config.json").exists()
+    if resume:
+        changed = differences(read_config(directory), config)
+        for field, (old, new) in changed.items():
+            raise UserError(
+                f"{directory} holds a run with {field}={old}, not {new}; remove it, or climb in "
+                f"another --folder"
+            )
+    done = resume and _is_done(Run(directory).metrics(), config)
+    if not done:
+        train(config, directory, resume=resume, report=Report(quiet=True))
+    records = Run(directory).metrics()
+    if not _is_done(records, config):
+        raise UserError(f"{directory} was stopped; give the command anew to go on")
+    return [record for record in records if "val_sampled_loss" in record], done
+
+
+def _is_done(records: list[Record], config: Config) -> bool:
+    return bool(records) and records[-1]["step"] == config.steps and "val_loss" in records[-1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Telling
+
+
+def rows(stages: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table, as text."""
+    head = ["stage", "parameters", "lecture", "ours", "spread", "seconds"]
+    body = []
+    for stage in stages:
+        cells = [stage.name, f"{stage.params:,}", FIGURES[stage.name]]
+        if stage.losses:
+            spread = max(stage.losses) - min(stage.losses)
+            cells += [f"{np.mean(stage.losses):.4f}", f"{spread:.4f}"]
+            cells += [f"{np.mean(stage.seconds):.1f}"]
+        else:
+            cells += [NOT_RUN, "", ""]
+        body.append(cells)
+    return head, body
+
+
+def footnotes(command: LadderCommand, counted: CountedBigram) -> list[str]:
+    """What the table must not be read without."""
+    seeds = "one seed" if command.seeds == 1 else f"{command.seeds} seeds"
+    return [
+        f"ours: validation loss over the whole split, mean of {seeds}; spread: largest minus "
+        f"smallest; seconds: of training one, compilation included; {machine()}.",
+        "lecture: over 200 random batches; 3 to 7 as commonly reported.",
+        f"The best bigram table, counted: {counted.train:.4f} on the training split, "
+        f"{counted.val:.4f} on the validation split (counts plus one, for {counted.unseen:,} of "
+        f"its pairs never occur in training); the validation split's own best table: "
+        f"{counted.floor:.4f}.",
+    ]
+
+
+def bigram_rows(stages: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the bigram's evaluations, as the lecture prints them; the first seed's."""
+    head = ["step", "train, lecture", "train, ours", "val, lecture", "val, ours"]
+    body = []
+    for record in itertools.chain.from_iterable(stages[0].histories[:1]):
+        ours = [f"{record[f'{split}_sampled_loss']:.4f}" for split in ("train", "val")]
+        theirs = [f"{loss:.4f}" for loss in BIGRAM_RUN.get(record["step"], ())] or ["", ""]
+        body.append([str(record["step"]), theirs[0], ours[0], theirs[1], ours[1]])
+    return head, body
+
+
+# The lecture's own run of the bigram: step, training and validation loss.
+BIGRAM_RUN = {
+    0: (4.7305, 4.7241),
+    300: (2.8110, 2.8249),
+    600: (2.5434, 2.5682),
+    900: (2.4932, 2.5088),
+    1200: (2.4863, 2.5035),
+    1500: (2.4665, 2.4921),
+    1800: (2.4683, 2.4936),
+    2100: (2.4696, 2.4846),
+    2400: (2.4638, 2.4879),
+    2700: (2.4738, 2.4911),
+}
+
+
+def machine() -> str:
+    """The processor, or the accelerator, and how many."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    return processor()
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table in Markdown, its first column to the left."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _tell(console: Console, title: str, head: list[str], body: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left", box=None)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for cells in body:
+        table.add_row(*cells)
+    console.print(table)
+
+
+def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
+    """Draw validation loss over steps: a line for each stage, shaded as far as its seeds differ.
+
+    Raises:
+        UserError: a picture that cannot be written.
+    """
+    from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures go on as they were
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    ends = []
+    for stage in filter(lambda stage: stage.histories, stages):
+        steps = [record["step"] for record in stage.histories[0]]
+        losses = np.array([[r["val_sampled_loss"] for r in history] for history in stage.histories])
+        label = f"{stage.name}, {np.mean(stage.losses):.3f}"
+        [line] = axes.plot(steps, losses.mean(axis=0), label=label)
+        span = losses.min(axis=0), losses.max(axis=0)
+        axes.fill_between(steps, *span, color=line.get_color(), alpha=0.3)
+        ends.append(losses[:, -1].mean())
+    axes.axhline(counted.val, color="black", linestyle=":", label=f"counted, {counted.val:.3f}")
+    axes.set(xlabel="step", ylabel="validation loss (nats per character)")
+    axes.set_ylim(min(ends) - 0.1, max(ends) + 0.6)  # the first steps would flatten the rest
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center")
+    try:
+        figure.savefig(out, dpi=130)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def write_page(text: str, page: Path = PAGE) -> None:
+    """Put the text between the page's markers.
+
+    Raises:
+        UserError: no such page, or no markers in it.
+    """
+    start, end = MARKERS
+    try:
+        before, found, rest = page.read_text(encoding="utf-8").partition(start)
+    except OSError as error:
+        raise UserError(f"cannot read {page}: {error.strerror}; run it where it is") from None
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise UserError(f"{page} lacks the lines {start} and {end}, between which the table goes")
+    files.write_atomically(page, f"{before}{start}\n{text}{end}{after}")
+
+
+def _page_text(stages: list[Stage], notes: list[str]) -> Iterator[str]:
+    yield f"{markdown(*rows(stages))}\n"
+    yield "".join(f"- {note}\n" for note in notes)
+    yield f"\n![Validation loss of each stage over its steps]({PAGE.stem}.png)\n"
+    if (evaluations := bigram_rows(stages))[1]:
+        yield f"\nThe bigram's evaluations, seed 1337:\n\n{markdown(*evaluations)}"
+
+
+def main(argv: list[str]) -> None:
+    """Climb, and tell."""
+    command = cli.parse(LadderCommand, LadderCommand(), argv, "gptjax.lecture.ladder", "")
+    console = Console(highlight=False, soft_wrap=True)
+    stages, counted = climb(command, console)
+    notes = footnotes(command, counted)
+    _tell(console, "The lecture's stages", *rows(stages))
+    for note in notes:
+        console.print(note)
+    if (evaluations := bigram_rows(stages))[1]:
+        _tell(console, "The bigram's evaluations, first seed", *evaluations)
+    out = folders.RUNS / command.folder / "ladder.png"
+    if command.docs:
+        out = PAGE.with_suffix(".png")
+        write_page("".join(_page_text(stages, notes)))
+    draw(stages, counted, out)
+    console.print(f"{out}")
+
+
+if __name__ == "__main__":
+    with one_line_errors("gptjax.lecture.ladder"):
+        main(sys.argv[1:])

@@ -1,0 +1,187 @@
+"""The lecture's six notes on attention, each shown by numbers: `python -m gptjax.lecture.notes`.
+
+The functions return what they measure; the command prints it. What they run is the attention of
+`model.py` itself. Letters as there, and x is (B, T, C), drawn from a unit normal.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from gptjax import cli
+from gptjax.attention import attention, causal_mask
+from gptjax.config import ModelConfig
+from gptjax.errors import one_line_errors
+from gptjax.model import CausalSelfAttention
+
+SIZE = ModelConfig(n_head=4, n_embd=32, block_size=8, qkv_bias=False, init="torch")
+B, T, C = 2, SIZE.block_size, SIZE.n_embd
+HEAD_SIZE = 16  # of the lecture's notes on scale
+
+Numbers = Mapping[str, float | np.ndarray]
+
+
+@dataclass(frozen=True)
+class NotesCommand:
+    """Show the lecture's six notes on attention."""
+
+    seed: int = 1337
+    """Of the inputs and the weights."""
+
+
+def communication(seed: int = 1337) -> Numbers:
+    """Note 1. The weights of one head over 4 positions: rows take, columns give."""
+    keys = jax.random.split(jax.random.key(seed))
+    q, k = (jax.random.normal(key, (1, 4, 1, HEAD_SIZE)) for key in keys)
+    one_hot = jnp.eye(4)[None, :, None, :]  # as values, so that what comes out is the weights
+    weights = np.asarray(attention(q, k, one_hot, causal_mask(4, 4))[0, :, 0])
+    return {
+        "weights": weights,
+        "edges": int(np.count_nonzero(weights)),
+        "sum of each row": weights.sum(axis=1),
+    }
+
+
+def sets(seed: int = 1337) -> Numbers:
+    """Note 2. Largest difference between attention of a permuted x and permuted attention of x."""
+    x, positions = _normal(seed, B, T, C), _normal(seed + 1, 1, T, C)
+    order = np.random.default_rng(seed).permutation(T)
+    attend = _bind(CausalSelfAttention(SIZE, causal=False), seed, x)
+    place = lambda x: x + jnp.broadcast_to(positions, x.shape)
+    return {
+        "without positions": _distance(attend(x[:, order]), attend(x)[:, order]),
+        "with positions": _distance(attend(place(x[:, order])), attend(place(x))[:, order]),
+    }
+
+
+def batch(seed: int = 1337) -> Numbers:
+    """Note 3. Change of each example's output when the second example changes."""
+    x = _normal(seed, B, T, C)
+    attend = _bind(CausalSelfAttention(SIZE), seed, x)
+    before, after = attend(x), attend(x.at[1].add(1.0))
+    return {
+        "first example": _distance(after[0], before[0]),
+        "second example": _distance(after[1], before[1]),
+    }
+
+
+def masks(seed: int = 1337) -> Numbers:
+    """Note 4. Change of the first position's output when the last input changes."""
+    x = _normal(seed, B, T, C)
+    changes = {}
+    for name, causal in (("decoder, masked", True), ("encoder, unmasked", False)):
+        attend = _bind(CausalSelfAttention(SIZE, causal=causal), seed, x)
+        changes[name] = _distance(attend(x.at[:, -1].add(1.0))[:, 0], attend(x)[:, 0])
+    return changes
+
+
+def cross(seed: int = 1337) -> Numbers:
+    """Note 5. Queries from x, keys and values from a context of another length."""
+    x, context = _normal(seed, B, 3, C), _normal(seed + 1, B, 5, C)
+    module = CausalSelfAttention(SIZE, causal=False)
+    params: Any = module.init(jax.random.key(seed), x)["params"]
+    itself, _ = module.apply({"params": params}, x)
+    kernel = params.pop("c_attn")["kernel"]  # (C, 3, H, D): the same weights for both
+    params |= {"c_q": {"kernel": kernel[:, 0]}, "c_kv": {"kernel": kernel[:, 1:]}}
+    attend = lambda x, context: module.apply({"params": params}, x, context=context)[0]
+    before = attend(x, context)
+    return {
+        "with x as its own context, difference from self-attention": _distance(
+            attend(x, x), itself
+        ),
+        "shape of the queries' source": np.array(x.shape),
+        "shape of the keys' and values' source": np.array(context.shape),
+        "shape of what comes out": np.array(before.shape),
+        "change when the context changes": _distance(attend(x, 2 * context), before),
+    }
+
+
+def variances(seed: int = 1337) -> Numbers:
+    """Note 6. Variance of unit-normal queries and keys of size 16, and of their products."""
+    q, k = (_normal(seed + i, 64, T, HEAD_SIZE) for i in range(2))
+    scores = jnp.einsum("BTD,BSD->BTS", q, k)
+    return {
+        "q": float(q.var()),
+        "k": float(k.var()),
+        "q @ k": float(scores.var()),
+        "q @ k / sqrt(16)": float((scores / HEAD_SIZE**0.5).var()),
+    }
+
+
+def saturation() -> Numbers:
+    """Note 6. The softmax of the lecture's five scores, and of eight times as much."""
+    scores = jnp.array([0.1, -0.2, 0.3, -0.2, 0.5])
+    return {
+        "softmax(x)": np.asarray(jax.nn.softmax(scores)),
+        "softmax(8 x)": np.asarray(jax.nn.softmax(8 * scores)),
+    }
+
+
+NOTES: tuple[tuple[str, tuple[Callable[..., Numbers], ...]], ...] = (
+    (
+        "Attention is communication in a directed graph: each node takes from those that point "
+        "to it, with weights that depend on the data.",
+        (communication,),
+    ),
+    (
+        "It has no notion of space, for it acts on a set: permute the inputs and the outputs "
+        "permute, unless positions are added.",
+        (sets,),
+    ),
+    ("The examples of a batch never talk to each other.", (batch,)),
+    (
+        "The triangular mask makes a decoder; without it, as in an encoder, the past hears the "
+        "future too.",
+        (masks,),
+    ),
+    (
+        "In self-attention keys and values come from where the queries come from, in "
+        "cross-attention from elsewhere.",
+        (cross,),
+    ),
+    (
+        "Dividing by sqrt(head size) keeps scores at unit variance, and so softmax from picking "
+        "one winner.",
+        (variances, saturation),
+    ),
+)
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _bind(module: nn.Module, seed: int, x: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The module with parameters from the seed: inputs to outputs."""
+    params = module.init(jax.random.key(seed), x)
+    return lambda x: module.apply(params, x)[0]
+
+
+def _distance(a: jax.Array, b: jax.Array) -> float:
+    return float(jnp.abs(a - b).max())
+
+
+def main(argv: list[str]) -> None:
+    """Print each note, and what shows it."""
+    command = cli.parse(NotesCommand, NotesCommand(), argv, "gptjax.lecture.notes", "")
+    console = Console(highlight=False, soft_wrap=True)
+    for number, (line, demonstrations) in enumerate(NOTES, 1):
+        console.print(f"[bold]{number}. {line}[/bold]")
+        for show in demonstrations:
+            numbers = show() if show is saturation else show(command.seed)
+            for name, value in numbers.items():
+                with np.printoptions(formatter={"float_kind": "{:.4f}".format}):
+                    text = str(value) if isinstance(value, np.ndarray) else f"{value:.4g}"
+                console.print(f"   {name}: " + text.replace("\n", "\n      "), markup=False)
+
+
+if __name__ == "__main__":
+    with one_line_errors("gptjax.lecture.notes"):
+        main(sys.argv[1:])

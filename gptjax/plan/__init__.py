@@ -1,0 +1,1 @@
+"""What a run would take on accelerators: memory, time, communication."""

@@ -1,0 +1,143 @@
+"""What each mesh keeps and moves: `python -m gptjax.plan.meshes` trains one small GPT on 1 to 8
+simulated devices, on every mesh of theirs, and compares with one device.
+
+The bytes are counted in the compiled program, as any number of real devices would send them; only
+times cannot be told from devices that share a processor.
+"""
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from gptjax import cli
+from gptjax.cache import use_compilation_cache
+from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
+from gptjax.errors import one_line_errors
+from gptjax.plan.hlo import Program
+from gptjax.programs import Programs
+from gptjax.step import TrainState
+
+STEPS, VOCAB = 20, 64
+PLAIN = Config(
+    steps=STEPS,
+    steps_per_dispatch=STEPS,
+    batch_size=16,
+    model=ModelConfig(n_layer=2, n_head=8, n_embd=64, block_size=32),
+    optim=OptimConfig(learning_rate=0.01),
+)
+MODERN = replace(
+    PLAIN,
+    model=replace(
+        PLAIN.model,
+        **{"n_kv_head": 2, "norm": "rms", "position": "rotary", "activation": "swiglu"},
+        **{"ngram": 2, "tie_head": False, "dropout": 0.1},
+    ),
+    optim=replace(PLAIN.optim, kind="muon", ema=0.9, accumulate=2),
+)
+
+
+@dataclass(frozen=True)
+class MeshesCommand:
+    """Train one small GPT on every mesh of 1, 2, 4 and 8 simulated devices; print what each device
+    keeps and moves."""
+
+    modern: bool = False
+    """With Muon, a running mean, accumulation, dropout, grouped queries, SwiGLU, n-grams and a head
+    of its own, in place of GPT-2 with AdamW."""
+
+
+class Row(NamedTuple):
+    """What a mesh does, on each of its devices."""
+
+    mesh: MeshConfig
+    losses: np.ndarray  # (STEPS,)
+    state: int  # bytes of parameters, moments and averages
+    flops: float  # of the compiled program: its loop's body, once
+    moved: dict[str, tuple[int, float]]  # times and bytes sent in a step, by kind and axes
+
+
+def meshes(devices: int = 8) -> list[MeshConfig]:
+    """Every mesh of 1, 2, 4, ... devices, of few devices and few axes first."""
+    sizes = [2**n for n in range(devices.bit_length())]
+    found = [MeshConfig(d, f, t) for d in sizes for f in sizes for t in sizes]
+    count = lambda m: m.data * m.fsdp * m.tensor
+    order = lambda m: (count(m), -(m.data, m.fsdp, m.tensor).count(1), -m.data, -m.fsdp)
+    return sorted((m for m in found if count(m) <= devices), key=order)
+
+
+def measure(config: Config) -> Row:
+    """Train on the config's mesh; its state, its losses and what its program moves.
+
+    Args:
+        config: with no more steps than one dispatch.
+    """
+    programs = Programs(config, VOCAB)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 2000).astype(np.uint16)
+    state, tokens = programs.start(), programs.put(tokens)
+    compiled = programs.train_steps.lower(state, tokens, programs.seed_key, config.steps).compile()
+    kept = kept_bytes(state)
+    _, out = compiled(state, tokens, programs.seed_key, config.steps)
+    moved: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    for c in Program(compiled.as_text() or "").collectives():
+        name = f"{c.kind} {'+'.join(c.axes(dict(programs.mesh.shape)))}"
+        times, nbytes = moved[name]
+        moved[name] = times + c.times, nbytes + c.times * c.wire
+    flops = (compiled.cost_analysis() or {})["flops"]
+    return Row(config.mesh, np.asarray(out.loss), kept, flops, dict(moved))
+
+
+def kept_bytes(state: TrainState) -> int:
+    """Bytes of a train state on one device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows, each beside the first, which is of one device."""
+    one = rows[0]
+    shown = Table(box=MARKDOWN)
+    for name in ("mesh", "loss differs by", "state, KB", "FLOPs", "sent in a step, KB (times)"):
+        shown.add_column(name)
+    for row in rows:
+        sent = sorted(row.moved.items(), key=lambda item: -item[1][1])
+        shown.add_row(
+            described(row.mesh),
+            f"{np.abs(row.losses - one.losses).max():.0e}",
+            f"{row.state / 1e3:,.0f}",
+            f"{row.flops / one.flops:.0%}",
+            "; ".join(f"{name} {nbytes / 1e3:,.0f} ({times})" for name, (times, nbytes) in sent)
+            or "nothing",
+        )
+    return shown
+
+
+def described(mesh: MeshConfig) -> str:
+    """Its axes of more than one device."""
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
+
+
+def main(argv: list[str]) -> None:
+    """Print the table, ready for a page."""
+    command = cli.parse(MeshesCommand, MeshesCommand(), argv, "gptjax.plan.meshes", "")
+    jax.config.update("jax_num_cpu_devices", 8)
+    use_compilation_cache()
+    config: Any = MODERN if command.modern else PLAIN
+    errors = Console(stderr=True)
+    rows = [
+        measure(replace(config, mesh=mesh))
+        for mesh in track(meshes(), "training", console=errors, disable=not errors.is_terminal)
+    ]
+    Console(highlight=False, width=400).print(table(rows))
+
+
+if __name__ == "__main__":
+    with one_line_errors("gptjax.plan.meshes"):
+        main(sys.argv[1:])

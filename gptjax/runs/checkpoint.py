@@ -1,0 +1,273 @@
+"""Checkpoints: the only room that knows orbax.
+
+checkpoints/N/params, training             orbax, after N updates
+              config.json, tokenizer.json  of the run, should those be damaged one day
+              metrics.json, text.json      what metrics.jsonl and the tokens were then
+              sha256.json                  checksums, for orbax loads a flipped byte gladly
+
+The folder gets its name N last of all, so whatever has one is whole, sealed and on the disk.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from gptjax.errors import UserError
+from gptjax.parallel import distributed
+from gptjax.runs import files
+from gptjax.runs.files import Damaged
+from gptjax.runs.records import Record, as_record
+
+# A save that fails is one line of ours, not fifty tracebacks from orbax's threads.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        path: the folder that holds them; need not exist yet.
+        keep: which of the steps on disk to keep once a newer one is whole.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[list[int]], set[int]] = set):
+        self.path = path
+        self._keep = keep
+        self._pending: tuple[int, Future[None]] | None = None
+        self._worker = ThreadPoolExecutor(1)  # hashing must not hold up the steps
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints, oldest first."""
+        return files.numbered(self.path)
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        opt_state: Any,
+        record: Record,
+        texts: dict[str, str] | None = None,
+    ) -> None:
+        """Start to save, in the background.
+
+        Args:
+            step: number of updates made.
+            params: pytree of arrays.
+            opt_state: pytree of arrays.
+            record: the step's metrics, in case they are not logged before the next crash.
+            texts: small files to keep beside, by their names; None: none.
+
+        Raises:
+            UserError: this save, or the one before, found no room or permission.
+        """
+        self.finish_save()
+        if distributed.first_does(lambda: step in self.steps()):
+            return  # it was resumed here
+        # orbax refuses an item without leaves, such as the state of plain SGD; so the step is one.
+        items = {"params": params, "training": {"step": step, "opt_state": opt_state}}
+        distributed.first_does(lambda: self._check_room(step, (params, opt_state)))
+        with self._reporting(step):
+            response = ocp.save_checkpointables_async(
+                str(self._unsealed(step)), items, custom_metadata={"record": {**record}}
+            )
+            self._pending = step, self._worker.submit(self._seal, step, response, texts or {})
+
+    def _check_room(self, step: int, arrays: Any) -> None:
+        """Asked beforehand, for orbax takes seconds to find out."""
+        with self._reporting(step):
+            self.path.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+            if shutil.disk_usage(self.path).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _seal(self, step: int, response: Any, texts: dict[str, str]) -> None:
+        """Once orbax has written all: add the texts and the checksums, then give the name."""
+        response.result()
+        if not distributed.is_first():
+            return
+        folder = self._unsealed(step)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        files.seal(folder)
+        folder.rename(self._folder(step))
+        files.sync_folder(self.path)
+
+    def finish_save(self, wait: bool = True) -> None:
+        """See the save under way to its end, then drop what need not be kept.
+
+        Args:
+            wait: for it to end; False: do nothing unless it has.
+
+        Raises:
+            UserError: the disk took no more; the checkpoints before it are untouched.
+        """
+        if self._pending is None or not (wait or self._pending[1].done()):
+            return
+        step, sealed = self._pending
+        self._pending = None
+        with self._reporting(step):
+            try:
+                sealed.result()
+            except Exception:
+                self.clean()  # a full disk needs the room
+                raise
+            if not distributed.is_first():
+                return
+            steps = self.steps()
+            for old in set(steps) - self._keep(steps):
+                dropped = self._folder(old).with_suffix(".dropped")
+                self._folder(old).rename(dropped)  # killed here, no half of it has a name
+                shutil.rmtree(dropped)
+
+    @contextmanager
+    def sealing(self) -> Iterator[None]:
+        """Let no save be left unsealed, unless the program is being torn down."""
+        try:
+            yield
+        except Exception:
+            self.finish_save()
+            raise
+        self.finish_save()
+
+    def set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint, so that its step can be saved again and nothing is lost.
+
+        Raises:
+            UserError: no permission.
+        """
+        with files.writing(self.path / str(step)):
+            self._folder(step).rename(self._folder(step).with_suffix(f".damaged-{time.time_ns()}"))
+
+    def verify(self, step: int) -> None:
+        """Compare a checkpoint's files with their checksums.
+
+        Raises:
+            UserError: of a newer format, or not to be read; `Damaged`: naming the first file that
+                is missing, changed or strange.
+        """
+        place = self.path / str(step)
+        try:
+            files.check_seal(place)
+        except Damaged as error:
+            raise Damaged(f"checkpoint {place} is damaged: {error}") from None
+        except UserError as error:
+            raise UserError(f"checkpoint {place} cannot be used: {error}") from None
+
+    def newest_sound(self) -> int | None:
+        """The newest checkpoint that is as it was written; None: there is none.
+
+        Raises:
+            UserError: a newer one is of a newer format, or may not be read.
+        """
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+            except Damaged:
+                continue
+            return step
+        return None
+
+    def load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Read parts of a checkpoint onto the devices that `abstract` names.
+
+        Args:
+            step: of the checkpoint.
+            abstract: {"params": ..., "training": {"step": ..., "opt_state": ...}} or either; the
+                leaves are `jax.ShapeDtypeStruct` with the sharding to load onto.
+
+        Raises:
+            UserError: damaged, or of other shapes than the model's.
+        """
+        distributed.first_does(lambda: self._verify_to_load(step))
+        try:
+            self._check_shapes(step, abstract)
+            return ocp.load_checkpointables(str(self._folder(step)), abstract)
+        except UserError:
+            raise
+        except Exception as error:  # orbax wraps what went wrong in kinds of its own
+            raise UserError(
+                f"checkpoint {self.path / str(step)} cannot be loaded: "
+                f"{_reason(error.__cause__ or error)}"
+            ) from error
+
+    def _verify_to_load(self, step: int) -> None:
+        try:
+            self.verify(step)
+        except Damaged as error:
+            sound = self.newest_sound()
+            offer = "there is no sound one" if sound is None else f"the newest sound one is {sound}"
+            raise Damaged(f"{error}; {offer}") from None
+
+    def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
+        """Compare shapes with what the checkpoint says of itself: orbax finds out while reading,
+        and then leaves the other reads hanging."""
+        found: Any = ocp.checkpointables_metadata(str(self._folder(step))).metadata
+        for item, tree in abstract.items():
+            wanted, stored = _shapes(tree), _shapes(found[item])
+            for name in sorted(wanted.keys() | stored.keys()):
+                if wanted.get(name) != stored.get(name):
+                    raise UserError(
+                        f"checkpoint {self.path / str(step)} cannot be loaded: {item}/{name} is "
+                        f"{stored.get(name, 'not')} there and {wanted.get(name, 'not')} in this "
+                        f"model and optimizer"
+                    )
+
+    def record(self, step: int) -> Record:
+        """The step's own metrics, as saved with its checkpoint."""
+        metadata: Any = ocp.checkpointables_metadata(str(self._folder(step))).custom_metadata
+        try:
+            record = as_record((metadata or {})["record"])
+        except (KeyError, TypeError, ValueError):
+            return {"step": step, "seconds": 0.0}
+        return {**record, "step": step}
+
+    def clean(self) -> None:
+        """Remove what saves and removals that were cut short have left."""
+        for pattern in ("*.orbax-checkpoint-tmp", "*.unsealed", "*.dropped"):
+            for path in self.path.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _folder(self, step: int) -> Path:
+        return self.path.absolute() / str(step)
+
+    def _unsealed(self, step: int) -> Path:
+        return self._folder(step).with_suffix(".unsealed")
+
+    @contextmanager
+    def _reporting(self, step: int) -> Iterator[None]:
+        """Turn whatever orbax makes of a failed save into one line."""
+        try:
+            yield
+        except Exception as error:
+            kept = [s for s in self.steps() if s != step]
+            raise UserError(
+                f"the checkpoint of step {step} could not be saved in {self.path} "
+                f"({_reason(error)}); last one kept: {kept[-1] if kept else 'none'}; make room or "
+                f"mend the permissions, then go on with --resume"
+            ) from error
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(getattr(leaf, "shape", ()))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, without the noise behind it."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,165 @@
+"""Is this run sound? `python -m gptjax.tools.verify [RUN]` reads its folder and writes nothing.
+
+Config, tokenizer, metrics, the files of every checkpoint against their checksums, shapes, finite
+numbers; and last a loss that was logged is measured again from the state that was stored.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gptjax import cli
+from gptjax.cache import use_compilation_cache
+from gptjax.config import MeshConfig
+from gptjax.errors import UserError, one_line_errors
+from gptjax.programs import Programs
+from gptjax.runs import folders
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.records import read as read_records
+from gptjax.runs.run import Run, read_config
+from gptjax.text.dataset import fingerprint, open_dataset
+
+TOLERANCE = 1e-4  # nats: another machine or device count rounds otherwise
+
+
+@dataclass(frozen=True)
+class VerifyCommand:
+    """Check a run's folder. Ends with 1 if something is wrong."""
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """Name in runs/, or path of a run's folder (default: the newest)."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was looked at, what was found; `sound` is None where it could not be told."""
+
+    name: str
+    sound: bool | None
+    found: str
+
+
+def verify(name: str | None) -> list[Check]:
+    """All checks of a run, as far as each can go.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    directory = folders.find(name)
+    checks: list[Check] = []
+
+    def check(name: str, look: Callable[[], str]) -> bool:
+        try:
+            checks.append(Check(name, True, look()))
+        except UserError as error:
+            checks.append(Check(name, False, str(error)))
+        return bool(checks[-1].sound)
+
+    if not (
+        check("config", lambda: _described(read_config(directory).model))
+        and check("tokenizer", lambda: f"{Run(directory).tokenizer.vocab_size} tokens")
+    ):
+        return checks
+    run = Run(directory)
+    check("metrics", lambda: _metrics(run))
+    checkpoints = Checkpoints(run.checkpoints_path)
+    # On as many devices as are here: where a run was trained decides no number.
+    here = replace(run.config, mesh=MeshConfig())
+    programs = Programs(here, run.tokenizer.vocab_size)
+    sound = []
+    for step in checkpoints.steps():
+        if check(f"checkpoint {step}", lambda step=step: _checkpoint(programs, checkpoints, step)):
+            sound.append(step)
+    if not checkpoints.steps():
+        checks.append(Check("checkpoints", False, "there is none"))
+    for step in reversed(sound):
+        if logged := _logged_loss(run, step):
+            checks.append(_loss(run, programs, checkpoints, step, *logged))
+            break
+    else:
+        checks.append(Check("loss", None, "no loss was logged at a checkpoint that is sound"))
+    return checks
+
+
+def _described(model: Any) -> str:
+    return f"{model.kind}, {model.n_layer} layers, {model.n_embd} wide"
+
+
+def _metrics(run: Run) -> str:
+    """Each step once, in order, from 0 on; every line a record."""
+    records, damage = read_records(run.metrics_path)
+    if damage:
+        raise UserError(damage)
+    with run.metrics_path.open("rb") as file:
+        if not file.read().endswith(b"\n"):
+            raise UserError(f"{run.metrics_path}: the last line was cut short; --resume mends it")
+    if run.metrics_have_changed():
+        raise UserError(f"{run.metrics_path} does not match its checksum")
+    skipped = sum("skipped" in record for record in records)
+    return f"steps 0 to {len(records) - 1}" + (f", {skipped} skipped" if skipped else "")
+
+
+def _checkpoint(programs: Programs, checkpoints: Checkpoints, step: int) -> str:
+    """Files, shapes, and finite numbers of one checkpoint."""
+    state = programs.restore(checkpoints, step)
+    if int(state.step) != step:
+        raise UserError(f"checkpoint {checkpoints.path / str(step)} is of step {state.step}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"checkpoint {checkpoints.path / str(step)}: {where} is not finite")
+    return f"{len(jax.tree.leaves(state))} arrays"
+
+
+def _logged_loss(run: Run, step: int) -> tuple[str, float] | None:
+    """A validation loss that was logged after this step, by its name."""
+    for record in run.metrics():
+        if record["step"] == step:
+            for name in ("val_loss", "val_sampled_loss"):
+                if isinstance(record.get(name), float):
+                    return name, record[name]
+    return None
+
+
+def _loss(
+    run: Run, programs: Programs, checkpoints: Checkpoints, step: int, name: str, logged: float
+) -> Check:
+    """Measure that loss again."""
+    try:
+        dataset = open_dataset(run.config, run.tokenizer)
+        run.use_text(run.config.data.text, fingerprint(dataset))
+    except UserError as error:
+        return Check("loss", None, f"not measured again: {error}")
+    params = programs.restore(checkpoints, step).weights
+    again = programs.mean_loss(params, programs.hold(dataset.val), step, name == "val_loss")
+    found = f"{name} of step {step}: logged {logged:.6f}, again {again:.6f}"
+    return Check("loss", abs(again - logged) < TOLERANCE, found)
+
+
+def main(argv: list[str]) -> None:
+    """Print a table of the checks; what is wrong once more, below it, on stderr."""
+    command = cli.parse(VerifyCommand, VerifyCommand(), argv, "gptjax.tools.verify", "")
+    use_compilation_cache()
+    checks = verify(command.run)
+    table = Table(box=None, show_header=False)
+    for check in checks:
+        mark = {True: "sound", False: "WRONG", None: "?"}[check.sound]
+        style = {True: "green", False: "bold red", None: "yellow"}[check.sound]
+        table.add_row(check.name, f"[{style}]{mark}[/]", escape(check.found))
+    Console(highlight=False).print(table)
+    if wrong := [f"{check.name}: {check.found}" for check in checks if check.sound is False]:
+        print("\n".join(wrong), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    with one_line_errors("gptjax.tools.verify"):
+        main(sys.argv[1:])
