@@ -1,7 +1,7 @@
 """What of a model is trained: all of it, all but frozen leaves, or low-rank updates alone (LoRA).
 
-Pure functions on the tree of parameters, of which the models know nothing. With LoRA a matrix has
-two more leaves beside it, and what a model is applied to is `merged`:
+`split` takes parameters apart into what the optimizer moves and the rest; `join` puts them together
+into what a model is applied to. With LoRA a matrix has two more leaves beside it:
 
     h/attn/c_attn/{kernel, bias, lora_a, lora_b}      kernel + lora_a @ lora_b
 
@@ -23,44 +23,76 @@ from gptjax.optim import MATRICES
 LORA = ("lora_a", "lora_b")  # names of leaves
 
 
-def trained(params: Any, config: OptimConfig) -> Any:
-    """The leaves that the optimizer moves, with None in place of the others.
+def split(params: Any, config: OptimConfig, key: jax.Array) -> tuple[Any, Any]:
+    """What is trained, and the rest.
+
+    Args:
+        params: of a model.
+        config: `freeze`, `lora_rank` and `lora_targets`.
+        key: that low-rank updates are drawn with.
+
+    Returns:
+        Two trees of the same structure, each with None in place of the other's leaves; or, if all
+        is trained, the parameters and None.
 
     Raises:
-        UserError: `optim.freeze` fits no parameter.
+        UserError: `freeze` or `lora_targets` matches no parameter, or nothing is left to train.
     """
     if config.lora_rank is None and config.freeze is None:
-        return params
+        return params, None
+    if config.lora_rank is not None:
+        params = add_lora(params, config.lora_rank, config.lora_targets, key)
     names = _names(params)
     moved = {name for name in names if name.endswith(LORA)}
     if config.freeze is not None:
-        moved = set(names) - _fitting(names, config.freeze, "optim.freeze")
+        moved = set(names) - _matching(names, config.freeze, "optim.freeze")
+        if not moved:
+            raise UserError(
+                f"optim.freeze={config.freeze!r} leaves nothing to train; give a narrower one, or "
+                f"start a new run from this one with --init"
+            )
+    return select(params, moved), select(params, set(names) - moved)
+
+
+def select(params: Any, names: set[str]) -> Any:
+    """The tree with None in place of the leaves whose paths are not among the names."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if _name(path) in moved else None, params
+        lambda path, leaf: leaf if _name(path) in names else None, params
     )
 
 
-def put_back(moved: Any, params: Any) -> Any:
-    """`params` with the leaves of `moved` in place of its own, where they are not None."""
+def unite(trained: Any, frozen: Any) -> Any:
+    """Undo `split`: one tree with all leaves, low-rank updates beside their matrices."""
+    if frozen is None:
+        return trained
     return jax.tree.map(
-        lambda new, old: old if new is None else new, moved, params, is_leaf=lambda x: x is None
+        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None
     )
 
 
-def add_lora(params: Any, config: OptimConfig, key: jax.Array) -> Any:
-    """The tree with a normal `lora_a` and a zero `lora_b` beside each matrix of `lora_targets`;
-    without LoRA, as it is.
+def join(trained: Any, frozen: Any) -> Any:
+    """What a model is applied to: `unite`, each low-rank update added to its matrix."""
+    return trained if frozen is None else merged(unite(trained, frozen))
+
+
+def separate(params: Any, trained: Any, frozen: Any) -> tuple[Any, Any]:
+    """Split the tree that `unite` makes as these two trees are split."""
+    if frozen is None:
+        return params, None
+    names = set(_names(trained))
+    return select(params, names), select(params, set(_names(frozen)))
+
+
+def add_lora(params: Any, rank: int, targets: str, key: jax.Array) -> Any:
+    """The tree with a normal `lora_a` and a zero `lora_b` beside each matrix that `targets` matches.
 
     A kernel (L, C, 3, H, D) gets lora_a (L, C, 3, r) and lora_b (L, 3, r, H, D): queries, keys and
     values are matrices of their own, in each layer.
 
     Raises:
-        UserError: `optim.lora_targets` fits no matrix of a block.
+        UserError: it matches no matrix of a block.
     """
-    rank = config.lora_rank
-    if rank is None:
-        return params
-    fitting = _fitting(_names(params), config.lora_targets, "optim.lora_targets")
+    matching = _matching(_names(params), targets, "optim.lora_targets")
     matrices: list[str] = []
 
     def add(node: Any, path: tuple[str, ...]) -> Any:
@@ -70,7 +102,7 @@ def add_lora(params: Any, config: OptimConfig, key: jax.Array) -> Any:
             return {name: add(child, (*path, name)) for name, child in node.items()}
         kernel, name = node["kernel"], "/".join((*path, "kernel"))
         matrices.append(name)
-        if name not in fitting:
+        if name not in matching:
             return node
         whole, a, b = _letters(path[-1], kernel)
         sizes = dict(zip(whole, kernel.shape, strict=True)) | {"r": rank}
@@ -81,16 +113,16 @@ def add_lora(params: Any, config: OptimConfig, key: jax.Array) -> Any:
         return {**node, "lora_a": normal / math.sqrt(fan_in), "lora_b": zeros}
 
     added = add(params, ())
-    if fitting.isdisjoint(matrices):
+    if matching.isdisjoint(matrices):
         raise UserError(
-            f"optim.lora_targets={config.lora_targets!r} fits no matrix of a block; there are "
+            f"optim.lora_targets={targets!r} matches no matrix of a block; there are "
             f"{', '.join(matrices) or 'none'}"
         )
     return added
 
 
 def merged(params: Any, name: str = "") -> Any:
-    """The tree that the model knows: each low-rank update is in its matrix."""
+    """The tree without LoRA leaves: each low-rank update is added to its matrix."""
     if not isinstance(params, dict):
         return params
     if "lora_a" not in params:
@@ -121,11 +153,11 @@ def _letters(name: str, kernel: Any) -> tuple[str, str, str]:
     return whole, "".join(axis for axis in whole if axis not in out) + "r", f"{stacked}r{out}"
 
 
-def _fitting(names: list[str], pattern: str, field: str) -> set[str]:
-    """The paths that have something of the pattern in them, a regular expression of whole names."""
+def _matching(names: list[str], pattern: str, field: str) -> set[str]:
+    """The paths in which a regular expression of whole names matches."""
     found = {name for name in names if re.search(rf"(^|/)({pattern})(/|$)", name)}
     if not found:
-        raise UserError(f"{field}={pattern!r} fits no parameter; there are {', '.join(names)}")
+        raise UserError(f"{field}={pattern!r} matches no parameter; there are {', '.join(names)}")
     return found
 
 
