@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import Config
+from gptjax.errors import optional_import
 from gptjax.step import BATCH, Batches, batch_at, eval_starts, random_key
 from gptjax.text.dataset import random_starts
-from gptjax.text.subwords import extra
 
 EVERY = slice(None)  # row of a batch
 
@@ -140,7 +140,7 @@ def shuffled_rows(
     Raises:
         UserError: grain is missing.
     """
-    grain = extra("grain")
+    grain = optional_import("grain")
     T, B = config.model.block_size, config.batch_size
 
     class Windows:
