@@ -52,7 +52,7 @@ def trainer(preset: str, data: DataConfig) -> Callable[[float], tuple[measure.Vi
     tokenizer = ByteTokenizer()
     config = replace(PRESETS[preset], data=data, steps=10**6)
     programs, n = Programs(config, tokenizer.vocab_size), config.steps_per_dispatch
-    feed = programs.training(open_dataset(config, tokenizer))
+    feed = programs.training(open_dataset(config.data, config.model.block_size, tokenizer))
     state, before, step, stalled = programs.start(), None, 0, 0.0
 
     def call() -> int:

@@ -28,7 +28,7 @@ def before(programs: Programs, dataset: Dataset, start: int) -> dict[str, str]:
     return {
         "text": f"{config.data.text}: {n_train:,} training and {len(dataset.val):,} validation "
         f"tokens, {dataset.tokenizer.vocab_size} kinds",
-        **dataset.told,
+        **dataset.notes,
         "model": f"{shape}: {count:,} parameters{some}, {n_train / count:,.2f} training tokens for "
         f"each",
         "training": f"{config.steps - start:,} steps of {config.batch_size} x {m.block_size} "

@@ -72,7 +72,9 @@ def train(
         tokenizer = loaded.tokenizer
     else:
         loaded, tokenizer = None, run and run.tokenizer
-    dataset = distributed.first_then_all(lambda: open_dataset(config, tokenizer, report))
+    dataset = distributed.first_then_all(
+        lambda: open_dataset(config.data, config.model.block_size, tokenizer, report)
+    )
     if loaded is not None:
         pretrained.check_tokenizer(loaded, dataset.tokenizer)
     programs = Programs(config, dataset.tokenizer.vocab_size, model, optimizer)

@@ -13,7 +13,7 @@ import pytest
 from gptjax.config import Config, DataConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.text import dataset as data
-from gptjax.text.tokenizers import CharTokenizer
+from gptjax.text.tokenizers import CharTokenizer, Tokenizer
 
 BLOCK = 8
 
@@ -25,9 +25,13 @@ def config_of(path: Path, text: str, block: int = BLOCK, val_fraction: float = 0
     return Config(model=model, data=DataConfig(text=str(path), val_fraction=val_fraction))
 
 
+def opened(config: Config, tokenizer: Tokenizer | None = None) -> data.Dataset:
+    return data.open_dataset(config.data, config.model.block_size, tokenizer)
+
+
 @pytest.mark.shared
 def test_lecture_split(shakespeare: str, tmp_path: Path):
-    dataset = data.open_dataset(config_of(tmp_path / "text", shakespeare))
+    dataset = opened(config_of(tmp_path / "text", shakespeare))
     assert (len(dataset.train), len(dataset.val)) == (1_003_854, 111_540)
     assert dataset.train.dtype == dataset.val.dtype == np.uint16
     assert dataset.tokenizer.decode(dataset.train) == shakespeare[:1_003_854]
@@ -39,7 +43,7 @@ def test_lecture_split(shakespeare: str, tmp_path: Path):
 @pytest.mark.parametrize("val_fraction", [0.05, 0.1, 0.5])
 def test_split_is_by_position(play: str, tmp_path: Path, val_fraction: float):
     config = config_of(tmp_path / "text", play, val_fraction=val_fraction)
-    dataset = data.open_dataset(config)
+    dataset = opened(config)
     assert len(dataset.train) == int((1 - val_fraction) * len(play))
     ids = np.concatenate([dataset.train, dataset.val])
     assert dataset.tokenizer.decode(ids) == play
@@ -47,7 +51,7 @@ def test_split_is_by_position(play: str, tmp_path: Path, val_fraction: float):
 
 def test_newlines_stay_as_they_are(tmp_path: Path):
     text = "one\r\ntwo\rthree\n" * 20
-    dataset = data.open_dataset(config_of(tmp_path / "text", text))
+    dataset = opened(config_of(tmp_path / "text", text))
     assert dataset.tokenizer.decode(np.concatenate([dataset.train, dataset.val])) == text
 
 
@@ -60,7 +64,7 @@ def characters(n: int) -> str:
 def test_two_bytes_an_id_as_long_as_they_hold_it(tmp_path: Path, n: int, dtype: type):
     config = config_of(tmp_path / "text", characters(n))
     config = replace(config, data=replace(config.data, tokenizer="char"))
-    dataset = data.open_dataset(config)
+    dataset = opened(config)
     assert dataset.train.dtype == dataset.val.dtype == dtype
     np.testing.assert_array_equal(np.concatenate([dataset.train, dataset.val]), np.arange(n))
     # The last ids are the ones that would wrap in too small a type.
@@ -71,11 +75,11 @@ def test_two_bytes_an_id_as_long_as_they_hold_it(tmp_path: Path, n: int, dtype: 
 def test_a_given_tokenizer_is_used(tmp_path: Path):
     config = config_of(tmp_path / "text", "ab" * 100)
     tokenizer = CharTokenizer("\nabz")
-    dataset = data.open_dataset(config, tokenizer)
+    dataset = opened(config, tokenizer)
     assert dataset.tokenizer is tokenizer
     assert dataset.train[:4].tolist() == [1, 2, 1, 2]
     with pytest.raises(UserError) as error:
-        data.open_dataset(config, CharTokenizer("a"))
+        opened(config, CharTokenizer("a"))
     assert str(error.value) == (
         "100 unknown characters ('b' at 1): the tokenizer has 1 characters and not these; "
         "remove them, or choose replace or skip"
@@ -95,7 +99,7 @@ def test_a_split_shorter_than_a_window(
     tmp_path: Path, length: int, val_fraction: float, message: str
 ):
     with pytest.raises(UserError) as error:
-        data.open_dataset(config_of(tmp_path / "text", "x" * length, 8, val_fraction))
+        opened(config_of(tmp_path / "text", "x" * length, 8, val_fraction))
     assert str(error.value) == (
         f"{message}, fewer than one window of block_size + 1 = 9; give a longer text, a smaller "
         f"--model.block-size, or another --data.val-fraction (now {val_fraction})"
@@ -104,10 +108,10 @@ def test_a_split_shorter_than_a_window(
 
 def test_a_split_of_one_window_is_enough(tmp_path: Path):
     config = config_of(tmp_path / "text", "x" * 18, 8, 0.5)
-    dataset = data.open_dataset(config)
+    dataset = opened(config)
     assert (len(dataset.train), len(dataset.val)) == (9, 9)
     with pytest.raises(UserError, match="fewer than one window"):
-        data.open_dataset(replace(config, model=replace(config.model, block_size=9)))
+        opened(replace(config, model=replace(config.model, block_size=9)))
 
 
 def test_cut():

@@ -242,7 +242,7 @@ def test_who_memorises(tokens: int, parameters: int, passes: float, expected: bo
 def test_batches_are_spread_over_the_devices(own: Config):
     config = replace(own, mesh=replace(own.mesh, data=4, fsdp=2), batch_size=16)
     config = replace(config, data=replace(own.data, resident_tokens=0))
-    dataset = open_dataset(config)
+    dataset = open_dataset(config.data, config.model.block_size)
     programs = Programs(config, dataset.tokenizer.vocab_size)
     batches: Any = programs.training(dataset)(0)
     batches = batches.rows

@@ -103,7 +103,7 @@ def bad_steps(config: Config) -> list[int]:
     """By the definition of a batch, without training."""
     from gptjax.text.dataset import open_dataset
 
-    tokens = jnp.asarray(open_dataset(config).train)
+    tokens = jnp.asarray(open_dataset(config.data, config.model.block_size).train)
     key = jax.random.key(config.seed)
     batches = [batch_at(config, tokens, key, step) for step in range(config.steps)]
     return [step + 1 for step, batch in enumerate(batches) if chokes(batch[:, :-1])]
@@ -123,7 +123,7 @@ def test_the_parameters_are_those_of_a_loop_that_leaves_the_batches_out(config, 
     """A plain loop: no dispatches, no cond, no NaN."""
     from gptjax.text.dataset import open_dataset
 
-    dataset = open_dataset(config)
+    dataset = open_dataset(config.data, config.model.block_size)
     programs = Programs(config, vocab_size(config))
     model, optimizer = programs.model, make_optimizer(config)
     params = programs.start().params

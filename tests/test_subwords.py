@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.errors import UserError
-from gptjax.inference import Growing
 from gptjax.text import choose
 from gptjax.text.subwords import HFTokenizer, SentencePieceTokenizer
-from gptjax.text.tokenizers import ByteTokenizer, Tokenizer, from_json
+from gptjax.text.tokenizers import ByteTokenizer, StreamDecoder, Tokenizer, from_json
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra text")
 RANKS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "gpt2.tiktoken"
@@ -250,9 +249,9 @@ def test_text_that_grows_has_no_half_characters(
     prompt, ids = tokenizer.encode("so"), tokenizer.encode("so" + text)
     assert ids[: len(prompt)].tolist() == prompt.tolist()
     for step in (1, 3, 16):
-        growing = Growing(tokenizer, prompt)
-        pieces = [growing.add(ids[i : i + step]) for i in range(len(prompt), len(ids), step)]
-        pieces.append(growing.end())
+        decoder = StreamDecoder(tokenizer, prompt)
+        pieces = [decoder.add(ids[i : i + step]) for i in range(len(prompt), len(ids), step)]
+        pieces.append(decoder.end())
         assert "".join(pieces) == text
         if "\ufffd" not in text:
             assert not any("\ufffd" in piece for piece in pieces)
@@ -261,6 +260,6 @@ def test_text_that_grows_has_no_half_characters(
 @given(st.lists(st.integers(0, 255), min_size=1))
 def test_bytes_that_are_no_text_come_out_too(ids: list[int]):
     tokenizer = ByteTokenizer()
-    growing = Growing(tokenizer, np.array([65]))
-    pieces = [growing.add(np.array([token])) for token in ids]
-    assert "".join(pieces) + growing.end() == tokenizer.decode(ids)
+    decoder = StreamDecoder(tokenizer, np.array([65]))
+    pieces = [decoder.add(np.array([token])) for token in ids]
+    assert "".join(pieces) + decoder.end() == tokenizer.decode(ids)

@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax.config import Config, DataConfig, ModelConfig
+from gptjax.config import DataConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
 from gptjax.text import choose, split, token_cache
-from gptjax.text import choose as choose_module
 from gptjax.text import dataset as data
-from gptjax.text.dataset import open_dataset
+from gptjax.text.dataset import Dataset
 from gptjax.text.sources import Piece
 from gptjax.text.split import LEFT_OUT, TRAIN, VAL, Part, Split
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
-CONFIG = Config(model=ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=8))
-QUIET = Report(quiet=True)
+BLOCK = 8  # block_size
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +37,17 @@ def bpe(play: str) -> Tokenizer:
     return choose.train_bpe([play], 300)
 
 
-def config_of(text: Any, **options: Any) -> Config:
-    return replace(CONFIG, data=DataConfig(text=str(text), **options))
+def config_of(text: Any, **options: Any) -> DataConfig:
+    return DataConfig(text=str(text), **options)
 
 
-def message(config: Config, tokenizer: Tokenizer | None = None) -> str:
+def opened(config: DataConfig, tokenizer: Tokenizer | None = None) -> Dataset:
+    return data.open_dataset(config, BLOCK, tokenizer)
+
+
+def message(config: DataConfig, tokenizer: Tokenizer | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        open_dataset(config, tokenizer)
+        opened(config, tokenizer)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -101,7 +103,7 @@ def test_documents_are_held_out_whole(fraction: float, limit: int | None):
     longest = 2 * max(map(len, documents))  # twice the same
     assert 0 < held <= max(target, longest) and held > min(target - longest, target / 2)
     n = int((how.sides == VAL).sum())
-    assert how.told == f"by document, {n} of 100 held out, each whole on one side"
+    assert how.description == f"by document, {n} of 100 held out, each whole on one side"
     # Their order changes nothing.
     other = split.split(split.survey(pieces(documents[::-1], 1000)), fraction, limit)
     assert other.sides is not None and (other.sides[::-1] == how.sides).all()
@@ -161,7 +163,7 @@ def test_documents_end(bpe: Tokenizer, kind: str, tmp_path):
     for i in range(20):
         (tmp_path / f"{i:02}.txt").write_text(f"{i} the king \u00e9" * 5)
     options = {"bpe": {"bpe_vocab_size": 300}}.get(kind, {})
-    dataset = open_dataset(config_of(tmp_path, tokenizer=kind, **options))
+    dataset = opened(config_of(tmp_path, tokenizer=kind, **options))
     end = dataset.tokenizer.end_of_text
     assert end is not None
     assert (dataset.train == end).sum() + (dataset.val == end).sum() == 20
@@ -169,7 +171,7 @@ def test_documents_end(bpe: Tokenizer, kind: str, tmp_path):
     text = dataset.tokenizer.decode(np.concatenate([dataset.train, dataset.val]))
     documents = text.split("<|endoftext|>")
     assert sorted(documents) == sorted(["", *(f"{i} the king \u00e9" * 5 for i in range(20))])
-    assert dataset.told["split"].startswith("by document, ")
+    assert dataset.notes["split"].startswith("by document, ")
 
 
 # Files
@@ -179,32 +181,32 @@ def test_a_long_text_is_kept_and_found_again(tmp_path, monkeypatch, cache, play:
     path = tmp_path / "play.txt"
     path.write_text(play)
     config = config_of(path, tokenizer="byte")
-    small = open_dataset(config)
+    small = opened(config)
     assert not cache.exists() and not isinstance(small.train, np.memmap)
     monkeypatch.setattr(data, "LARGE", 1000)
-    first = open_dataset(config)
+    first = opened(config)
     assert isinstance(first.train, np.memmap)
     for name in ("train", "val"):
         assert getattr(first, name).tolist() == getattr(small, name).tolist()
     assert first.val_bytes == small.val_bytes
-    assert first.told["split"] == small.told["split"]
+    assert first.notes["split"] == small.notes["split"]
 
     with monkeypatch.context() as patch:  # now nothing is read
         patch.setattr("gptjax.text.sources.read", None)
-        again = open_dataset(config)
+        again = opened(config)
         assert again.train.tolist() == small.train.tolist()
-        assert again.told == first.told and again.val_bytes == small.val_bytes
+        assert again.notes == first.notes and again.val_bytes == small.val_bytes
         # A run that goes on brings its tokenizer along.
-        assert open_dataset(config, first.tokenizer).train.tolist() == small.train.tolist()
+        assert opened(config, first.tokenizer).train.tolist() == small.train.tolist()
 
     # Anything else makes other tokens.
-    other = open_dataset(replace(config, data=replace(config.data, val_fraction=0.2)))
+    other = opened(replace(config, val_fraction=0.2))
     assert len(other.val) > len(small.val)
     os.utime(path, ns=(1, 1))
     with monkeypatch.context() as patch:
         patch.setattr("gptjax.text.sources.read", None)
         with pytest.raises(TypeError):
-            open_dataset(config)
+            opened(config)
 
 
 def test_damaged_tokens_are_made_again(tmp_path, monkeypatch, cache, play: str):
@@ -212,15 +214,15 @@ def test_damaged_tokens_are_made_again(tmp_path, monkeypatch, cache, play: str):
     path = tmp_path / "play.txt"
     path.write_text(play)
     config = config_of(path, tokenizer="byte")
-    expected = open_dataset(config).train.tolist()
+    expected = opened(config).train.tolist()
     [kept] = cache.glob("*/train.bin")
     for damage in (b"\0" * 100, b""):
         raw = bytearray(kept.read_bytes())
         raw[200:300] = damage
         kept.write_bytes(raw)
-        assert open_dataset(config).train.tolist() == expected
+        assert opened(config).train.tolist() == expected
     (kept.parent / "tokens.json").write_text("{")
-    assert open_dataset(config).train.tolist() == expected
+    assert opened(config).train.tolist() == expected
 
 
 def test_bpe_of_a_long_text_is_learnt_once(tmp_path, monkeypatch, play: str):
@@ -229,10 +231,10 @@ def test_bpe_of_a_long_text_is_learnt_once(tmp_path, monkeypatch, play: str):
     path = tmp_path / "play.txt"
     path.write_text(play)
     config = config_of(path, tokenizer="bpe", bpe_vocab_size=300)
-    first = open_dataset(config)
-    monkeypatch.setattr(choose_module, "train_bpe", None)
-    again = open_dataset(config)
-    assert again.tokenizer == first.tokenizer and again.told == first.told
+    first = opened(config)
+    monkeypatch.setattr(choose, "train_bpe", None)
+    again = opened(config)
+    assert again.tokenizer == first.tokenizer and again.notes == first.notes
     assert again.train.tolist() == first.train.tolist()
 
 
@@ -244,7 +246,7 @@ def test_what_a_killed_process_wrote_is_gone_on_from(tmp_path, monkeypatch, play
     monkeypatch.setattr(token_cache, "UNIT", 50)
     monkeypatch.setattr(token_cache, "PER_CORE", 300)
     monkeypatch.setattr(token_cache, "SAVE_EVERY", 0.0)
-    tokenizer, how = ByteTokenizer(), Split(None, (5000, len(play)), "told")
+    tokenizer, how = ByteTokenizer(), Split(None, (5000, len(play)), "split")
     started: list[int] = []
 
     def encode(skip: int) -> Iterator[token_cache.Batch]:
@@ -264,14 +266,14 @@ def test_what_a_killed_process_wrote_is_gone_on_from(tmp_path, monkeypatch, play
     folder = tmp_path / "tokens"
     for n in (1, 3, 2):
         with pytest.raises(Killed):
-            token_cache.keep(folder, encode, tokenizer, "told", stop_after(n))
+            token_cache.keep(folder, encode, tokenizer, "split", stop_after(n))
         with (folder / "train.bin").open("ab") as file:
             file.write(b"\1\2\3")  # what was not yet counted
-    tokens = token_cache.keep(folder, encode, tokenizer, "told", lambda n: None)
+    tokens = token_cache.keep(folder, encode, tokenizer, "split", lambda n: None)
     assert started[0] == started[1] == 0 < started[2] < started[3]
     assert tokens.train.tolist() == list(play[:5000].encode())
     assert tokens.val.tolist() == list(play[5000:].encode())
-    assert tokens.n_bytes == (5000, len(play) - 5000) and tokens.told == "told"
+    assert tokens.n_bytes == (5000, len(play) - 5000) and tokens.description == "split"
     assert sorted(p.name for p in folder.iterdir()) == [
         *(".lock", "tokenizer.json", "tokens.json", "train.bin", "val.bin"),
     ]
@@ -296,16 +298,16 @@ def test_token_files(tmp_path, play: str):
     ids = np.frombuffer(play.encode(), np.uint8).astype("<u2")
     (tmp_path / "train.bin").write_bytes(ids[:5000].tobytes())
     (tmp_path / "val.bin").write_bytes(ids[5000:].tobytes())
-    dataset = open_dataset(config_of(tmp_path, tokenizer="byte"))
+    dataset = opened(config_of(tmp_path, tokenizer="byte"))
     assert dataset.train.tolist() == ids[:5000].tolist()
     assert dataset.val.tolist() == ids[5000:].tolist()
     assert dataset.val_bytes == len(ids) - 5000 - 1
-    one = open_dataset(config_of(tmp_path / "train.bin", tokenizer="byte", val_limit=400))
+    one = opened(config_of(tmp_path / "train.bin", tokenizer="byte", val_limit=400))
     assert (len(one.train), len(one.val)) == (4600, 400)
-    assert one.told["split"] == "by position, the last 400 tokens"
+    assert one.notes["split"] == "by position, the last 400 tokens"
     # The tokenizer beside them is taken, as in a folder of ours.
     (tmp_path / "tokenizer.json").write_text(CharTokenizer("".join(map(chr, range(128)))).to_json())
-    assert open_dataset(config_of(tmp_path)).tokenizer.decode(dataset.train) == play[:5000]
+    assert opened(config_of(tmp_path)).tokenizer.decode(dataset.train) == play[:5000]
 
 
 def test_token_files_of_a_large_vocabulary(tmp_path):
@@ -313,7 +315,7 @@ def test_token_files_of_a_large_vocabulary(tmp_path):
     ids = np.arange(70_000, dtype="<u4")
     path.write_bytes(ids.tobytes())
     tokenizer = CharTokenizer("".join(map(chr, range(0xE000, 0xE000 + 70_000))))
-    dataset = open_dataset(config_of(path), tokenizer)
+    dataset = opened(config_of(path), tokenizer)
     assert np.concatenate([dataset.train, dataset.val]).tolist() == ids.tolist()
 
 
@@ -357,27 +359,27 @@ def test_the_lectures_text_stays_in_characters():
 
 def test_what_suits(monkeypatch, play: str):
     pytest.importorskip("tokenizers", reason="needs the extra text")
-    choose = lambda kinds, n, documents=1: choose.choose(
+    auto = lambda kinds, n, documents=1: choose.choose(
         DataConfig(bpe_vocab_size=300),
         "".join(map(chr, range(kinds))),
         n,
         documents,
         lambda: [play],
     )
-    tokenizer, why = choose(513, 10_000)
+    tokenizer, why = auto(513, 10_000)
     assert tokenizer == ByteTokenizer()
     assert why == "bytes of UTF-8: 513 kinds of characters are many (over 512)"
-    assert choose(512, 10_000, 2)[0] == CharTokenizer("".join(map(chr, range(512))), 512)
-    assert choose(513, 10_000, 2)[0] == ByteTokenizer(256)
-    tokenizer, why = choose(65, 10_000_000)
+    assert auto(512, 10_000, 2)[0] == CharTokenizer("".join(map(chr, range(512))), 512)
+    assert auto(513, 10_000, 2)[0] == ByteTokenizer(256)
+    tokenizer, why = auto(65, 10_000_000)
     assert tokenizer == choose.train_bpe([play], 300)
     assert why == (
         "BPE, 300 tokens, learnt from the training part: 10,000,000 characters are enough to learn "
         "it (from 10,000,000 on)"
     )
-    assert "learnt from 1/3 of the training part" in choose(65, 100_000_001)[1]
-    monkeypatch.setattr(choose_module, "find_spec", lambda name: None)
-    assert choose(65, 10_000_000)[1] == (
+    assert "learnt from 1/3 of the training part" in auto(65, 100_000_001)[1]
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    assert auto(65, 10_000_000)[1] == (
         "characters, 65 kinds: few (up to 512), 10,000,000 characters in all; for BPE, which suits "
         "so long a text, install the extra text"
     )
@@ -392,9 +394,9 @@ def test_a_tokenizer_by_its_path(tmp_path, bpe: Tokenizer, play: str):
     folder.mkdir()
     (folder / "tokenizer.json").write_text(foreign.read_text())
     for path in (own, foreign, folder):
-        dataset = open_dataset(config_of(text, tokenizer=str(path)))
+        dataset = opened(config_of(text, tokenizer=str(path)))
         assert dataset.tokenizer == bpe
-        assert dataset.told["tokenizer"].startswith(f"{path}: as asked; ")
+        assert dataset.notes["tokenizer"].startswith(f"{path}: as asked; ")
     n = int(0.9 * len(play))  # of characters, whatever a token is
     assert dataset.train.tolist() == bpe.encode(play[:n]).tolist()
 
@@ -439,14 +441,14 @@ def test_bits_per_byte_are_of_the_text(tmp_path, bpe: Tokenizer, play: str):
     n_train = int(0.9 * len(play))
     val = path.read_text()[n_train:]
     for tokenizer in (CharTokenizer.fit(path.read_text()), ByteTokenizer(), bpe):
-        dataset = open_dataset(config_of(path), tokenizer)
+        dataset = opened(config_of(path), tokenizer)
         ids = tokenizer.encode(val)
         first = len(tokenizer.decode(ids[:1]).encode())
         loss = np.log(tokenizer.vocab_size)
         bits = (len(ids) - 1) * np.log2(tokenizer.vocab_size) / (len(val.encode()) - first)
         assert dataset.bits_per_byte(loss) == pytest.approx(bits, rel=1e-12)
     loss = 1.0
-    dataset = open_dataset(config_of(path), ByteTokenizer())
+    dataset = opened(config_of(path), ByteTokenizer())
     assert dataset.bits_per_byte(loss) == pytest.approx(1 / np.log(2), rel=1e-12)
 
 
@@ -479,7 +481,7 @@ def test_a_mixture_has_one_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("ab" * 100)
     Path("b.txt").write_text("xy" * 50)
-    dataset = open_dataset(config_of("a.txt=3,b.txt=1", order="shuffled"))
+    dataset = opened(config_of("a.txt=3,b.txt=1", order="shuffled"))
     assert dataset.tokenizer == CharTokenizer("abxy")
     assert [(len(tokens), weight) for tokens, weight in dataset.parts] == [(180, 3.0), (90, 1.0)]
     assert dataset.tokenizer.decode(dataset.val) == "ab" * 10 + "xy" * 5
@@ -517,7 +519,7 @@ def test_options_reach_the_reader(tmp_path):
     rows = [{"body": f"na\u00efve {i} " * 9} for i in range(20)]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_bytes(lines.encode("latin-1"))
-    dataset = open_dataset(config_of(path, encoding="latin-1", field="body", val_limit=150))
+    dataset = opened(config_of(path, encoding="latin-1", field="body", val_limit=150))
     assert "\u00ef" in dataset.tokenizer.decode(dataset.train)
     assert 0 < dataset.val_bytes < 200
 
@@ -536,7 +538,7 @@ def test_progress_is_told(tmp_path, monkeypatch, play: str):
     monkeypatch.setattr("gptjax.console.PLAIN_EVERY", 0.0)
     path = tmp_path / "play.txt"
     path.write_text(play)
-    with (tmp_path / "told").open("w+") as file:
+    with (tmp_path / "console").open("w+") as file:
         report = Report(Console(file=file, width=200))
         with report.work("reading", 100) as done:
             time.sleep(0.01)

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 from gptjax.interop import hf_config
 from gptjax.interop.hf import Source
-from gptjax.text.subwords import HFTokenizer, extra
+from gptjax.text.subwords import HFTokenizer
 
 NAMES = {  # llama.cpp's to those of transformers
     "token_embd": "model.embed_tokens",
@@ -64,7 +64,7 @@ def read(path: Path) -> Source:
         UserError: no gguf package, no such file, a damaged one, or a model, a setting, a kind of
             numbers or a tokenizer that is not supported.
     """
-    gguf = extra("gguf", "hf")
+    gguf = optional_import("gguf", "hf")
     try:
         file = gguf.GGUFReader(path)
     except OSError as error:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from gptjax.build import build_model
 from gptjax.config import OF_A_LOADED_MODEL, Config, MeshConfig, ModelConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 from gptjax.interop import gguf, hf_tokenizer, nanogpt
 from gptjax.interop.hf import Source, full_name, to_params
 from gptjax.interop.hf_config import read_config
@@ -30,7 +30,6 @@ from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import read_file
 from gptjax.runs.run import Run
 from gptjax.text import choose
-from gptjax.text.subwords import extra
 from gptjax.text.tokenizers import Tokenizer
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -214,7 +213,7 @@ def download(repository: str) -> Path:
     Raises:
         UserError: no library, no connection, or no such model.
     """
-    hub = extra("huggingface_hub", "hf")
+    hub = optional_import("huggingface_hub", "hf")
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=list(WANTED)))
     except Exception as error:  # of the library, of its HTTP client, of the system

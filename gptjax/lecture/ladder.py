@@ -101,7 +101,8 @@ def climb(command: LadderCommand, console: Console) -> tuple[list[Stage], Counte
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value} is too small; give 1 or more")
     wanted = _wanted(command)
-    dataset = open_dataset(_config("1-bigram", 0, command))
+    config = _config("1-bigram", 0, command)
+    dataset = open_dataset(config.data, config.model.block_size)
     counted = counted_bigram(dataset.train, dataset.val, dataset.tokenizer.vocab_size)
     stages = []
     for name in FIGURES:

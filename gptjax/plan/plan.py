@@ -67,7 +67,10 @@ def plan(config: Config, text: str, console: Console | None = None) -> Plan:
     else:
         target = chips.read_target(text)
         chip, count, devices = target.chip, target.count, aot.topology(target)
-    vocab_size = config.model.vocab_size or open_dataset(config).tokenizer.vocab_size
+    vocab_size = (
+        config.model.vocab_size
+        or open_dataset(config.data, config.model.block_size).tokenizer.vocab_size
+    )
     state = _shapes(config, vocab_size)
 
     def made(config: Config) -> Plan:

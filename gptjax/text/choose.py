@@ -7,10 +7,10 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from gptjax.config import DataConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 from gptjax.runs.files import write_atomically
 from gptjax.text import tokenizers as tokenizer_module
-from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer, extra
+from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
 # Rules of thumb: an id for each of very many characters leaves most of them too rare to learn, and
@@ -138,11 +138,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
     Source: Sennrich et al. 2016; on bytes: Radford et al. 2019 (GPT-2).
     """
     library = _byte_level({}, [])
-    trainer = extra("tokenizers").trainers.BpeTrainer(
+    trainer = optional_import("tokenizers").trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=extra("tokenizers").pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=optional_import("tokenizers").pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
@@ -155,7 +155,7 @@ def gpt2() -> HFTokenizer:
     Raises:
         UserError: tiktoken is missing, or cannot fetch them.
     """
-    public = extra("tiktoken_ext.openai_public")
+    public = optional_import("tiktoken_ext.openai_public")
     try:
         encoding = public.r50k_base()
     except Exception as error:  # requests', OSError, or a hash that does not match
@@ -180,7 +180,7 @@ def gpt2() -> HFTokenizer:
 
 def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]]):
     """An HF tokenizer that cuts text as GPT-2 does."""
-    tokenizers = extra("tokenizers")
+    tokenizers = optional_import("tokenizers")
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()

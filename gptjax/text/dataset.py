@@ -10,17 +10,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import Config, DataConfig
-from gptjax.console import Report
+from gptjax.config import DataConfig
 from gptjax.errors import UserError
 from gptjax.text import choose, corpora, sources, split, token_cache
 from gptjax.text.token_cache import Tokens
@@ -43,7 +43,7 @@ class Dataset(NamedTuple):
     parts: tuple[tuple[np.ndarray, float], ...]
     val: np.ndarray
     val_bytes: int
-    told: dict[str, str]
+    notes: dict[str, str]
 
     @property
     def train(self) -> np.ndarray:
@@ -60,60 +60,88 @@ class Dataset(NamedTuple):
         return loss * (len(self.val) - 1) / max(1, self.val_bytes) / math.log(2)
 
 
+class Progress(Protocol):
+    """Where reading and encoding report; `console.Report` is one."""
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        ...
+
+    def work(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A context whose value is called with how much of `total` is done so far."""
+        ...
+
+
+class Silent:
+    """A `Progress` that shows nothing."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def work(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return nullcontext(lambda done: None)
+
+
+SILENT = Silent()
+
+
 def open_dataset(
-    config: Config, tokenizer: Tokenizer | None = None, report: Report | None = None
+    config: DataConfig,
+    block_size: int,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress = SILENT,
 ) -> Dataset:
-    """Read the configured texts, encode and split them.
+    """Read the configured texts, split them and encode them.
 
     Args:
-        config: of the run.
-        tokenizer: of a run being resumed; None: as the config says.
-        report: where to tell what takes time; None: nowhere.
+        config: which texts, tokenizer and split.
+        block_size: context length; each split must hold at least one window of block_size + 1.
+        tokenizer: use this one, as a resumed run does; None: the one that `config` names.
+        progress: shows what takes time.
 
     Raises:
         UserError: no such text or tokenizer, something that the tokenizer lacks, or a split
             shorter than one window.
     """
-    report = report or Report(quiet=True)
-    weights = _weights(config.data.text)
-    if len(weights) > 1 and config.data.order == "random":
+    weights = _weights(config.text)
+    if len(weights) > 1 and config.order == "random":
         raise UserError(
             f"{len(weights)} texts are drawn from by their weights in shuffled order; give "
             f"--data.order shuffled too"
         )
-    found = [_bins(name) or _Text(name, config.data, report) for name in weights]
+    found = [_bins(name) or _Text(name, config, progress) for name in weights]
     why = "the run's"
     if tokenizer is None:
-        tokenizer, why = _tokenizer(config.data, found)
+        tokenizer, why = _tokenizer(config, found)
     opened = [
-        text.tokens(tokenizer) if isinstance(text, _Text) else _read(text, tokenizer, config.data)
+        text.tokens(tokenizer) if isinstance(text, _Text) else _read(text, tokenizer, config)
         for text in found
     ]
     val = _joined([tokens.val for tokens in opened])
-    window = config.model.block_size + 1
+    window = block_size + 1
     splits_ = [("training", tokens.train) for tokens in opened] + [("validation", val)]
     for name, tokens in splits_:
         if len(tokens) < window:
             raise UserError(
                 f"the {name} split has {len(tokens)} tokens, fewer than one window of "
                 f"block_size + 1 = {window}; give a longer text, a smaller --model.block-size, "
-                f"or another --data.val-fraction (now {config.data.val_fraction})"
+                f"or another --data.val-fraction (now {config.val_fraction})"
             )
     count = sum(len(tokens.train) + len(tokens.val) for tokens in opened)
     in_a_token = f"{sum(sum(tokens.n_bytes) for tokens in opened) / count:.3g} bytes"
     characters = [tokens.characters for tokens in opened if tokens.characters is not None]
     if len(characters) == len(opened):
         in_a_token = f"{sum(characters) / count:.3g} characters, {in_a_token}"
-    told = {
+    notes = {
         "tokenizer": f"{why}; {in_a_token} in a token",
-        "split": "; ".join(dict.fromkeys(tokens.told for tokens in opened)),
+        "split": "; ".join(dict.fromkeys(tokens.description for tokens in opened)),
     }
     return Dataset(
         tokenizer,
         tuple((tokens.train, weights[name]) for name, tokens in zip(weights, opened, strict=True)),
         val,
         sum(tokens.n_bytes[1] for tokens in opened) - tokenizer.count_bytes(val[:1]),
-        told,
+        notes,
     )
 
 
@@ -144,21 +172,21 @@ def _bins(name: str) -> list[Path] | None:
 def _read(paths: list[Path], tokenizer: Tokenizer, config: DataConfig) -> Tokens:
     """Token files as they are; a single one is split by position."""
     ids = [token_cache.read_bin(path, tokenizer.vocab_size) for path in paths]
-    told = "as in the files"
+    description = "as in the files"
     if len(ids) == 1:
         n_train = split.training_part(len(ids[0]), config.val_fraction, config.val_limit)
         ids = [ids[0][:n_train], ids[0][n_train:]]
-        told = f"by position, the last {len(ids[1]):,} tokens"
+        description = f"by position, the last {len(ids[1]):,} tokens"
     n_bytes = tokenizer.count_bytes(ids[0]), tokenizer.count_bytes(ids[1])
-    return Tokens(ids[0], ids[1], n_bytes, None, told)
+    return Tokens(ids[0], ids[1], n_bytes, None, description)
 
 
 class _Text:
     """One of the texts to train on, read no oftener than needed."""
 
-    def __init__(self, name: str, config: DataConfig, report: Report):
-        self.name, self._config, self._report = name, config, report
-        self._sources = sources.find(name, report.say)
+    def __init__(self, name: str, config: DataConfig, progress: Progress):
+        self.name, self._config, self._progress = name, config, progress
+        self._sources = sources.find(name, progress.say)
         self.size = sum(source.size for source in self._sources)
         # What the split depends on: of the same text, split so, the same tokens.
         options = (config.encoding, config.field, config.val_fraction, config.val_limit)
@@ -172,7 +200,7 @@ class _Text:
         marks = ()
         if self.name in corpora.names() and (usual := corpora.describe(self.name).split):
             marks = usual[0], usual[0] + usual[1]
-        with self._report.work(f"reading {self.name}", self.size) as done:
+        with self._progress.work(f"reading {self.name}", self.size) as done:
             found = split.survey(self.pieces(), marks, done)
         if not found.characters:
             raise UserError(f"text is empty: {self.name}")
@@ -201,11 +229,11 @@ class _Text:
             separate = len(self.survey.lengths) > 1 and tokenizer.end_of_text is not None
             return token_cache.encode(parts, tokenizer, separate, skip)
 
-        with self._report.work(f"encoding {self.name}", self.survey.characters) as done:
+        with self._progress.work(f"encoding {self.name}", self.survey.characters) as done:
             if path is None:
-                return token_cache.in_memory(encode(0), tokenizer, self.split.told)
-            tokens = token_cache.keep(path, encode, tokenizer, self.split.told, done)
-        self._report.say(f"{self.name}: tokens kept in {path}")
+                return token_cache.in_memory(encode(0), tokenizer, self.split.description)
+            tokens = token_cache.keep(path, encode, tokenizer, self.split.description, done)
+        self._progress.say(f"{self.name}: tokens kept in {path}")
         return tokens
 
 

@@ -18,9 +18,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 from gptjax.text import corpora
-from gptjax.text.subwords import extra
 
 IN_FOLDERS = (".txt", ".text", ".md", ".jsonl", ".ndjson")  # with .gz or .zst or without
 BLOCK = 2**20  # bytes read at a time
@@ -217,7 +216,7 @@ def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
-    zstandard = extra("zstandard")
+    zstandard = optional_import("zstandard")
     frame = zstandard.ZstdDecompressor().decompressobj()
     try:
         # Little at a time, for a kilobyte can hold 32 MB. The library's own reader takes a file
@@ -273,7 +272,7 @@ def _guess(raw: bytes) -> str:
         return "it looks like a binary file"
     advice = "name its encoding, e.g. --data.encoding latin-1"
     try:
-        best = extra("charset_normalizer").from_bytes(raw).best()
+        best = optional_import("charset_normalizer").from_bytes(raw).best()
     except UserError:
         return advice
     return (

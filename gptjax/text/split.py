@@ -27,7 +27,7 @@ class Split(NamedTuple):
 
     sides: np.ndarray | None  # (D,) of TRAIN, VAL; None: by position
     bounds: tuple[int, ...]  # by position: characters before VAL, and before LEFT_OUT
-    told: str  # in words
+    description: str  # one phrase, for the console
 
 
 class Part(NamedTuple):

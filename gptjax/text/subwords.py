@@ -8,12 +8,11 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 
 Unknown = Literal["error", "replace", "skip"]
 END_OF_TEXT = "<|endoftext|>"  # how the token that ends a document reads when it is decoded
@@ -51,7 +50,7 @@ class HFTokenizer:
 
     @cached_property
     def _library(self) -> Any:
-        library = extra("tokenizers").Tokenizer.from_str(self.source)
+        library = optional_import("tokenizers").Tokenizer.from_str(self.source)
         library.no_padding()
         library.no_truncation()
         library.encode_special_tokens = True  # in a text, <|endoftext|> is thirteen characters
@@ -74,7 +73,7 @@ class HFTokenizer:
 
     @cached_property
     def _takes_any_byte(self) -> bool:
-        alphabet = extra("tokenizers").pre_tokenizers.ByteLevel.alphabet()
+        alphabet = optional_import("tokenizers").pre_tokenizers.ByteLevel.alphabet()
         fallback = {f"<0x{byte:02X}>" for byte in range(256)}
         if self._values["model"].get("byte_fallback"):
             return fallback <= self._vocabulary.keys()
@@ -176,7 +175,7 @@ class SentencePieceTokenizer:
 
     @cached_property
     def _library(self) -> Any:
-        library = extra("sentencepiece").SentencePieceProcessor()
+        library = optional_import("sentencepiece").SentencePieceProcessor()
         library.LoadFromSerializedProto(self.model)
         return library
 
@@ -218,21 +217,6 @@ class SentencePieceTokenizer:
         """See `Tokenizer`."""
         model = base64.b64encode(self.model).decode("ascii")
         return json.dumps({"type": "sentencepiece", "model": model}) + "\n"
-
-
-def extra(module: str, name: str = "text") -> Any:
-    """A library of an extra.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return import_module(module)
-    except ImportError:
-        raise UserError(
-            f"this needs the package {module.partition('.')[0]}: pip install 'gptjax[{name}]', "
-            f"or from a checkout pip install -e '.[{name}]'"
-        ) from None
 
 
 def scalars(text: str, unknown: Unknown) -> str:

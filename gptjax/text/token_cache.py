@@ -30,6 +30,7 @@ LONGEST = 16 * UNIT  # characters without a place to cut, such as of base64
 PER_CORE = 2**20  # characters handed to the tokenizer at once, for each core
 SAVE_EVERY = 5.0  # seconds after which a kill loses no more
 NAMES = "train", "val"
+DESCRIPTION = "told"  # key of `Tokens.description` in tokens.json, as FORMAT 1 has it
 CUT = re.compile(r"[^\W\d_](?=[ \n\t\r])")  # a letter before a space
 
 
@@ -43,13 +44,13 @@ class Batch(NamedTuple):
 
 class Tokens(NamedTuple):
     """The ids of a text: train, val are (N,) arrays, perhaps on disk; n_bytes of their text, and
-    the characters of both (None: not known); told: how it was split."""
+    the characters of both (None: not known); description: how it was split."""
 
     train: np.ndarray
     val: np.ndarray
     n_bytes: tuple[int, int]
     characters: int | None
-    told: str
+    description: str
 
 
 def dtype_of(vocab_size: int) -> type[np.unsignedinteger]:
@@ -90,7 +91,7 @@ def encode(
         yield Batch((train, val), (n_bytes[0], n_bytes[1]), characters)
 
 
-def in_memory(batches: Iterable[Batch], tokenizer: Tokenizer, told: str) -> Tokens:
+def in_memory(batches: Iterable[Batch], tokenizer: Tokenizer, description: str) -> Tokens:
     """All batches together."""
     batches, dtype = list(batches), dtype_of(tokenizer.vocab_size)
     train, val = (
@@ -99,7 +100,7 @@ def in_memory(batches: Iterable[Batch], tokenizer: Tokenizer, told: str) -> Toke
     )
     n_bytes = tuple(sum(batch.n_bytes[side] for batch in batches) for side in (0, 1))
     characters = sum(batch.characters for batch in batches)
-    return Tokens(train, val, (n_bytes[0], n_bytes[1]), characters, told)
+    return Tokens(train, val, (n_bytes[0], n_bytes[1]), characters, description)
 
 
 def folder(*key: Any) -> Path:
@@ -112,7 +113,7 @@ def keep(
     path: Path,
     encode_from: Callable[[int], Iterator[Batch]],
     tokenizer: Tokenizer,
-    told: str,
+    description: str,
     done: Callable[[int], None],
 ) -> Tokens:
     """Write the ids to a folder as they come; what a stopped process wrote is gone on from.
@@ -121,7 +122,7 @@ def keep(
         path: of the folder.
         encode_from: the batches after so many characters.
         tokenizer: theirs.
-        told: see `Tokens`.
+        description: see `Tokens`.
         done: told how many characters are encoded, now and then.
 
     Raises:
@@ -130,7 +131,7 @@ def keep(
     try:
         path.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path / ".lock"):
-            return load(path) or _write(path, encode_from, tokenizer, told, done)
+            return load(path) or _write(path, encode_from, tokenizer, description, done)
     except OSError as error:
         raise UserError(
             f"cannot keep tokens in {path}: {error.strerror}; make room there, or set "
@@ -149,7 +150,7 @@ def load(path: Path) -> Tokens | None:
                     return None
             arrays.append(mapped(path / f"{name}.bin", about["dtype"], count))
         n_bytes = about["bytes"][0], about["bytes"][1]
-        return Tokens(arrays[0], arrays[1], n_bytes, about["characters"], about["told"])
+        return Tokens(arrays[0], arrays[1], n_bytes, about["characters"], about[DESCRIPTION])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -234,7 +235,7 @@ def _write(
     path: Path,
     encode_from: Callable[[int], Iterator[Batch]],
     tokenizer: Tokenizer,
-    told: str,
+    description: str,
     done: Callable[[int], None],
 ) -> Tokens:
     dtype = np.dtype(dtype_of(tokenizer.vocab_size))
@@ -267,7 +268,7 @@ def _write(
     for name in NAMES:
         with (path / f"{name}.bin").open("rb") as file:
             hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    about = json.dumps({**state, "dtype": dtype.name, "sha256": hashes, "told": told})
+    about = json.dumps({**state, "dtype": dtype.name, "sha256": hashes, DESCRIPTION: description})
     write_atomically(path / "tokens.json", about)
     progress.unlink(missing_ok=True)
     tokens = load(path)

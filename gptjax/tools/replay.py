@@ -79,7 +79,7 @@ def replay(
     config = run.config
     if not 1 <= step <= config.steps:
         raise UserError(f"--replay {step} is not a step of this run; give 1 to {config.steps}")
-    dataset = open_dataset(config, run.tokenizer)
+    dataset = open_dataset(config.data, config.model.block_size, run.tokenizer)
     run.use_text(config.data.text, fingerprint(dataset))
     programs = Programs(config, dataset.tokenizer.vocab_size, model, optimizer)
     feed, seed_key = programs.training(dataset), programs.seed_key

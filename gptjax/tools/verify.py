@@ -134,7 +134,7 @@ def _loss(
 ) -> Check:
     """Measure that loss again."""
     try:
-        dataset = open_dataset(run.config, run.tokenizer)
+        dataset = open_dataset(run.config.data, run.config.model.block_size, run.tokenizer)
         run.use_text(run.config.data.text, fingerprint(dataset))
     except UserError as error:
         return Check("loss", None, f"not measured again: {error}")
