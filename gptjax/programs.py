@@ -60,7 +60,9 @@ class Programs:
         devices: Sequence[Any] | None = None,
     ):
         self.config = config
-        self.mesh = sharding.make_mesh(config, devices)
+        self.mesh = sharding.make_mesh(
+            config.mesh, config.batch_size // config.optim.accumulate, devices
+        )
         self.model = model or build_model(
             config.model, vocab_size, make_attend(config.model, self.mesh)
         )
