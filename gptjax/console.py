@@ -1,12 +1,9 @@
 """What a person sees of a run. Bars and tables on a terminal, plain lines elsewhere."""
 
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -133,16 +130,6 @@ class Report:
         bits = record.get("val_bits_per_byte")
         per_byte = "" if bits is None else f"  ({bits:.4f} bits per byte)"
         self.say(f"step {step:>{len(str(steps))}}  loss: {losses}{per_byte}")
-
-
-def processor() -> str:
-    """The processor's name, and how many cores."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        name = next((v.strip() for k, _, v in lines if k.strip() == "model name"), name)
-    return f"{name}, {os.cpu_count()} cores"
 
 
 class Clock:

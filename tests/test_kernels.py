@@ -78,8 +78,7 @@ def test_each_device_attends_for_its_rows_and_heads(monkeypatch, n_kv_head):
     monkeypatch.setattr(kernels, "splash", splash)
     monkeypatch.setattr(kernels, "_unfit", lambda *_: None)
     model = replace(CONFIG, n_kv_head=n_kv_head, attention="splash")
-    config = Config(batch_size=4, mesh=MeshConfig(data=2, fsdp=2, tensor=2), model=model)
-    attend = kernels.make_attend(model, make_mesh(config))
+    attend = kernels.make_attend(model, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), rows=4))
     assert attend is not None
     inputs = drawn(4, 128, 4, n_kv_head, 8)
     for x, y in zip(*(value_and_gradients(a, *inputs) for a in (attend, plain)), strict=True):

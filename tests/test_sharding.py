@@ -277,7 +277,7 @@ def test_each_rule_has_a_leaf():
 
 
 def test_a_leaf_of_your_own_module_is_held_whole():
-    mesh = sharding.make_mesh(replace(CONFIG, mesh=MeshConfig(fsdp=8)))
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8), rows=8)
     placed = sharding.shardings(mesh, {"mine": {"weights": jnp.zeros((3, 5))}})
     assert placed["mine"]["weights"].is_fully_replicated
 
@@ -287,27 +287,27 @@ def test_a_leaf_of_your_own_module_is_held_whole():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulate", "fsdp", "tensor", "data"),
+    ("rows", "fsdp", "tensor", "data"),
     [
-        (12, 1, 1, 1, 6),  # the largest number that divides the batch
-        (16, 1, 1, 1, 8),
-        (16, 4, 1, 1, 4),  # it is the micro-batch that is spread
-        (7, 1, 1, 1, 7),
-        (11, 1, 1, 1, 1),
-        (12, 1, 2, 1, 3),
-        (16, 1, 2, 2, 2),
-        (16, 1, 8, 1, 1),
-        (16, 1, 1, 3, 2),  # two of the eight devices are left over
+        (12, 1, 1, 6),  # the largest number that divides the rows
+        (16, 1, 1, 8),
+        (4, 1, 1, 4),
+        (7, 1, 1, 7),
+        (11, 1, 1, 1),
+        (12, 2, 1, 3),
+        (16, 2, 2, 2),
+        (16, 8, 1, 1),
+        (16, 1, 3, 2),  # two of the eight devices are left over
     ],
 )
-def test_data_takes_what_fits(batch_size, accumulate, fsdp, tensor, data):
-    config = replace(
-        CONFIG,
-        batch_size=batch_size,
-        optim=replace(CONFIG.optim, accumulate=accumulate),
-        mesh=MeshConfig(fsdp=fsdp, tensor=tensor),
-    )
-    assert dict(sharding.make_mesh(config).shape) == {"data": data, "fsdp": fsdp, "tensor": tensor}
+def test_data_axis_uses_the_most_devices_that_divide_the_rows(rows, fsdp, tensor, data):
+    mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), rows)
+    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+def test_a_run_spreads_its_micro_batch():
+    config = replace(CONFIG, optim=replace(CONFIG.optim, accumulate=4))  # 4 rows of 16
+    assert Programs(config, VOCAB).mesh.shape["data"] == 4
 
 
 @dataclass(frozen=True)
@@ -356,7 +356,7 @@ def test_every_mesh_lies_on_a_torus(sizes):
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
     with pytest.raises(UserError) as caught:
-        sharding.make_mesh(replace(CONFIG, mesh=mesh))
+        sharding.make_mesh(mesh, rows=8)
     assert str(caught.value) == message
 
 
@@ -380,7 +380,7 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
 def test_a_model_that_cannot_be_cut_is_refused(model, mesh, message):
     config = replace(CONFIG, model=model, mesh=mesh)
     with pytest.raises(UserError) as caught:
-        sharding.shardings(sharding.make_mesh(config), abstract_state(config))
+        sharding.shardings(sharding.make_mesh(mesh, rows=8), abstract_state(config))
     assert str(caught.value) == message
 
 
@@ -432,7 +432,7 @@ def test_a_run_on_four_devices_speaks_on_one(
     # The state lies as the rules say before and after every call, so one compilation serves all.
     vocab_size = Run(tmp_path / "run").tokenizer.vocab_size
     abstract = abstract_state(config, vocab_size)
-    placed = sharding.shardings(sharding.make_mesh(config), abstract)
+    placed = sharding.shardings(sharding.make_mesh(mesh, rows=8), abstract)
     assert len(states) == 2 * 3
     for state in states:
         assert jax.tree.leaves(state) == jax.tree.leaves(placed)

@@ -22,10 +22,10 @@ from rich.table import Table
 from gptjax import cli
 from gptjax.build import build_model
 from gptjax.config import Config, differences
-from gptjax.console import Report, processor
+from gptjax.console import Report
 from gptjax.errors import UserError, one_line_errors
 from gptjax.lecture.models import CountedBigram, counted_bigram
-from gptjax.parallel.flops import count_params
+from gptjax.parallel.flops import count_params, processor
 from gptjax.presets import PRESETS
 from gptjax.runs import files, folders
 from gptjax.runs.records import Record

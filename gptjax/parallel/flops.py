@@ -1,6 +1,9 @@
 """What a model costs and what the machine can give: parameters, FLOPs, matmul peak."""
 
+import os
+import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,6 +48,16 @@ def will_memorise(n_tokens: int, n_params: int, passes: float) -> bool:
     for each token, is our part of the rule.
     """
     return passes > 16 and n_params > n_tokens
+
+
+def processor() -> str:
+    """Name and core count of this machine's CPU."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
+        name = next((v.strip() for k, _, v in lines if k.strip() == "model name"), name)
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def matmul_peak(dtype: str) -> float:

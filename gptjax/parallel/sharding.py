@@ -17,7 +17,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import Config, MeshConfig
+from gptjax.config import MeshConfig
 from gptjax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -54,17 +54,20 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """The (data, fsdp, tensor) mesh that a run trains on, over devices; None: this machine's.
+def make_mesh(m: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """The (data, fsdp, tensor) mesh that a run trains on.
 
-    `mesh.data=None` takes as many of the remaining devices as divide the batch.
+    Args:
+        m: mesh sizes; `data=None` uses as many of the remaining devices as divide `rows`.
+        rows: of a micro-batch: `batch_size // accumulate`.
+        devices: to use, the first ones first; None: this machine's.
 
     Raises:
-        UserError: more devices asked for than there are, or a batch that does not divide.
+        UserError: more devices requested than available, or rows that `data * fsdp` does not
+            divide.
     """
     devices = jax.devices() if devices is None else devices
-    m, rows = config.mesh, config.batch_size // config.optim.accumulate
-    data = data_ways(config, len(devices))
+    data = data_ways(m, rows, len(devices))
     mesh = mesh_of(replace(m, data=data), devices)
     if rows % (data * m.fsdp):
         raise UserError(
@@ -74,9 +77,8 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     return mesh
 
 
-def data_ways(config: Config, available: int) -> int:
-    """`mesh.data`, or as many of so many devices as the other axes leave and the batch divides."""
-    m, rows = config.mesh, config.batch_size // config.optim.accumulate
+def data_ways(m: MeshConfig, rows: int, available: int) -> int:
+    """`mesh.data`; if None, the most of the devices left by fsdp and tensor that divide `rows`."""
     if m.data is not None:
         return m.data
     room = max(1, available // (m.fsdp * m.tensor))

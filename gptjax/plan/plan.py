@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gptjax.config import Config, MeshConfig
-from gptjax.console import processor
 from gptjax.errors import UserError
 from gptjax.parallel import sharding
-from gptjax.parallel.flops import matmul_peak, memory_rate
+from gptjax.parallel.flops import matmul_peak, memory_rate, processor
 from gptjax.plan import aot, chips, estimate
 from gptjax.plan.chips import GIB, Chip
 from gptjax.plan.estimate import Cost
@@ -108,7 +107,8 @@ def make(
     Raises:
         UserError: sizes that the mesh does not divide.
     """
-    mesh = replace(config.mesh, data=sharding.data_ways(config, count))
+    rows = config.batch_size // config.optim.accumulate
+    mesh = replace(config.mesh, data=sharding.data_ways(config.mesh, rows, count))
     config = replace(config, mesh=mesh)
     cost = estimate.estimate(config, state, mesh)
     if devices is None:
