@@ -5,10 +5,12 @@ step. A source of batches has one method that you write,
 
     batch(step) -> Batch, or any pytree of arrays whose first axis is the rows
 
-and the train step gets its data by two that are written here: `data(step, then)`, what one call of
-the device needs, and `at(data, key, step)`, traced, the batch of a step out of it.
+and a training run turns it into a `Source`, whose `data(step, then)` is what one call of the
+device needs; `windows_at` or `Prefetched.at`, traced, take the batch of a step out of it.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -69,10 +71,6 @@ class Source(Protocol):
         """What the updates after `step` need; those from `then` on are prefetched."""
         ...
 
-    def at(self, data: Any, seed_key: jax.Array, step: jax.Array) -> Any:
-        """The batch of a step, out of `data`; traced."""
-        ...
-
 
 class Windows:
     """Random windows of tokens that the device holds, cut there.
@@ -86,10 +84,10 @@ class Windows:
 
     def __init__(self, tokens: jax.Array, seed_key: jax.Array, batch_size: int, block_size: int):
         self._tokens, self._seed_key = tokens, seed_key
-        self.at = partial(windows_at, batch_size=batch_size, block_size=block_size)
+        self._sizes = batch_size, block_size
 
     def batch(self, step: int) -> Batch:
-        return jax.device_get(self.at(self._tokens, self._seed_key, step))
+        return jax.device_get(windows_at(self._tokens, self._seed_key, step, *self._sizes))
 
     def data(self, step: int, then: int | None = None) -> jax.Array:
         return self._tokens
@@ -144,6 +142,7 @@ class Prefetched:
 
     @staticmethod
     def at(data: Rows, seed_key: jax.Array, step: jax.Array) -> Any:
+        """The batch of a step; traced."""
         return jax.tree.map(lambda x: as_int32(x[step - data.first]), data.batches)
 
 
@@ -224,6 +223,15 @@ class _Consecutive:
         return self._tokens[i * self._block : (i + 1) * self._block + 1]
 
 
+def fingerprint(batches: Batches) -> str:
+    """JSON that identifies a source of batches by its first one."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(batches.batch(0)):
+        array = np.asarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return json.dumps({"first batch": digest.hexdigest()})
+
+
 # ---------------------------------------------------------------------------------------------
 # Windows of tokens
 
@@ -246,6 +254,12 @@ def cut(tokens: jax.Array, starts: jax.Array, length: int) -> jax.Array:
 def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> np.ndarray:
     """The (..., T + 1) windows of (N,) tokens that begin at starts (...), on the host."""
     return np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[starts]
+
+
+def flat(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, B, T + 1) windows as one array of tokens, and their (n, B) starts in it."""
+    n, B, width = windows.shape
+    return windows.ravel(), (np.arange(n * B, dtype=np.int32) * width).reshape(n, B)
 
 
 def random_starts(

@@ -11,6 +11,7 @@ import optax
 from gptjax.batches import Batch, cut
 from gptjax.errors import UserError
 
+TINY = 1e-9  # a batch whose mask is 0 everywhere has a loss of 0
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[nn.Module, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
 MetricsFn = Callable[[nn.Module, Any, Any], Metrics]
@@ -36,7 +37,7 @@ def next_token_loss(
     losses = token_losses(model, params, batch, chunk, train=True, rngs={"dropout": key})
     if batch.mask is None:
         return losses.mean(), {}
-    return (losses * batch.mask).sum() / batch.mask.sum(), {}
+    return (losses * batch.mask).sum() / jnp.maximum(batch.mask.sum(), TINY), {}
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

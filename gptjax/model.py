@@ -22,6 +22,7 @@ every module, those of the blocks stacked over L; `mutable=["attention"]` return
 S) attention weights.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ from gptjax.attention import (
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.layers import INIT_STD, Linear, activate, norm, residual_std, rms, rotate
+
+Model = nn.Module | Callable[[ModelConfig, int], nn.Module]  # or a function that makes one
 
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
 
@@ -91,9 +94,7 @@ class CausalSelfAttention(nn.Module):
         y = linear((c.n_embd,), contract=2, std=residual_std(c), name="c_proj")(y)
         return nn.Dropout(c.dropout, deterministic=not self.train)(y), cache
 
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int
-    ) -> jax.Array:
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int) -> jax.Array:
         """What each head reads.
 
         Args:
@@ -237,9 +238,7 @@ class GPT(nn.Module):
         x, cache = self.blocks(x.astype(c.dtype), cache, train)
         return norm(c, "ln_f")(x).astype(c.dtype), cache
 
-    def embed(
-        self, tokens: jax.Array, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache | None]:
+    def embed(self, tokens: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
         """(B, T, C) float32 embeddings of tokens and their positions; the cache as it was."""
         x = self.wte(tokens)
         if self.config.position == "learned":

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from gptjax import trainable
+from gptjax import optim
 from gptjax.batches import DROPOUT, INIT, LORA, Batch, random_key
-from gptjax.loss import LossFn, Metrics, next_token_loss
+from gptjax.loss import TINY, LossFn, Metrics, next_token_loss
 
 
 class TrainState(NamedTuple):
@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
         params: what is trained.
         opt_state: of the optimizer.
         ema: exponential moving average of params, if asked for.
-        frozen: the parameters that are not trained (see `trainable.split`), if any.
+        frozen: the parameters that are not trained (see `optim.split`), if any.
     """
 
     step: jax.Array
@@ -46,7 +46,13 @@ class TrainState(NamedTuple):
         params = self.params if self.ema is None else self.ema
         if self.ema is None and (averaging := schedule_free_state(self.opt_state)) is not None:
             params = optax.contrib.schedule_free_eval_params(averaging, params)
-        return trainable.join(params, self.frozen)
+        return optim.join(params, self.frozen)
+
+    @property
+    def separate_weights(self) -> bool:
+        """Whether `weights` are other numbers than the trained and frozen parameters."""
+        averaged = self.ema is not None or schedule_free_state(self.opt_state) is not None
+        return averaged or optim.has_lora(self.params)
 
 
 Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
@@ -107,7 +113,7 @@ def train_step(
     """
 
     def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        return loss_fn(model, trainable.join(params, state.frozen), batch, key)
+        return loss_fn(model, optim.join(params, state.frozen), batch, key)
 
     gradient = accumulated(jax.value_and_grad(loss, has_aux=True), accumulate)
     (value, metrics), grads = gradient(state.params, batch, key)
@@ -139,9 +145,10 @@ def accumulated(gradient: Callable[..., Any], n: int) -> Callable[..., Any]:
 
         def add(total: Any, micro: tuple[Any, jax.Array]) -> tuple[Any, None]:
             part = gradient(params, micro[0], jax.random.fold_in(key, micro[1]))
-            masked = isinstance(batch, Batch) and batch.mask is not None
-            weight = micro[0].mask.sum() / batch.mask.sum() * n if masked else 1.0
-            return jax.tree.map(lambda sum, x: sum + weight * x, total, part), None
+            if isinstance(batch, Batch) and batch.mask is not None:
+                weight = n * micro[0].mask.sum() / jnp.maximum(batch.mask.sum(), TINY)
+                part = jax.tree.map(lambda x: weight * x, part)
+            return jax.tree.map(jnp.add, total, part), None
 
         one = jax.tree.map(lambda x: x[0], micro_batches)
         shapes = jax.eval_shape(gradient, params, one, key)

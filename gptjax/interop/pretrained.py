@@ -10,22 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  with it numpy knows bfloat16, by the name that safetensors uses
 import numpy as np
 import safetensors
-from jax.sharding import Mesh
 
-from gptjax.build import build_model
-from gptjax.config import OF_A_LOADED_MODEL, Config, MeshConfig, ModelConfig
+from gptjax.config import OF_A_LOADED_MODEL, Config, ModelConfig
 from gptjax.errors import UserError, optional_import
 from gptjax.interop import gguf, hf_tokenizer, nanogpt
 from gptjax.interop.hf import Source, full_name, to_params
 from gptjax.interop.hf_config import read_config
-from gptjax.parallel import sharding
-from gptjax.runs import folders
+from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import read_file
 from gptjax.runs.run import Run
@@ -137,26 +132,6 @@ def check_tokenizer(pretrained: Pretrained, tokenizer: Tokenizer) -> None:
         )
 
 
-def weights(run: Run, step: int, model: nn.Module, mesh: Mesh | None = None) -> Any:
-    """The parameters to sample with, of a checkpoint.
-
-    Args:
-        run: of ours.
-        step: of the checkpoint.
-        model: the run's.
-        mesh: to load onto; None: one device.
-
-    Raises:
-        UserError: damaged, or of other shapes than the model's.
-    """
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    placed = sharding.shardings(mesh or sharding.mesh_of(MeshConfig()), shapes)
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
-    )
-    return Checkpoints(run.checkpoints_path).load(step, {"params": target})["params"]
-
-
 def read_folder(folder: Path) -> Source:
     """A model that transformers has saved: config.json, model.safetensors (or its parts and their
     index) and, if it is there, tokenizer.json or tokenizer.model.
@@ -233,9 +208,9 @@ def _load_run(name: str) -> Pretrained:
             f"{name} is no model to start from: {error}; others are {', '.join(GPT2)}, "
             f"hf:OWNER/NAME, a folder with model.safetensors, a .gguf file, nanoGPT's ckpt.pt"
         ) from None
-    model = build_model(run.config.model, run.tokenizer.vocab_size)
-    step = run.choose("best", Checkpoints(run.checkpoints_path).steps())
-    params = jax.tree.map(np.asarray, weights(run, step, model))
+    checkpoints = Checkpoints(run.checkpoints_path)
+    params = checkpoints.load_params(run.choose("best", checkpoints.steps()), parts.run_model(run))
+    params = jax.tree.map(np.asarray, params)
     rows = run.config.model.vocab_size or run.tokenizer.vocab_size
     return Pretrained(name, replace(run.config.model, vocab_size=rows), params, run.tokenizer)
 

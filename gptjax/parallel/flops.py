@@ -21,12 +21,12 @@ def flops_per_token(config: ModelConfig, params: Any) -> int:
     """Floating-point operations of forward and backward, per token of a full window.
 
     6 for each parameter that is multiplied with, and 12 L C T for attention's two products, the
-    masked half counted too (12 L C window, where there is one). Lookups (wpe, an untied wte, a
-    bigram's table) cost nothing; what is not a GPT is not counted (0).
+    masked half counted too (12 L C window, where there is one). Lookups (wpe, an untied wte) cost
+    nothing; a model other than GPT is not counted (0).
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    if config.kind != "gpt":
+    if "h" not in params:
         return 0
     kernels = count_params({"h": params["h"], "head": params.get("lm_head", {})})
     tied = params["wte"]["embedding"].size if config.tie_head else 0

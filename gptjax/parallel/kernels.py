@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax.attention import Attend, causal_attention
+from gptjax.attention import Kernel, causal_attention
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 
@@ -21,7 +21,7 @@ BLOCKS = 512, 256, 128  # positions that a kernel takes at once; 128 are a TPU's
 CUDNN_HEAD_SIZES = 128, 8  # the largest on every GPU, and what it must be a multiple of
 
 
-def make_attend(config: ModelConfig, mesh: Mesh) -> Attend | None:
+def make_kernel(config: ModelConfig, mesh: Mesh) -> Kernel | None:
     """The kernel that `config.attention` asks for, on the devices of a mesh.
 
     Args:
@@ -61,7 +61,7 @@ def make_attend(config: ModelConfig, mesh: Mesh) -> Attend | None:
         specs = {"in_specs": (heads, heads, heads), "out_specs": heads}
         return jax.shard_map(kernel, mesh=mesh, check_vma=False, **specs)(q, k, v)
 
-    return attend
+    return Kernel(attend)
 
 
 def _unfit(name: str, config: ModelConfig, device: Any) -> str | None:

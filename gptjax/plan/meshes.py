@@ -18,11 +18,12 @@ from rich.progress import track
 from rich.table import Table
 
 from gptjax import cli
+from gptjax.assembly import assemble
 from gptjax.cache import use_compilation_cache
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
 from gptjax.errors import one_line_errors
+from gptjax.parallel import sharding
 from gptjax.plan.hlo import Program
-from gptjax.programs import Programs
 from gptjax.step import TrainState
 
 STEPS, VOCAB = 20, 64
@@ -38,7 +39,7 @@ MODERN = replace(
     model=replace(
         PLAIN.model,
         **{"n_kv_head": 2, "norm": "rms", "position": "rotary", "activation": "swiglu"},
-        **{"ngram": 2, "tie_head": False, "dropout": 0.1},
+        **{"tie_head": False, "dropout": 0.1},
     ),
     optim=replace(PLAIN.optim, kind="muon", ema=0.9, accumulate=2),
 )
@@ -79,19 +80,20 @@ def measure(config: Config) -> Row:
     Args:
         config: with no more steps than one dispatch.
     """
-    programs = Programs(config, VOCAB)
+    setup = assemble(config, VOCAB)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 2000).astype(np.uint16)
-    state, tokens = programs.start(), programs.put(tokens)
-    compiled = programs.train_steps.lower(state, tokens, programs.seed_key, config.steps).compile()
+    arguments = setup.start(), sharding.put(setup.mesh, tokens), setup.seed_key(), 0, config.steps
+    compiled = setup.steps.lower(*arguments).compile()
+    state, *rest = arguments
     kept = kept_bytes(state)
-    _, out = compiled(state, tokens, programs.seed_key, config.steps)
+    _, log = compiled(state, *rest)
     moved: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for c in Program(compiled.as_text() or "").collectives():
-        name = f"{c.kind} {'+'.join(c.axes(dict(programs.mesh.shape)))}"
+        name = f"{c.kind} {'+'.join(c.axes(dict(setup.mesh.shape)))}"
         times, nbytes = moved[name]
         moved[name] = times + c.times, nbytes + c.times * c.wire
     flops = (compiled.cost_analysis() or {})["flops"]
-    return Row(config.mesh, np.asarray(out.loss), kept, flops, dict(moved))
+    return Row(config.mesh, np.asarray(log["loss"]), kept, flops, dict(moved))
 
 
 def kept_bytes(state: TrainState) -> int:
