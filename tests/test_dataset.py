@@ -1,4 +1,4 @@
-"""Tests of the data: windows are cut where they should be, and each split is covered."""
+"""Tests of the dataset: split, tokenizer, windows, and full coverage of each split."""
 
 import functools
 import math
@@ -49,7 +49,7 @@ def test_split_is_by_position(play: str, tmp_path: Path, val_fraction: float):
     assert dataset.tokenizer.decode(ids) == play
 
 
-def test_newlines_stay_as_they_are(tmp_path: Path):
+def test_newlines_are_kept(tmp_path: Path):
     text = "one\r\ntwo\rthree\n" * 20
     dataset = opened(config_of(tmp_path / "text", text))
     assert dataset.tokenizer.decode(np.concatenate([dataset.train, dataset.val])) == text
@@ -61,13 +61,13 @@ def characters(n: int) -> str:
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32)])
-def test_two_bytes_an_id_as_long_as_they_hold_it(tmp_path: Path, n: int, dtype: type):
+def test_ids_are_uint16_if_the_vocabulary_allows(tmp_path: Path, n: int, dtype: type):
     config = config_of(tmp_path / "text", characters(n))
     config = replace(config, data=replace(config.data, tokenizer="char"))
     dataset = opened(config)
     assert dataset.train.dtype == dataset.val.dtype == dtype
     np.testing.assert_array_equal(np.concatenate([dataset.train, dataset.val]), np.arange(n))
-    # The last ids are the ones that would wrap in too small a type.
+    # The last ids would overflow a dtype that is too small.
     last = data.cut(jnp.asarray(dataset.val), jnp.array([len(dataset.val) - 2]), 2)
     assert last.tolist() == [[n - 2, n - 1]] and last.dtype == jnp.int32
 
@@ -80,10 +80,7 @@ def test_a_given_tokenizer_is_used(tmp_path: Path):
     assert dataset.train[:4].tolist() == [1, 2, 1, 2]
     with pytest.raises(UserError) as error:
         opened(config, CharTokenizer("a"))
-    assert str(error.value) == (
-        "100 unknown characters ('b' at 1): the tokenizer has 1 characters and not these; "
-        "remove them, or choose replace or skip"
-    )
+    assert str(error.value).startswith("100 unknown characters ('b' at 1)")
 
 
 @pytest.mark.parametrize(
@@ -100,10 +97,8 @@ def test_a_split_shorter_than_a_window(
 ):
     with pytest.raises(UserError) as error:
         opened(config_of(tmp_path / "text", "x" * length, 8, val_fraction))
-    assert str(error.value) == (
-        f"{message}, fewer than one window of block_size + 1 = 9; give a longer text, a smaller "
-        f"--model.block-size, or another --data.val-fraction (now {val_fraction})"
-    )
+    assert str(error.value).startswith(f"{message}, fewer than one window of block_size + 1 = 9; ")
+    assert f"--data.val-fraction (now {val_fraction})" in str(error.value)
 
 
 def test_a_split_of_one_window_is_enough(tmp_path: Path):

@@ -214,11 +214,10 @@ def test_what_is_said_of_a_text(own: Config, play: str, tmp_path):
     assert record["val_bits_per_byte"] == pytest.approx(record["val_loss"] / np.log(2), rel=1e-12)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["val_bits_per_byte"] == record["val_bits_per_byte"]
-    of_a_token = "1 characters, 1 bytes in a token"
     for name, value in {
         "text": f"{path}: 1,350 training and 150 validation tokens, 256 kinds",
-        "tokenizer": f"bytes of UTF-8: as asked; {of_a_token}",
-        "split": "by position, the last 150 characters",
+        "tokenizer": "byte-level, vocab 256 (as configured); 1.00 characters, 1.00 bytes per token",
+        "split": "by position (validation: the last 150 characters)",
     }.items():
         assert any(line.split(maxsplit=1) == [name, value] for line in said)
     assert any(re.fullmatch(r"memory +\d+ MB for parameters, their gradient .*", x) for x in said)

@@ -1,8 +1,7 @@
-"""Text to tokens, tokens to windows.
+"""Read the configured texts, split them and encode them as token arrays.
 
-A batch is a function of (key, step): nothing is consumed, so a run's position in its data is its
-step. A corpus that fits lives on the device and windows are cut there, inside the jitted step; a
-longer one stays on disk (`feed.py`).
+A batch is a function of (seed, step): there is no iterator state, so a run's position in its data
+is its step. A short text is encoded in memory; a long one is cached on disk and memory-mapped.
 """
 
 import hashlib
@@ -26,17 +25,21 @@ from gptjax.text import choose, corpora, sources, split, token_cache
 from gptjax.text.token_cache import Tokens
 from gptjax.text.tokenizers import Tokenizer
 
-LARGE = 2**24  # bytes of text; from there on its tokens are kept on disk
+LARGE = 2**24  # bytes of text; from this size on, its tokens are cached on disk
 
-SAMPLED, PIECES = 2**24, 2**8  # tokens of a split that its fingerprint reads, and in how many parts
+SAMPLED, PIECES = 2**24, 2**8  # tokens of a split that its fingerprint hashes, in how many pieces
 
 
 class Dataset(NamedTuple):
-    """Texts as tokens.
+    """The tokens of one or more texts.
 
-    parts: of each text, the (N,) tokens that train, uint16 where the vocabulary allows, and how
-    often it is drawn from; val: all that validate; val_bytes: of the text that they stand for, but
-    the first; told: what to say of it all, by name.
+    Attributes:
+        tokenizer: made the tokens.
+        parts: for each text, its training split, (N,) uint16 or (for a vocabulary over 65,536)
+            uint32, and its sampling weight.
+        val: the validation split of all texts, (N,).
+        val_bytes: UTF-8 bytes of its text without the first token, which nothing predicts.
+        notes: phrases for the console, by name: tokenizer, split.
     """
 
     tokenizer: Tokenizer
@@ -47,16 +50,16 @@ class Dataset(NamedTuple):
 
     @property
     def train(self) -> np.ndarray:
-        """All tokens that train."""
-        return _joined([tokens for tokens, _ in self.parts])
+        """The training split of all texts, (N,)."""
+        return _concatenate([tokens for tokens, _ in self.parts])
 
     @property
     def n_train(self) -> int:
         return sum(len(tokens) for tokens, _ in self.parts)
 
     def bits_per_byte(self, loss: float) -> float:
-        """What a loss over the whole validation split, in nats per token, is for each byte of its
-        text: so that tokenizers can be compared."""
+        """Convert a loss over the whole validation split, in nats per token, to bits per byte of
+        text, which is comparable across tokenizers."""
         return loss * (len(self.val) - 1) / max(1, self.val_bytes) / math.log(2)
 
 
@@ -100,24 +103,24 @@ def open_dataset(
         progress: shows what takes time.
 
     Raises:
-        UserError: no such text or tokenizer, something that the tokenizer lacks, or a split
+        UserError: no such text or tokenizer, a character that the tokenizer lacks, or a split
             shorter than one window.
     """
     weights = _weights(config.text)
     if len(weights) > 1 and config.order == "random":
         raise UserError(
-            f"{len(weights)} texts are drawn from by their weights in shuffled order; give "
-            f"--data.order shuffled too"
+            f"{len(weights)} weighted texts need shuffled order, not {config.order}; add "
+            f"--data.order shuffled"
         )
     found = [_bins(name) or _Text(name, config, progress) for name in weights]
-    why = "the run's"
+    why = "from the run"
     if tokenizer is None:
         tokenizer, why = _tokenizer(config, found)
     opened = [
         text.tokens(tokenizer) if isinstance(text, _Text) else _read(text, tokenizer, config)
         for text in found
     ]
-    val = _joined([tokens.val for tokens in opened])
+    val = _concatenate([tokens.val for tokens in opened])
     window = block_size + 1
     splits_ = [("training", tokens.train) for tokens in opened] + [("validation", val)]
     for name, tokens in splits_:
@@ -128,12 +131,12 @@ def open_dataset(
                 f"or another --data.val-fraction (now {config.val_fraction})"
             )
     count = sum(len(tokens.train) + len(tokens.val) for tokens in opened)
-    in_a_token = f"{sum(sum(tokens.n_bytes) for tokens in opened) / count:.3g} bytes"
+    per_token = f"{sum(sum(tokens.n_bytes) for tokens in opened) / count:.2f} bytes"
     characters = [tokens.characters for tokens in opened if tokens.characters is not None]
     if len(characters) == len(opened):
-        in_a_token = f"{sum(characters) / count:.3g} characters, {in_a_token}"
+        per_token = f"{sum(characters) / count:.2f} characters, {per_token}"
     notes = {
-        "tokenizer": f"{why}; {in_a_token} in a token",
+        "tokenizer": f"{why}; {per_token} per token",
         "split": "; ".join(dict.fromkeys(tokens.description for tokens in opened)),
     }
     return Dataset(
@@ -146,10 +149,10 @@ def open_dataset(
 
 
 def _weights(text: str) -> dict[str, float]:
-    """Names and weights of "a.txt=0.7,b.txt=0.3"; anything else names one text.
+    """Parse "a.txt=0.7,b.txt=0.3" into weights by name; anything else names one text.
 
     Raises:
-        UserError: a weight of 0, or a text that is named twice.
+        UserError: a weight of 0, or a text named twice.
     """
     pairs = [re.fullmatch(r"(.+)=(\d+\.?\d*|\.\d+)", part) for part in text.split(",")]
     if not all(pairs) or os.path.exists(text):
@@ -161,7 +164,7 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _bins(name: str) -> list[Path] | None:
-    """The token files that a name stands for."""
+    """The token files that a name refers to; None: it is not one or a folder of them."""
     path = Path(name)
     inside = [path / "train.bin", path / "val.bin"]
     if path.suffix == ".bin":
@@ -170,25 +173,25 @@ def _bins(name: str) -> list[Path] | None:
 
 
 def _read(paths: list[Path], tokenizer: Tokenizer, config: DataConfig) -> Tokens:
-    """Token files as they are; a single one is split by position."""
+    """Memory-map token files; a single one is split by position."""
     ids = [token_cache.read_bin(path, tokenizer.vocab_size) for path in paths]
-    description = "as in the files"
+    description = "as given by the files"
     if len(ids) == 1:
         n_train = split.training_part(len(ids[0]), config.val_fraction, config.val_limit)
         ids = [ids[0][:n_train], ids[0][n_train:]]
-        description = f"by position, the last {len(ids[1]):,} tokens"
+        description = f"by position (validation: the last {len(ids[1]):,} tokens)"
     n_bytes = tokenizer.count_bytes(ids[0]), tokenizer.count_bytes(ids[1])
     return Tokens(ids[0], ids[1], n_bytes, None, description)
 
 
 class _Text:
-    """One of the texts to train on, read no oftener than needed."""
+    """One of the configured texts; reading it is lazy and happens as rarely as possible."""
 
     def __init__(self, name: str, config: DataConfig, progress: Progress):
         self.name, self._config, self._progress = name, config, progress
         self._sources = sources.find(name, progress.say)
         self.size = sum(source.size for source in self._sources)
-        # What the split depends on: of the same text, split so, the same tokens.
+        # What the split depends on. With the tokenizer, it identifies the tokens in the cache.
         options = (config.encoding, config.field, config.val_fraction, config.val_limit)
         self.key = [[source.stamp for source in self._sources], *options]
 
@@ -211,18 +214,18 @@ class _Text:
         return split.split(self.survey, self._config.val_fraction, self._config.val_limit)
 
     def training_units(self) -> Iterator[str]:
-        """Pieces of what trains, cut where a tokenizer may learn from each on its own."""
+        """Pieces of the training split, cut where a tokenizer may be trained on each separately."""
         parts = split.parts(self.pieces(), self.split)
         return (unit.text for unit in token_cache.units(parts, True) if unit.side == split.TRAIN)
 
     def tokens(self, tokenizer: Tokenizer) -> Tokens:
-        """Encoded and split; those of a long text from a file, made the first time."""
+        """Encode and split the text; a long one is encoded once, to files, and memory-mapped."""
         path = None
         if self.size >= LARGE:
             made_by = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
             path = token_cache.folder("tokens", self.key, made_by)
-            if kept := token_cache.load(path):
-                return kept
+            if cached := token_cache.load(path):
+                return cached
 
         def encode(skip: int) -> Iterator[token_cache.Batch]:
             parts = split.parts(self.pieces(), self.split)
@@ -232,25 +235,27 @@ class _Text:
         with self._progress.work(f"encoding {self.name}", self.survey.characters) as done:
             if path is None:
                 return token_cache.in_memory(encode(0), tokenizer, self.split.description)
-            tokens = token_cache.keep(path, encode, tokenizer, self.split.description, done)
-        self._progress.say(f"{self.name}: tokens kept in {path}")
+            tokens = token_cache.load_or_encode(
+                path, encode, tokenizer, self.split.description, done
+            )
+        self._progress.say(f"{self.name}: tokens cached in {path}")
         return tokens
 
 
 def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tokenizer, str]:
-    """The tokenizer of new runs on these texts, and why it."""
+    """The tokenizer of a new run on these texts, and a phrase about it for the console."""
     kind = config.tokenizer
     if bins := [text for text in found if isinstance(text, list)]:
         beside = bins[0][0].parent / "tokenizer.json"
         if kind == "auto" and beside.exists():
-            return choose.named(str(beside)), f"{beside}: found beside the ids"
+            return choose.named(str(beside)), f"{beside} (found next to the token file)"
         if kind in ("auto", "char", "bpe"):
             raise UserError(
-                f"{bins[0][0]} holds ids and no text; name the tokenizer that made them, such as "
-                f"--data.tokenizer gpt2, or put its tokenizer.json beside it"
+                f"{bins[0][0]} contains token ids, so --data.tokenizer {kind} cannot be used; name "
+                f"the tokenizer that made them (for example gpt2), or put its tokenizer.json there"
             )
     if bins or kind not in ("auto", "char", "byte", "bpe"):
-        return choose.named(kind), f"{kind}: as asked"
+        return choose.named(kind), f"{kind} (as configured)"
     known = [text for text in found if isinstance(text, _Text)]
     make = lambda: choose.choose(
         config,
@@ -262,17 +267,18 @@ def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tok
     if sum(text.size for text in known) < LARGE:
         return make()
     key = [[text.key for text in known], config.tokenizer, config.bpe_vocab_size]
-    return choose.kept(token_cache.folder("tokenizer", *key), make)
+    return choose.cached(token_cache.folder("tokenizer", *key), make)
 
 
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """JSON that tells these tokens from others: a run must not go on with another text.
+    """JSON that identifies the tokens, so that a run is not resumed on another text.
 
-    All of the tokens up to SAMPLED of each part; of more, as many in pieces from all over it.
+    Hashes the whole of a split of up to SAMPLED tokens; of a longer one, PIECES evenly spaced
+    pieces of SAMPLED tokens in total.
     """
     found = []
     for tokens in (*(tokens for tokens, _ in dataset.parts), dataset.val):
