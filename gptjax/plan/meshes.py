@@ -1,8 +1,7 @@
-"""What each mesh keeps and moves: `python -m gptjax.plan.meshes` trains one small GPT on 1 to 8
-simulated devices, on every mesh of theirs, and compares with one device.
+"""`gptjax meshes`: memory and communication of every mesh of 1 to 8 simulated devices.
 
-The bytes are counted in the compiled program, as any number of real devices would send them; only
-times cannot be told from devices that share a processor.
+Trains one small GPT on each mesh and compares it with one device. The bytes are counted in the
+compiled program and hold for real devices too; times do not, because simulated devices share a CPU.
 """
 
 import sys
@@ -56,17 +55,17 @@ class MeshesCommand:
 
 
 class Row(NamedTuple):
-    """What a mesh does, on each of its devices."""
+    """Results of one mesh, per device."""
 
     mesh: MeshConfig
     losses: np.ndarray  # (STEPS,)
     state: int  # bytes of parameters, moments and averages
-    flops: float  # of the compiled program: its loop's body, once
-    moved: dict[str, tuple[int, float]]  # times and bytes sent in a step, by kind and axes
+    flops: float  # of the compiled program, which counts a loop's body once
+    moved: dict[str, tuple[int, float]]  # count and bytes sent per step, by kind and axes
 
 
 def meshes(devices: int = 8) -> list[MeshConfig]:
-    """Every mesh of 1, 2, 4, ... devices, of few devices and few axes first."""
+    """Every mesh of 1, 2, 4, ... devices, those with fewer devices and axes first."""
     sizes = [2**n for n in range(devices.bit_length())]
     found = [MeshConfig(d, f, t) for d in sizes for f in sizes for t in sizes]
     count = lambda m: m.data * m.fsdp * m.tensor
@@ -75,10 +74,10 @@ def meshes(devices: int = 8) -> list[MeshConfig]:
 
 
 def measure(config: Config) -> Row:
-    """Train on the config's mesh; its state, its losses and what its program moves.
+    """Train on the config's mesh and measure its losses, memory and communication.
 
     Args:
-        config: with no more steps than one dispatch.
+        config: `steps` must not exceed `steps_per_dispatch`.
     """
     setup = assemble(config, VOCAB)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 2000).astype(np.uint16)
@@ -102,10 +101,10 @@ def kept_bytes(state: TrainState) -> int:
 
 
 def table(rows: list[Row]) -> Table:
-    """The rows, each beside the first, which is of one device."""
+    """Table of the rows, each compared with the first, which is one device."""
     one = rows[0]
     shown = Table(box=MARKDOWN)
-    for name in ("mesh", "loss differs by", "state, KB", "FLOPs", "sent in a step, KB (times)"):
+    for name in ("mesh", "loss difference", "state, KB", "FLOPs", "sent per step, KB (count)"):
         shown.add_column(name)
     for row in rows:
         sent = sorted(row.moved.items(), key=lambda item: -item[1][1])
@@ -121,7 +120,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def described(mesh: MeshConfig) -> str:
-    """Its axes of more than one device."""
+    """The axes with more than one device."""
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
     return ", ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
 
