@@ -1,43 +1,44 @@
-"""A second GPT to compare with: plain numpy, float64, one example and one head at a time.
+"""A reference GPT in plain numpy: float64, one example and one head at a time.
 
-Written from the definitions of GPT-2 and Llama and not from `gptjax.model`; it shares the layout
-of the parameters with it, nothing else.
+Written from the definitions of GPT-2 and Llama, not from `gptjax.model`, with which it shares
+nothing but the layout of the parameters.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import ModelConfig
 
 
-def gpt(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """(B, T, V) logits of (B, T) ids; a bias, table or head that `params` lacks is not applied."""
+def gpt(
+    params: Any,
+    tokens: np.ndarray,
+    config: ModelConfig,
+    extra: Callable[[Any, np.ndarray], Any] = lambda params, row: 0.0,
+    bias: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """(B, T, V) logits of (B, T) ids; a bias, table or head that `params` lacks is not applied.
+
+    Args:
+        params: of a `gptjax.model.GPT`.
+        tokens: (B, T) ids.
+        config: its config.
+        extra: `extra(params, row)` gives (T, C) values to add to the embeddings of (T,) ids.
+        bias: (H, T, T), added to the scores of every layer.
+    """
     params = float64(params)
-    return np.stack([_one(params, row, config) for row in np.asarray(tokens)])
+    return np.stack([_one(params, row, config, extra, bias) for row in np.asarray(tokens)])
 
 
-def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
+def _one(
+    params: Any, tokens: np.ndarray, config: ModelConfig, extra: Callable, bias: Any
+) -> np.ndarray:
     embedding, T = params["wte"]["embedding"], len(tokens)
-    x = embedding[tokens]
-    for back in range(1, config.ngram):
-        for t in range(back, T):
-            row = (back - 1) * len(embedding) + tokens[t - back]
-            x[t] += params["wse"]["embedding"][row]
-    if config.pair_rows is not None:
-        for t in range(1, T):
-            number = len(embedding) * int(tokens[t - 1]) + int(tokens[t])
-            x[t] += params["wbe"]["embedding"][number % config.pair_rows]
-    if config.recall is not None:
-        for t in range(config.recall, T):
-            last = tokens[t + 1 - config.recall : t + 1].tolist()
-            ends = [s for s in range(t) if tokens[: s + 1][-config.recall :].tolist() == last]
-            if ends:
-                x[t] += params["wre"]["embedding"][tokens[ends[-1] + 1]]
+    x = embedding[tokens] + extra(params, tokens)
     if "wpe" in params:
         x = x + params["wpe"][:T]
     norm = layer_norm if config.norm == "layer" else rms_norm
@@ -47,7 +48,7 @@ def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
         visible = np.tri(T, dtype=bool)
         if config.window is not None:
             visible &= ~np.tri(T, k=-config.window, dtype=bool)
-        heads = heads_side_by_side(q, k, v, config.n_head, visible)
+        heads = heads_side_by_side(q, k, v, config.n_head, visible, bias)
         x = x + linear(heads, block["attn"]["c_proj"])
         hidden = linear(norm(x, block["ln_2"], config), block["mlp"]["c_fc"])
         x = x + linear(ACTIVATIONS[config.activation](hidden), block["mlp"]["c_proj"])
@@ -58,7 +59,7 @@ def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def _queries_keys_values(x: np.ndarray, layer: Any, config: ModelConfig) -> list[np.ndarray]:
-    """Three (T, C), each group of queries with a copy of the keys and values that it shares."""
+    """Three (T, C); keys and values are repeated for each query head that shares them."""
     H, G = config.n_head, config.n_kv_head or config.n_head
     if "c_attn" in layer:
         q, k, v = np.split(linear(x, layer["c_attn"]), 3, axis=-1)  # GPT-2's fused weight
@@ -75,7 +76,7 @@ def _queries_keys_values(x: np.ndarray, layer: Any, config: ModelConfig) -> list
 
 
 def rotate(x: np.ndarray, base: float) -> np.ndarray:
-    """(T, D): the pair (i, i + D/2) as a complex number, turned by t / base^(2i/D) radians."""
+    """(T, D): the pair (i, i + D/2) as a complex number, rotated by t / base^(2i/D) radians."""
     T, D = x.shape
     z = x[:, : D // 2] + 1j * x[:, D // 2 :]
     for t in range(T):
@@ -85,18 +86,28 @@ def rotate(x: np.ndarray, base: float) -> np.ndarray:
 
 
 def heads_side_by_side(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, visible: np.ndarray
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    n_head: int,
+    visible: np.ndarray,
+    bias: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """(T, C) queries on (S, C) keys and values, head by head; `visible` is (T, S) bool."""
+    """(T, C) queries on (S, C) keys and values, head by head; `visible` is (T, S) bool and `bias`
+    (H, T, S)."""
+    biases = np.broadcast_to(bias, (n_head, *visible.shape))
     qs, ks, vs = (np.split(x, n_head, axis=-1) for x in (q, k, v))
-    heads = [_head(*qkv, visible) for qkv in zip(qs, ks, vs, strict=True)]
+    parts = zip(qs, ks, vs, biases, strict=True)
+    heads = [_head(q, k, v, visible, bias) for q, k, v, bias in parts]
     return np.concatenate(heads, axis=-1)
 
 
-def _head(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
+def _head(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, bias: np.ndarray
+) -> np.ndarray:
     out = []
-    for query, sees in zip(q, visible, strict=True):
-        scores = k[sees] @ query / np.sqrt(len(query))
+    for query, sees, more in zip(q, visible, bias, strict=True):
+        scores = k[sees] @ query / np.sqrt(len(query)) + more[sees]
         weights = np.exp(scores - scores.max())
         out.append(weights / weights.sum() @ v[sees])
     return np.stack(out)
@@ -108,7 +119,7 @@ def float64(tree: Any) -> Any:
 
 
 def linear(x: np.ndarray, layer: Any) -> np.ndarray:
-    """`x @ W + b`, the head axes of W and b flattened away."""
+    """`x @ W + b`, with the head axes of W and b flattened."""
     weight = layer["kernel"].reshape(x.shape[-1], -1)
     return x @ weight + (layer["bias"].reshape(-1) if "bias" in layer else 0.0)
 
@@ -129,12 +140,12 @@ def over_rms(x: np.ndarray, eps: float) -> np.ndarray:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """The tanh form, which GPT-2 uses."""
+    """GPT-2's tanh approximation."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def gated(x: np.ndarray) -> np.ndarray:
-    """SwiGLU: the first half, through silu, opens the second."""
+    """SwiGLU: silu of the first half times the second."""
     gate, up = np.split(x, 2, axis=-1)
     return gate / (1 + np.exp(-gate)) * up
 
@@ -146,37 +157,3 @@ ACTIVATIONS = {
     "relu2": lambda x: np.maximum(x, 0) ** 2,
     "swiglu": gated,
 }
-
-
-def random_params(model: nn.Module, seed: int = 0, *inputs: Any, **kwargs: Any) -> Any:
-    """Random values in every leaf, biases and norms too, so that no term hides at its init.
-
-    Args:
-        model: what to make parameters for.
-        seed: of the values.
-        *inputs: what `init` is called with; none: two token ids.
-        **kwargs: likewise.
-    """
-    inputs = inputs or (jnp.zeros((1, min(2, block_size(model))), jnp.int32),)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs, **kwargs)["params"]
-    random = np.random.default_rng(seed)
-
-    def value(path: Any, leaf: Any) -> jax.Array:
-        noise = random.standard_normal(leaf.shape)
-        match path[-1].key:
-            case "kernel":
-                noise *= 0.2
-            case "bias":
-                noise *= 0.5
-            case "scale":
-                noise = 1 + 0.3 * noise
-            case "embedding" | "wpe":  # small beside the norm's epsilon, so that it counts
-                noise *= 0.05
-        return jnp.asarray(noise, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(value, shapes)
-
-
-def block_size(model: Any) -> int:
-    """Longest context of any model of the contract."""
-    return model.config.block_size
