@@ -1,4 +1,4 @@
-"""Tests of the ladder: the command end to end on a small text, and the real climb (slow)."""
+"""Tests of the ladder: the command on a small text, and all stages on the real one (slow)."""
 
 import itertools
 from dataclasses import replace
@@ -21,7 +21,7 @@ COUNTED = CountedBigram(2.4519, 2.4819, 2.3735, 187)
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, play: str) -> Path:
-    """A folder to climb in, with a small text; one device, and few batches to evaluate."""
+    """A working directory with a small text; one device, and few batches to evaluate."""
     (tmp_path / "play.txt").write_text(play)
     presets = {
         name: replace(config, eval_batches=4, mesh=MeshConfig(data=1))
@@ -44,34 +44,36 @@ def test_the_command(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     climb()
-    told = lines_of(capsys)
-    table = {line.split()[0]: line.split()[1:] for line in told if line[1:2].isdigit()}
+    printed = lines_of(capsys)
+    table = {line.split()[0]: line.split()[1:] for line in printed if line[1:2].isdigit()}
     assert [name for name in table if "-" in name] == list(ladder.FIGURES)
     runs = {name: [Run(here / f"runs/ladder/{name}-{seed}") for seed in (1337, 1338)]
             for name in ("1-bigram", "3-head")}  # fmt: skip
+    models = {"1-bigram": "Bigram", "3-head": "Attention"}
     for name, pair in runs.items():
         losses = [run.metrics()[-1]["val_loss"] for run in pair]
         assert table[name][2:4] == [f"{np.mean(losses):.4f}", f"{max(losses) - min(losses):.4f}"]
         assert [run.config.seed for run in pair] == [1337, 1338]
         assert losses[0] != losses[1]
+        assert [run.parts for run in pair] == [{"model": models[name]}] * 2
     assert table["3-head"][1] == "2.40" and table["2-averaging"][1] == "-"
     for name in ladder.FIGURES.keys() - runs.keys():
         assert table[name][2:] == ["not", "run", "here"]
-    assert any("best bigram table, counted" in line for line in told)
+    assert any("best bigram table, counted" in line for line in printed)
     assert (here / "runs/ladder/ladder.png").read_bytes().startswith(b"\x89PNG")
-    assert told[-1] == "runs/ladder/ladder.png"
+    assert printed[-1] == "runs/ladder/ladder.png"
 
-    # Once more: nothing is trained again, and the same is told.
+    # Again: nothing is trained, and the output is the same.
     def no_training(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(ladder, "train", no_training)
     climb()
     again = lines_of(capsys)
-    assert again[4:] == told[4:]
-    assert [line.split(",")[0] for line in told[:4]] == again[:4]
+    assert again[4:] == printed[4:]
+    assert [line.split(",")[0] for line in printed[:4]] == again[:4]
 
-    # Into the page, twice: what was between the markers is replaced.
+    # Into the page, twice: the text between the markers is replaced.
     page = here / "docs" / "lecture.md"
     page.parent.mkdir()
     start, end = ladder.MARKERS
@@ -85,12 +87,12 @@ def test_the_command(
     climb("--docs")
     assert page.read_text() == written
 
-    # Other settings do not mix with what is there.
-    with pytest.raises(UserError, match="steps=10, not 20; remove it, or climb in another"):
+    # Runs with other settings are refused.
+    with pytest.raises(UserError, match=r"steps=10, not 20.*--folder"):
         ladder.main(["--stages", "3-head", "--steps", "20", "--text", "play.txt"])
 
 
-def test_a_run_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stopped_run_is_resumed(here: Path, monkeypatch: pytest.MonkeyPatch):
     command = ladder.LadderCommand(seeds=1, stages=("3-head",), steps=10, text="play.txt")
     console = ladder.Console(quiet=True)
     stages, _ = ladder.climb(command, console)
@@ -101,11 +103,11 @@ def test_a_run_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(ladder, "train", lambda *args, **kwargs: None)  # Ctrl-C at once
     run.rewind_metrics(5)
-    with pytest.raises(UserError, match="was stopped; give the command anew to go on"):
+    with pytest.raises(UserError, match="3-head-1337 was stopped"):
         ladder.climb(command, console)
 
 
-def test_the_big_stage_is_run_only_when_asked_for():
+def test_the_largest_stage_runs_only_on_request():
     wanted = ladder._wanted(ladder.LadderCommand())
     assert wanted == ladder.FIGURES.keys() - {"8-scale"}
     assert ladder._wanted(ladder.LadderCommand(scale=True)) == ladder.FIGURES.keys()
@@ -128,7 +130,7 @@ def test_bad_arguments(here: Path, argv: list[str], message: str):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_page_without_markers_is_left_alone(tmp_path: Path):
+def test_a_page_without_markers_is_unchanged(tmp_path: Path):
     page = tmp_path / "page.md"
     with pytest.raises(UserError, match="cannot read"):
         ladder.write_page("table", page)
@@ -156,7 +158,7 @@ def test_the_figures_are_of_the_presets():
 def test_each_stage_beats_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shakespeare: str
 ):
-    """The lecture's climb on the real text, three seeds of each stage: about ten minutes."""
+    """On the real text, three seeds of each stage: about ten minutes."""
     (tmp_path / "text.txt").write_bytes(shakespeare.encode())
     monkeypatch.chdir(tmp_path)
     one_device = {n: replace(c, mesh=MeshConfig(data=1)) for n, c in PRESETS.items()}
@@ -165,7 +167,7 @@ def test_each_stage_beats_the_one_before(
     stages, counted = ladder.climb(command, ladder.Console(quiet=True))
     found = {stage.name: stage.losses for stage in stages if stage.losses}
 
-    # The plain average is worse than the bigram: it drowns the last character.
+    # The plain average is worse than the bigram, because it dilutes the last character.
     assert min(found["2-averaging"]) > max(found["1-bigram"]) + 0.2
     climbing = ["1-bigram", *list(found)[2:]]
     for before, after in itertools.pairwise(climbing):
