@@ -9,27 +9,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import QUICK, by_path
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from gptjax.build import build_model
-from gptjax.cli import SampleCommand
+import gptjax
+from gptjax.assembly import assemble, evaluate_split
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
-from gptjax.inference import stream
-from gptjax.optim import make_optimizer
+from gptjax.lecture.models import Transformer
+from gptjax.model import GPT, KVCache
 from gptjax.parallel import sharding
 from gptjax.plan import estimate, hlo, meshes
 from gptjax.plan.chips import CHIPS
-from gptjax.programs import Programs
 from gptjax.runs.run import Run
-from gptjax.step import TrainState, init_state
+from gptjax.sampling import Sampling
+from gptjax.step import TrainState
 from gptjax.training import train
 
 VOCAB = 12
@@ -48,9 +50,6 @@ MODERN = replace(
         norm="rms",
         position="rotary",
         activation="swiglu",
-        ngram=3,
-        pair_rows=40,
-        recall=1,
     ),
     optim=replace(CONFIG.optim, kind="muon", ema=0.5),
 )
@@ -62,8 +61,15 @@ MESHES = {
     "tensor 4": MeshConfig(data=1, tensor=4),
     "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
 }
-# Tiny programs take longer to compile than to run; this cuts it to a third.
-QUICK = {"xla_backend_optimization_level": 0}
+
+
+class WithPrevious(GPT):
+    """A GPT with a second embedding table, of the previous token."""
+
+    def embed(self, tokens: jax.Array, cache: KVCache | None) -> Any:
+        x, cache = super().embed(tokens, cache)
+        previous = nn.Embed(self.vocab_size, self.config.n_embd, name="wse")(tokens[:, :-1])
+        return x + jnp.pad(previous, [(0, 0), (1, 0), (0, 0)]), cache
 
 
 class Outcome(NamedTuple):
@@ -73,36 +79,24 @@ class Outcome(NamedTuple):
     state: TrainState  # on the mesh
     losses: np.ndarray
     evaluation: float
-    compiled: Any  # train_steps
+    compiled: Any  # of `Setup.steps`
 
 
 @functools.cache
-def outcome(mesh_config: MeshConfig, modern: bool = False) -> Outcome:
-    config = replace(MODERN if modern else CONFIG, mesh=mesh_config)
-    programs = Programs(config, VOCAB)
-    tokens = programs.put(TOKENS)
-    state = programs.start()
+def outcome(mesh_config: MeshConfig, modern: bool = False, model: Any = None) -> Outcome:
+    setup = assemble(replace(MODERN if modern else CONFIG, mesh=mesh_config), VOCAB, model=model)
+    tokens, key = sharding.put(setup.mesh, TOKENS), setup.seed_key()
+    state = setup.start()
     first = jax.tree.map(np.asarray, state)
-    compiled = programs.train_steps.lower(state, tokens, programs.seed_key, 20).compile()
-    state, out = compiled(state, tokens, programs.seed_key, 20)
-    evaluation = programs.mean_loss(state.weights, tokens, 0, whole=True)
-    return Outcome(first, state, np.asarray(out.loss), evaluation, compiled)
+    compiled = setup.steps.lower(state, tokens, key, 0, 20).compile()
+    state, metrics = compiled(state, tokens, key, 0, 20)
+    evaluation = evaluate_split(setup, state.weights, tokens)["loss"]
+    return Outcome(first, state, np.asarray(metrics["loss"]), evaluation, compiled)
 
 
 @pytest.fixture(params=MESHES.values(), ids=list(MESHES))
 def mesh_config(request: pytest.FixtureRequest) -> MeshConfig:
     return request.param
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in flat}
-
-
-def abstract_state(config: Config, vocab_size: int = VOCAB) -> TrainState:
-    model, optimizer = build_model(config.model, vocab_size), make_optimizer(config)
-    init = functools.partial(init_state, model, optimizer)
-    return jax.eval_shape(init, jax.random.key(0))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -118,13 +112,13 @@ def test_init_is_the_same_on_every_mesh(mesh_config):
 
 @pytest.mark.parametrize("mesh_config", [MESHES["tensor 4"], MESHES["data 2, fsdp 2, tensor 2"]])
 def test_the_modern_family_is_the_same_on_every_mesh(mesh_config):
-    """Muon, EMA, grouped queries that tensor does not divide, SwiGLU, n-grams; the EMA has the
+    """Muon, EMA, SwiGLU, and a single key head, which tensor does not divide. The EMA has the
     parameters' shardings."""
     one, here = outcome(ONE, modern=True), outcome(mesh_config, modern=True)
     np.testing.assert_allclose(here.losses, one.losses, rtol=0, atol=1e-5)
     assert here.evaluation == pytest.approx(one.evaluation, abs=1e-5)
     for name, leaf in by_path(here.state.params).items():
-        assert by_path(here.state.average)[name].sharding == leaf.sharding
+        assert by_path(here.state.ema)[name].sharding == leaf.sharding
 
 
 def test_training_is_the_same_on_every_mesh(mesh_config):
@@ -132,6 +126,15 @@ def test_training_is_the_same_on_every_mesh(mesh_config):
     np.testing.assert_allclose(here.losses, one.losses, rtol=0, atol=1e-5)
     assert here.evaluation == pytest.approx(one.evaluation, abs=1e-5)
     assert len(set(one.losses.tolist())) == 20
+
+
+@pytest.mark.parametrize("model", [WithPrevious, Transformer])
+def test_own_models_are_the_same_on_every_mesh(model):
+    """One with a table that `sharding.TABLES` covers, one whose blocks have no rule."""
+    one = outcome(ONE, model=model)
+    here = outcome(MESHES["data 2, fsdp 2, tensor 2"], model=model)
+    np.testing.assert_allclose(here.losses, one.losses, rtol=0, atol=1e-5)
+    assert here.evaluation == pytest.approx(one.evaluation, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -166,11 +169,9 @@ def test_each_device_holds_only_its_shard(mesh_config):
         assert held == total
 
 
-def test_the_compiled_step_holds_its_shard_and_computes_its_share(
-    mesh_config,
-):
-    """Arguments are the device's shard of the state, the tokens and the key; duplicated work would
-    show in the FLOPs."""
+def test_the_compiled_step_holds_its_shard_and_computes_its_share(mesh_config):
+    """Its arguments are the device's shard of the state, the tokens, the key and two numbers.
+    Duplicated work would show in the FLOPs."""
     m, one, here = mesh_config, outcome(ONE), outcome(mesh_config)
     part = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(here.state))
     given = here.compiled.memory_analysis().argument_size_in_bytes
@@ -236,17 +237,21 @@ def test_moments_are_sharded_like_their_parameters(mesh_config):
 
 
 VARIANTS = [
-    replace(CONFIG.model, tie_head=tie_head, bias=bias, qkv_bias=qkv_bias)
+    replace(CONFIG.model, tie_head=tie_head, bias=bias)
     for tie_head in (True, False)
-    for bias, qkv_bias in ((True, True), (True, False), (False, False))
+    for bias in (True, False)
 ]
 VARIANTS.append(replace(CONFIG.model, n_kv_head=1, activation="swiglu"))
 
 
+def layout(config: Config, vocab_size: int = VOCAB) -> TrainState:
+    return assemble(config, vocab_size).layout
+
+
 def leaves(model: ModelConfig) -> dict[str, Any]:
-    """Parameters of a model with LoRA, which has every kind of leaf."""
-    config = replace(CONFIG, model=model, optim=replace(CONFIG.optim, lora_rank=2))
-    return by_path(Programs(config, VOCAB).abstract.params)
+    """Parameters of a model with LoRA: trained and frozen ones have every kind of leaf."""
+    state = layout(replace(CONFIG, model=model, optim=replace(CONFIG.optim, lora_rank=2)))
+    return {**by_path(state.frozen), **by_path(state.params)}
 
 
 def matches(name: str, ndim: int) -> list[int]:
@@ -257,9 +262,7 @@ def matches(name: str, ndim: int) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize(
-    "model", VARIANTS, ids=lambda m: f"{m.tie_head}-{m.bias}-{m.qkv_bias}-{m.activation}"
-)
+@pytest.mark.parametrize("model", VARIANTS, ids=lambda m: f"{m.tie_head}-{m.bias}-{m.activation}")
 def test_each_leaf_has_exactly_one_rule(model):
     for name, leaf in leaves(model).items():
         found = matches(name, leaf.ndim)
@@ -276,7 +279,19 @@ def test_each_rule_has_a_leaf():
     assert used == set(range(len(sharding.RULES)))
 
 
-def test_leaves_of_a_custom_module_are_replicated():
+def test_an_own_embedding_table_is_sharded_like_wte():
+    mesh = MESHES["data 2, fsdp 2, tensor 2"]
+    state = outcome(mesh, model=WithPrevious).state
+    found = {
+        name: leaf for name, leaf in by_path(state.params).items() if name.endswith("embedding")
+    }
+    assert found.keys() == {"wte/embedding", "wse/embedding"}
+    for leaf in found.values():
+        assert leaf.sharding == NamedSharding(leaf.sharding.mesh, P("tensor", "fsdp"))
+        assert leaf.addressable_shards[0].data.shape == (VOCAB // 2, 16 // 2)
+
+
+def test_leaves_without_a_rule_are_replicated():
     mesh = sharding.make_mesh(MeshConfig(fsdp=8), rows=8)
     placed = sharding.shardings(mesh, {"mine": {"weights": jnp.zeros((3, 5))}})
     assert placed["mine"]["weights"].is_fully_replicated
@@ -307,7 +322,7 @@ def test_data_axis_uses_the_most_devices_that_divide_the_rows(rows, fsdp, tensor
 
 def test_a_run_spreads_its_micro_batch():
     config = replace(CONFIG, optim=replace(CONFIG.optim, accumulate=4))  # 4 rows of 16
-    assert Programs(config, VOCAB).mesh.shape["data"] == 4
+    assert assemble(config, VOCAB).mesh.shape["data"] == 4
 
 
 @dataclass(frozen=True)
@@ -377,9 +392,8 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, parts):
     ],
 )
 def test_a_model_that_the_mesh_does_not_divide_is_refused(model, mesh, parts):
-    config = replace(CONFIG, model=model, mesh=mesh)
     with pytest.raises(UserError) as caught:
-        sharding.shardings(sharding.make_mesh(mesh, rows=8), abstract_state(config))
+        assemble(replace(CONFIG, model=model, mesh=mesh), VOCAB)
     assert all(part in str(caught.value) for part in parts)
 
 
@@ -387,15 +401,15 @@ def test_a_model_that_the_mesh_does_not_divide_is_refused(model, mesh, parts):
 # From the mesh to one device
 
 
-def watch_train_steps(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[TrainState]]:
-    """Lists filled while `train` runs: its jitted train_steps, the shardings of its states."""
+def watch_steps(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[TrainState]]:
+    """Lists filled while `train` runs: its jitted steps, and the shardings of its states."""
     compiled: list[Any] = []
     states: list[TrainState] = []
     real_jit = jax.jit
 
     def spying_jit(function: Any, **options: Any) -> Any:
         jitted = real_jit(function, compiler_options=QUICK, **options)
-        if getattr(function, "__name__", "") != "train_steps":
+        if getattr(function, "__name__", "") != "steps":
             return jitted
         compiled.append(jitted)
 
@@ -426,39 +440,40 @@ def test_a_run_on_four_devices_samples_on_one(
         mesh=mesh,
     )
     with monkeypatch.context() as patch:
-        compiled, states = watch_train_steps(patch)
+        compiled, states = watch_steps(patch)
         train(config, tmp_path / "run", report=Report(quiet=True))
     # The state keeps its shardings before and after every call, so one compilation suffices.
-    vocab_size = Run(tmp_path / "run").tokenizer.vocab_size
-    abstract = abstract_state(config, vocab_size)
-    placed = sharding.shardings(sharding.make_mesh(mesh, rows=8), abstract)
+    run = Run(tmp_path / "run")
+    expected = [leaf.sharding for leaf in jax.tree.leaves(layout(config, run.tokenizer.vocab_size))]
     assert len(states) == 2 * 3
     for state in states:
-        assert jax.tree.leaves(state) == jax.tree.leaves(placed)
+        assert jax.tree.leaves(state) == expected
     assert [jitted._cache_size() for jitted in compiled] == [1]
 
-    command = SampleCommand(run=str(tmp_path / "run"), prompt="KING:", num_samples=2, seed=3)
-    command = replace(command, max_new_tokens=30, temperature=0.0)
-    one = sampled(command)
+    one = sampled(run, None, 0.0)
     assert all(len(text) == 30 and set(text) <= set(play) for text in one)
     for other in (mesh, MeshConfig(data=2, tensor=4), MeshConfig(data=1, fsdp=4)):
-        assert sampled(replace(command, mesh=other)) == one
-    drawn = replace(command, temperature=1.0, top_k=5)
-    assert sampled(replace(drawn, mesh=mesh)) == sampled(drawn)
+        assert sampled(run, other, 0.0) == one
+    assert sampled(run, mesh, 1.0) == sampled(run, None, 1.0) != one
     with pytest.raises(UserError) as caught:
-        sampled(replace(command, num_samples=3, mesh=MeshConfig(data=2)))
-    assert "--num-samples 3 is not divisible by --mesh.data 2" in str(caught.value)
+        sampled(run, MeshConfig(data=2), 0.0, num_samples=3)
+    assert "3 is not divisible by" in str(caught.value) and "data" in str(caught.value)
 
 
-def sampled(command: SampleCommand) -> list[str]:
-    """The samples as strings."""
-    return ["".join(pieces) for pieces in zip(*stream(command), strict=True)]
+def sampled(
+    run: Run, mesh: MeshConfig | None, temperature: float, num_samples: int = 2
+) -> list[str]:
+    """Samples of 30 tokens."""
+    loaded = gptjax.load(run.directory, mesh=mesh)
+    sampling = Sampling(temperature, top_k=5)
+    pieces = loaded.generate_many("KING:", 30, num_samples, sampling=sampling, seed=3)
+    return ["".join(texts) for texts in zip(*pieces, strict=True)]
 
 
 @pytest.mark.parametrize("model", [CONFIG.model, MODERN.model], ids=["classic", "modern"])
 def test_the_cache_is_sharded_over_rows_and_heads(model):
     mesh = sharding.mesh_of(MeshConfig(data=2, fsdp=2, tensor=2))
-    here = sharding.on_mesh(build_model(model, VOCAB), mesh)
+    here = sharding.on_mesh(GPT(model, VOCAB), mesh)
     cache = jax.jit(lambda: here.init_cache(4))()
     heads = "tensor" if model.n_kv_head is None else None  # a single head is not sharded
     wanted = NamedSharding(mesh, P(None, ("data", "fsdp"), heads))
@@ -487,7 +502,7 @@ def test_the_page_shows_every_mesh():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("modern", [False, True], ids=["plain", "modern"])
-def test_every_mesh_trains_alike_and_moves_what_the_page_shows(modern):
+def test_every_mesh_has_the_same_losses_and_the_communication_of_the_page(modern):
     config = meshes.MODERN if modern else meshes.PLAIN
     rows = [meshes.measure(replace(config, mesh=mesh)) for mesh in meshes.meshes()]
     for row in rows:
@@ -498,7 +513,4 @@ def test_every_mesh_trains_alike_and_moves_what_the_page_shows(modern):
         made = cells(console.file.getvalue())  # pyright: ignore[reportAttributeAccessIssue]
         shown = cells(PAGE.split("<!-- gptjax meshes -->")[1].split("<!--")[0])
         for a, b in zip(made, shown, strict=True):
-            assert [a[0], *a[2:]] == [
-                b[0],
-                *b[2:],
-            ]  # but not the rounding of losses
+            assert [a[0], *a[2:]] == [b[0], *b[2:]]  # but for the rounding of losses
