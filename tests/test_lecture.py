@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from reference import random_params
 
 from gptjax.build import build_model
+from gptjax.cli import notes as command
 from gptjax.config import Config, ModelConfig, differences
 from gptjax.errors import UserError
 from gptjax.lecture import models as lecture
@@ -402,12 +403,12 @@ def test_note_6_saturation():
 
 
 def test_the_notes_command_prints_all_six(capsys: pytest.CaptureFixture[str]):
-    notes.main([])
+    command.main([], "gptjax notes")
     printed = capsys.readouterr().out
     assert [line[0] for line in printed.splitlines() if line[:1].isdigit()] == list("123456")
     assert "[0.0326 0.0030 0.1615 0.0030 0.8000]" in printed
     with pytest.raises(UserError):
-        notes.main(["--sed", "1"])
+        command.main(["--sed", "1"], "gptjax notes")
 
 
 def test_every_note_is_shown():
