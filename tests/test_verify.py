@@ -1,4 +1,4 @@
-"""Tests of `python -m gptjax.tools.verify`: sound runs pass, and every kind of harm is named."""
+"""Tests of `gptjax verify`: sound runs pass, and every kind of harm is named."""
 
 import json
 import shutil
@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gptjax.cli import verify as command
 from gptjax.config import Config, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.programs import Programs
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
-from gptjax.tools import verify as verify_module
 from gptjax.tools.verify import verify
 from gptjax.training import train
 
@@ -57,7 +57,7 @@ def test_a_sound_run(sound, capsys):
     ]
     logged = Run(sound).metrics()[-1]["val_loss"]
     assert checks[-1].found == f"val_loss of step 4: logged {logged:.6f}, again {logged:.6f}"
-    verify_module.main([str(sound)])
+    command.main([str(sound)], "gptjax verify")
     assert capsys.readouterr().err == ""
     assert {p: p.stat().st_mtime_ns for p in sound.rglob("*")} == before  # it only reads
 
@@ -113,7 +113,7 @@ def test_harm_is_named(run, harm, capsys):
     problems = wrong(run)
     assert list(problems) == [name] and found in problems[name]
     with pytest.raises(SystemExit) as exit:
-        verify_module.main([str(run)])
+        command.main([str(run)], "gptjax verify")
     assert exit.value.code == 1
     assert capsys.readouterr().err == f"{name}: {problems[name]}\n"
 
