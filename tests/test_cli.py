@@ -146,15 +146,15 @@ TRAIN_MESSAGES = [
     ),
     (
         "--resume --run nope",
-        "runs/nope is not a run's folder (it has no config.json); runs here: none",
+        "runs/nope is not a run's folder (it has no config.json); available runs: none",
     ),
     (
         "--resume",
-        "there is no run in runs/; make one with python train.py",
+        "there is no run in runs/; train one with python train.py",
     ),
     (
         "--resume --config tiny",
-        "there is no run of preset tiny in runs/; make one with python train.py",
+        "there is no run of preset tiny in runs/; train one with python train.py",
     ),
 ]
 
