@@ -27,8 +27,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gptjax.console import processor
 from gptjax.errors import UserError
+from gptjax.parallel.flops import processor
 
 RESULTS = Path("benchmarks") / "results"
 BUSY = 0.25  # of the cores' load average, from where on the machine counts as busy

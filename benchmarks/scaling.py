@@ -235,7 +235,7 @@ def confirm(texts: tuple[str, ...]) -> list[Point]:
         if not proposals:
             raise UserError(f"--points {text}: no mesh fits and divides; give more chips")
         best, cost = proposals[0]
-        made = plan.make(best, 1, state, target.count, devices)
+        made = plan.make_plan(best, 1, state, target.count, devices)
         assert made.compiled is not None
         costs = {"arithmetic": cost}
         if made.compiled.plain:

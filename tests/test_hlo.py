@@ -1,5 +1,5 @@
-"""Tests of what is read from compiled programs: of programs whose collectives are known, and of
-lines as the TPU's and the GPU's compilers write them."""
+"""Tests of the HLO parser, on programs with known collectives and on lines as the TPU and GPU
+compilers write them."""
 
 from functools import partial
 from typing import Any
@@ -39,8 +39,8 @@ COLLECTIVES = {
 
 @pytest.mark.parametrize("kind", COLLECTIVES)
 @pytest.mark.parametrize("axis", MESH)
-def test_a_collective_counts_as_often_as_its_loop_goes_round(mesh, kind, axis):
-    """6 rounds, of (8, 16) float32 on each device, between pairs."""
+def test_a_collective_is_multiplied_by_its_loops_trip_count(mesh, kind, axis):
+    """6 iterations, (8, 16) float32 on each device, groups of two."""
 
     @partial(jax.shard_map, mesh=mesh, in_specs=P(axis), out_specs=P(axis), check_vma=False)
     def looped(x: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ def test_a_collective_counts_as_often_as_its_loop_goes_round(mesh, kind, axis):
     assert found.wire == found.bytes * wires.get(kind, 0.5)
 
 
-def test_loops_in_loops_multiply(mesh):
+def test_trip_counts_of_nested_loops_multiply(mesh):
     @partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
     def looped(x: jax.Array) -> jax.Array:
         inner = lambda x, _: (jax.lax.psum(x, ("fsdp", "tensor")) * 0.5, None)
@@ -66,11 +66,11 @@ def test_loops_in_loops_multiply(mesh):
     assert found.wire == found.bytes * 2 * 3 / 4
 
 
-def test_what_runs_on_one_device_has_none():
+def test_a_program_on_one_device_has_no_collectives():
     assert program(lambda x: jnp.tanh(x) @ x.T, (8, 8))[0].collectives() == []
 
 
-# One device's part of a program, as three compilers write it.
+# A line of one device's program, in the notations of three compilers.
 LINE = "  %c = f32[{}] {}(%x), channel_id=1, {}, use_global_device_ids=true, to_apply=%add"
 
 
@@ -89,7 +89,7 @@ LINE = "  %c = f32[{}] {}(%x), channel_id=1, {}, use_global_device_ids=true, to_
         ("source_target_pairs={{0,2},{2,1},{1,0},{3,4}}", (0, 2, 1)),
     ],
 )
-def test_groups_are_read_in_every_spelling(groups, group):
+def test_groups_are_read_in_every_notation(groups, group):
     lines = ["ENTRY %main (x: f32[4]) -> f32[4] {", "  %x = f32[4]{0} parameter(0)"]
     text = "\n".join([*lines, LINE.format("4", "all-reduce", groups), "}"])
     assert Program(text).collectives() == [Collective("all-reduce", 16, group, 1)]
@@ -147,18 +147,18 @@ ENTRY %main (t: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
 """
 
 
-def test_a_tpu_program():
-    """Its loop's rounds stand in the condition only; the pieces of a collective have one channel;
-    what lies in the core's own memory, S(1), is no traffic of the main one."""
+def test_a_tpu_program_is_parsed():
+    """The trip count is in the condition only; parts of a split collective share a channel; on-chip
+    memory, S(1), is no main-memory traffic."""
     program = Program(TPU)
     assert program.collectives() == [Collective("all-gather", 128, (0, 1), 48)]
-    # row, near, cut (with its word of state), start, again
+    # row, near, cut (with one word of state), start, again
     a_round = (16 + 4 + 16) + 128 + (32 + 4) + (128 + 256) + (128 + 256)
-    assert program.traffic() == 48 * a_round + 48 * (1 + 4 + 4)  # the comparison too
+    assert program.traffic() == 48 * a_round + 48 * (1 + 4 + 4)  # and the comparison
 
 
-def test_traffic_is_xlas_own_where_nothing_loops():
-    """Of a program of matmuls, whose operands and results XLA counts too."""
+def test_traffic_without_loops_equals_xlas_cost_analysis():
+    """For matmuls, whose operands and results XLA counts too."""
 
     def chain(a: jax.Array, b: jax.Array) -> jax.Array:
         return (a @ b) @ a
@@ -167,8 +167,8 @@ def test_traffic_is_xlas_own_where_nothing_loops():
     assert found.traffic() == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.05)
 
 
-def test_traffic_of_a_loop_is_that_of_its_rounds_and_slices_count_as_slices():
-    """50 layers of 64 x 64: each is read once, not the whole stack each time."""
+def test_traffic_of_a_loop_counts_each_iteration_and_only_its_slices():
+    """50 layers of 64 x 64: each iteration reads one layer, not the whole stack."""
 
     def layers(x: jax.Array, stack: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]

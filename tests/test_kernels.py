@@ -1,4 +1,4 @@
-"""Tests of the attention kernels: equal to the plain attention, and chosen as asked."""
+"""Tests of the attention kernels: equality with plain attention, and selection."""
 
 import functools
 from dataclasses import replace
@@ -46,7 +46,7 @@ def drawn(B: int, T: int, H: int, G: int, D: int, dtype: str = "float32") -> lis
 
 
 # ---------------------------------------------------------------------------------------------
-# Numbers
+# Equality with plain attention
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_splash_equals_plain_attention_and_its_gradients(sizes, dtype, tolerance
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 1])
-def test_each_device_attends_for_its_rows_and_heads(monkeypatch, n_kv_head):
-    """As if this machine's devices were TPUs. One head of keys is repeated, to be shared out."""
+def test_each_device_computes_its_rows_and_heads(monkeypatch, n_kv_head):
+    """As if the devices were TPUs; a single key head is repeated for the tensor axis."""
     shapes = set()
 
     def splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -78,8 +78,7 @@ def test_each_device_attends_for_its_rows_and_heads(monkeypatch, n_kv_head):
     monkeypatch.setattr(kernels, "splash", splash)
     monkeypatch.setattr(kernels, "_unfit", lambda *_: None)
     model = replace(CONFIG, n_kv_head=n_kv_head, attention="splash")
-    config = Config(batch_size=4, mesh=MeshConfig(data=2, fsdp=2, tensor=2), model=model)
-    attend = kernels.make_attend(model, make_mesh(config))
+    attend = kernels.make_attend(model, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), rows=4))
     assert attend is not None
     inputs = drawn(4, 128, 4, n_kv_head, 8)
     for x, y in zip(*(value_and_gradients(a, *inputs) for a in (attend, plain)), strict=True):
@@ -87,7 +86,7 @@ def test_each_device_attends_for_its_rows_and_heads(monkeypatch, n_kv_head):
     assert shapes == {(1, 128, 2, 8)}
 
 
-def test_a_gpt_with_the_kernel_is_the_gpt():
+def test_a_gpt_with_the_kernel_equals_the_plain_gpt():
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 129)), jnp.int32)
     config = Config(batch_size=2, model=CONFIG)
     models = [GPT(CONFIG, 11), GPT(CONFIG, 11, interpreted)]
@@ -106,7 +105,7 @@ def refuse(*_: Any) -> Any:
     raise Called
 
 
-def test_the_kernel_serves_training_and_evaluation_but_no_cache_and_no_dropout():
+def test_the_kernel_is_used_without_a_cache_and_without_dropout():
     tokens = jnp.zeros((1, 128), jnp.int32)
     shape = lambda model, **kwargs: jax.eval_shape(
         lambda: model.init_with_output(
@@ -122,7 +121,7 @@ def test_the_kernel_serves_training_and_evaluation_but_no_cache_and_no_dropout()
 
 
 # ---------------------------------------------------------------------------------------------
-# The choice
+# Selection
 
 
 def mesh_of(platform: str, kind: str) -> Any:
@@ -154,7 +153,7 @@ BF16 = replace(CONFIG, dtype="bfloat16")
         (replace(BF16, attention="plain"), TPU, None),
     ],
 )
-def test_auto_takes_what_fits(monkeypatch, config, mesh, kernel):
+def test_auto_selects_a_kernel_that_fits(monkeypatch, config, mesh, kernel):
     called: list[str] = []
     for name in ("splash", "cudnn"):
         monkeypatch.setattr(kernels, name, lambda *_, name=name: called.append(name))
@@ -164,8 +163,8 @@ def test_auto_takes_what_fits(monkeypatch, config, mesh, kernel):
     assert called == ([kernel] if kernel else [])
 
 
-def test_what_a_kernel_does_not_divide_is_attended_to_plainly():
-    """Parameters are drawn with one token of one row."""
+def test_sizes_that_the_kernel_does_not_divide_use_plain_attention():
+    """Init uses one row of one token."""
     attend = kernels.make_attend(BF16, TPU)
     assert attend is not None
     inputs = drawn(1, 5, 4, 2, 8)
@@ -182,31 +181,33 @@ def test_what_a_kernel_does_not_divide_is_attended_to_plainly():
             "cudnn",
             replace(BF16, n_head=1, n_kv_head=1, n_embd=136),
             H100,
-            "needs heads of a multiple of 8 up to 128, and a head's size n_embd / n_head is 136",
+            "multiple of 8 up to 128, and it is 136",
         ),
         (
             "splash",
             replace(BF16, block_size=100),
             TPU,
-            "needs a model.block_size that is a multiple of 128, and it is 100",
+            "model.block_size that is a multiple of 128, and it is 100",
         ),
-        ("splash", replace(BF16, window=32), TPU, "sees all positions, and model.window is 32"),
+        ("splash", replace(BF16, window=32), TPU, "no sliding window, and model.window is 32"),
         (
             "splash",
             replace(BF16, dropout=0.1),
             TPU,
-            "cannot drop attention weights, and the share to drop is 0.1",
+            "attention dropout, and it is 0.1",
         ),
     ],
 )
-def test_a_kernel_that_was_asked_for_and_cannot_serve_is_refused(name, config, mesh, reason):
+def test_a_requested_kernel_that_does_not_fit_is_refused(name, config, mesh, reason):
     with pytest.raises(UserError) as caught:
         kernels.make_attend(replace(config, attention=name), mesh)
-    assert str(caught.value) == f"model.attention={name} {reason}; give plain or auto"
+    message = str(caught.value)
+    assert message.startswith(f"model.attention={name} ") and reason in message
+    assert message.endswith("give plain or auto")
 
 
 # ---------------------------------------------------------------------------------------------
-# Lowered for machines that are not here
+# Lowering for absent devices
 
 
 def lowered(attend: Any, platform: str) -> str:
@@ -221,7 +222,7 @@ def test_splash_lowers_for_tpus():
 
 
 def test_cudnn_lowers_for_nvidia_gpus(monkeypatch):
-    """With JAX made to believe that cuDNN is here, which it looks for before it lowers."""
+    """With JAX's checks for cuDNN patched, which it makes before lowering."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from reference import random_params
 
 from gptjax.build import build_model
-from gptjax.config import Config, ModelConfig, differences
+from gptjax.config import MeshConfig, ModelConfig, differences
 from gptjax.errors import UserError
 from gptjax.lecture import models as lecture
 from gptjax.lecture import notes
@@ -295,8 +295,7 @@ def test_a_stage_has_a_place_on_any_mesh(kind: str):
     model = build_model(replace(SMALL, kind=kind), V)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    config = Config(batch_size=8)
-    mesh = make_mesh(replace(config, mesh=replace(config.mesh, data=2, fsdp=2, tensor=2)))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), rows=8)
     placed = shardings(mesh, params)
     assert jax.tree.structure(placed) == jax.tree.structure(params)
 

@@ -1,4 +1,4 @@
-"""Tests of the mesh on eight simulated devices: where things lie never changes the numbers."""
+"""Tests of meshes of eight simulated devices: sharding never changes the numbers."""
 
 import functools
 import io
@@ -62,12 +62,12 @@ MESHES = {
     "tensor 4": MeshConfig(data=1, tensor=4),
     "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
 }
-# Tiny programs take longer to compile than to run; this way a third as long.
+# Tiny programs take longer to compile than to run; this cuts it to a third.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
 class Outcome(NamedTuple):
-    """Of 20 updates on a mesh."""
+    """Results of 20 updates on a mesh."""
 
     first: TrainState  # on the host
     state: TrainState  # on the mesh
@@ -118,8 +118,8 @@ def test_init_is_the_same_on_every_mesh(mesh_config):
 
 @pytest.mark.parametrize("mesh_config", [MESHES["tensor 4"], MESHES["data 2, fsdp 2, tensor 2"]])
 def test_the_modern_family_is_the_same_on_every_mesh(mesh_config):
-    """Muon, the average, grouped queries that tensor does not divide, SwiGLU, n-grams; the state
-    is where the rules say."""
+    """Muon, EMA, grouped queries that tensor does not divide, SwiGLU, n-grams; the EMA has the
+    parameters' shardings."""
     one, here = outcome(ONE, modern=True), outcome(mesh_config, modern=True)
     np.testing.assert_allclose(here.losses, one.losses, rtol=0, atol=1e-5)
     assert here.evaluation == pytest.approx(one.evaluation, abs=1e-5)
@@ -135,7 +135,7 @@ def test_training_is_the_same_on_every_mesh(mesh_config):
 
 
 # ---------------------------------------------------------------------------------------------
-# The places
+# Shardings
 
 
 def test_the_state_uses_every_device_of_the_mesh(mesh_config):
@@ -145,7 +145,7 @@ def test_the_state_uses_every_device_of_the_mesh(mesh_config):
 
 
 def parts_of(name: str, m: MeshConfig) -> int:
-    """Into how many parts a leaf should be cut, told by its name and without the table of rules."""
+    """Expected number of shards of a leaf, from its name and without the table of rules."""
     parts = 1
     if re.search(r"(kernel|embedding|wpe)$", name):
         parts *= m.fsdp  # every matrix
@@ -154,23 +154,23 @@ def parts_of(name: str, m: MeshConfig) -> int:
     return parts
 
 
-def test_each_device_holds_its_part_and_no_more(mesh_config):
+def test_each_device_holds_only_its_shard(mesh_config):
     total = held = 0
     for name, leaf in by_path(outcome(mesh_config).state).items():
         part = leaf.addressable_shards[0].data
         assert part.size * parts_of(name, mesh_config) == leaf.size, name
         total, held = total + leaf.nbytes, held + part.nbytes
     if mesh_config.fsdp == 8:
-        assert held < total / 5  # an eighth, and the biases and norms, which are tiny in real life
+        assert held < total / 5  # an eighth, plus biases and norms
     if mesh_config.fsdp * mesh_config.tensor == 1:
         assert held == total
 
 
-def test_the_compiled_step_holds_no_more_than_its_part_and_computes_no_more_than_its_share(
+def test_the_compiled_step_holds_its_shard_and_computes_its_share(
     mesh_config,
 ):
-    """What the program takes in is the device's part of the state, the tokens and the key; and a
-    device that computes what another does too would show in the FLOPs."""
+    """Arguments are the device's shard of the state, the tokens and the key; duplicated work would
+    show in the FLOPs."""
     m, one, here = mesh_config, outcome(ONE), outcome(mesh_config)
     part = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(here.state))
     given = here.compiled.memory_analysis().argument_size_in_bytes
@@ -180,7 +180,7 @@ def test_the_compiled_step_holds_no_more_than_its_part_and_computes_no_more_than
 
 
 def sent(mesh_config: MeshConfig) -> dict[tuple[str, ...], list[tuple[str, int]]]:
-    """Operand bytes of each collective in a step, beyond single numbers, by its axes."""
+    """Operand bytes of each collective in a step, by its mesh axes."""
     shape = {"data": mesh_config.data, "fsdp": mesh_config.fsdp, "tensor": mesh_config.tensor}
     found: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
     for c in hlo.Program(outcome(mesh_config).compiled.as_text()).collectives():
@@ -189,11 +189,11 @@ def sent(mesh_config: MeshConfig) -> dict[tuple[str, ...], list[tuple[str, int]]
 
 
 PARAMS = 16 * (12 + 8) + 12 * 16**2 + (3 + 1 + 4 + 1) * 16 + 6 * 16  # of CONFIG's model
-TABLE = 16 * 12  # the tied table's gradient comes in two parts: of the lookup and of the head
+TABLE = 16 * 12  # the tied table's gradient is reduced in two parts: lookup and head
 
 
-def test_data_parallel_sums_each_gradient_once_a_micro_batch():
-    """And nothing else but the loss, one number."""
+def test_data_parallel_reduces_each_gradient_once_per_micro_batch():
+    """And otherwise only the loss, a scalar."""
     found = sent(MESHES["data 8"])
     assert found.keys() == {("data",)}
     assert {kind for kind, _ in found[("data",)]} == {"all-reduce"}
@@ -201,20 +201,20 @@ def test_data_parallel_sums_each_gradient_once_a_micro_batch():
 
 
 def test_fsdp_gathers_parameters_and_never_activations():
-    """Each matrix twice, for the way forward and the way back, and each table once; the gradients
-    are summed as with data."""
+    """Each matrix twice, forward and backward, and each table once; gradients are reduced as with
+    data parallelism."""
     found = sent(MESHES["fsdp 8"])
     assert found.keys() == {("fsdp",)}
     gathered = [nbytes * 8 // 4 for kind, nbytes in found[("fsdp",)] if kind == "all-gather"]
     assert sum(gathered) <= 2 * (16 * (12 + 8) + 2 * 12 * 16**2)
-    assert max(gathered) <= 4 * 16**2  # of one matrix
+    assert max(gathered) <= 4 * 16**2  # one matrix at a time
     summed = sum(nbytes for kind, nbytes in found[("fsdp",)] if kind == "all-reduce")
     assert 2 * 4 * PARAMS < summed < 2 * 4 * (PARAMS + TABLE + 20)
     assert {kind for kind, _ in found[("fsdp",)]} == {"all-gather", "all-reduce"}
 
 
-def test_tensor_sums_activations_and_never_parameters():
-    """Four (B, T, C) in each layer; and the lookup and the head, for the vocabulary is cut too."""
+def test_tensor_parallel_reduces_activations_and_never_parameters():
+    """Four (B, T, C) in each layer, and two for the sharded vocabulary: lookup and head."""
     found = sent(MESHES["tensor 4"])
     assert found.keys() == {("tensor",)}
     assert {kind for kind, _ in found[("tensor",)]} == {"all-reduce"}
@@ -223,7 +223,7 @@ def test_tensor_sums_activations_and_never_parameters():
     assert sum(nbytes // activations for nbytes in big) == 2 * (4 + 2)
 
 
-def test_moments_lie_where_their_parameters_do(mesh_config):
+def test_moments_are_sharded_like_their_parameters(mesh_config):
     state = outcome(mesh_config).state
     opt_state = by_path(state.opt_state)
     for name, param in by_path(state.params).items():
@@ -244,7 +244,7 @@ VARIANTS.append(replace(CONFIG.model, n_kv_head=1, activation="swiglu"))
 
 
 def leaves(model: ModelConfig) -> dict[str, Any]:
-    """The parameters of a model that is tuned by low-rank updates: all kinds of leaves."""
+    """Parameters of a model with LoRA, which has every kind of leaf."""
     config = replace(CONFIG, model=model, optim=replace(CONFIG.optim, lora_rank=2))
     return by_path(Programs(config, VOCAB).abstract.params)
 
@@ -276,8 +276,8 @@ def test_each_rule_has_a_leaf():
     assert used == set(range(len(sharding.RULES)))
 
 
-def test_a_leaf_of_your_own_module_is_held_whole():
-    mesh = sharding.make_mesh(replace(CONFIG, mesh=MeshConfig(fsdp=8)))
+def test_leaves_of_a_custom_module_are_replicated():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8), rows=8)
     placed = sharding.shardings(mesh, {"mine": {"weights": jnp.zeros((3, 5))}})
     assert placed["mine"]["weights"].is_fully_replicated
 
@@ -287,32 +287,32 @@ def test_a_leaf_of_your_own_module_is_held_whole():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulate", "fsdp", "tensor", "data"),
+    ("rows", "fsdp", "tensor", "data"),
     [
-        (12, 1, 1, 1, 6),  # the largest number that divides the batch
-        (16, 1, 1, 1, 8),
-        (16, 4, 1, 1, 4),  # it is the micro-batch that is spread
-        (7, 1, 1, 1, 7),
-        (11, 1, 1, 1, 1),
-        (12, 1, 2, 1, 3),
-        (16, 1, 2, 2, 2),
-        (16, 1, 8, 1, 1),
-        (16, 1, 1, 3, 2),  # two of the eight devices are left over
+        (12, 1, 1, 6),  # the largest number that divides the rows
+        (16, 1, 1, 8),
+        (4, 1, 1, 4),
+        (7, 1, 1, 7),
+        (11, 1, 1, 1),
+        (12, 2, 1, 3),
+        (16, 2, 2, 2),
+        (16, 8, 1, 1),
+        (16, 1, 3, 2),  # two of the eight devices are left over
     ],
 )
-def test_data_takes_what_fits(batch_size, accumulate, fsdp, tensor, data):
-    config = replace(
-        CONFIG,
-        batch_size=batch_size,
-        optim=replace(CONFIG.optim, accumulate=accumulate),
-        mesh=MeshConfig(fsdp=fsdp, tensor=tensor),
-    )
-    assert dict(sharding.make_mesh(config).shape) == {"data": data, "fsdp": fsdp, "tensor": tensor}
+def test_data_axis_uses_the_most_devices_that_divide_the_rows(rows, fsdp, tensor, data):
+    mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor), rows)
+    assert dict(mesh.shape) == {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+def test_a_run_spreads_its_micro_batch():
+    config = replace(CONFIG, optim=replace(CONFIG.optim, accumulate=4))  # 4 rows of 16
+    assert Programs(config, VOCAB).mesh.shape["data"] == 4
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What JAX asks a TPU v5p to lay a mesh on its torus."""
+    """The attributes of a TPU v5p that JAX uses to lay out a mesh on its torus."""
 
     id: int
     coords: tuple[int, ...]
@@ -335,53 +335,52 @@ def test_every_mesh_lies_on_a_torus(sizes):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "message"),
+    ("mesh", "parts"),
     [
         (
             MeshConfig(data=3, fsdp=2, tensor=2),
-            "the mesh data=3 x fsdp=2 x tensor=2 needs 12 devices and there are 8; lower "
-            "mesh.data, mesh.fsdp or mesh.tensor",
+            ["data=3 x fsdp=2 x tensor=2 needs 12 devices, and 8 are available", "mesh.tensor"],
         ),
         (
             MeshConfig(tensor=16),
-            "the mesh data=1 x fsdp=1 x tensor=16 needs 16 devices and there are 8; lower "
-            "mesh.data, mesh.fsdp or mesh.tensor",
+            ["data=1 x fsdp=1 x tensor=16 needs 16 devices, and 8 are available", "mesh.tensor"],
         ),
         (
             MeshConfig(data=3, fsdp=2),
-            "a micro-batch of 8 rows is not divisible by mesh.data * mesh.fsdp = 6; sizes "
-            "that divide it: 1, 2, 4, 8",
+            ["of 8 rows is not divisible by mesh.data * mesh.fsdp = 6", "1, 2, 4, 8"],
         ),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
+def test_a_mesh_that_does_not_fit_is_refused(mesh, parts):
     with pytest.raises(UserError) as caught:
-        sharding.make_mesh(replace(CONFIG, mesh=mesh))
-    assert str(caught.value) == message
+        sharding.make_mesh(mesh, rows=8)
+    assert all(part in str(caught.value) for part in parts)
 
 
 @pytest.mark.parametrize(
-    ("model", "mesh", "message"),
+    ("model", "mesh", "parts"),
     [
         (
             replace(CONFIG.model, n_head=2),
             MeshConfig(data=1, tensor=4),
-            "params/h/attn/c_attn/bias has an axis of 2, not divisible by mesh.tensor=4; sizes "
-            "that divide it: 1, 2",
+            ["params/h/attn/c_attn/bias has an axis of 2", "by mesh.tensor=4", ": 1, 2"],
         ),
         (
             replace(CONFIG.model, n_embd=12),
             MeshConfig(data=1, fsdp=8),
-            "params/h/attn/c_attn/kernel has an axis of 12, not divisible by mesh.fsdp=8; sizes "
-            "that divide it: 1, 2, 3, 4, 6, 12",
+            [
+                "params/h/attn/c_attn/kernel has an axis of 12",
+                "by mesh.fsdp=8",
+                "1, 2, 3, 4, 6, 12",
+            ],
         ),
     ],
 )
-def test_a_model_that_cannot_be_cut_is_refused(model, mesh, message):
+def test_a_model_that_the_mesh_does_not_divide_is_refused(model, mesh, parts):
     config = replace(CONFIG, model=model, mesh=mesh)
     with pytest.raises(UserError) as caught:
-        sharding.shardings(sharding.make_mesh(config), abstract_state(config))
-    assert str(caught.value) == message
+        sharding.shardings(sharding.make_mesh(mesh, rows=8), abstract_state(config))
+    assert all(part in str(caught.value) for part in parts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -389,7 +388,7 @@ def test_a_model_that_cannot_be_cut_is_refused(model, mesh, message):
 
 
 def watch_train_steps(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[TrainState]]:
-    """Lists that fill as `train` runs: its compiled train_steps, the shardings of its states."""
+    """Lists filled while `train` runs: its jitted train_steps, the shardings of its states."""
     compiled: list[Any] = []
     states: list[TrainState] = []
     real_jit = jax.jit
@@ -412,7 +411,7 @@ def watch_train_steps(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[
     return compiled, states
 
 
-def test_a_run_on_four_devices_speaks_on_one(
+def test_a_run_on_four_devices_samples_on_one(
     tmp_path: Path, play: str, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "play.txt").write_text(play, encoding="utf-8")
@@ -429,10 +428,10 @@ def test_a_run_on_four_devices_speaks_on_one(
     with monkeypatch.context() as patch:
         compiled, states = watch_train_steps(patch)
         train(config, tmp_path / "run", report=Report(quiet=True))
-    # The state lies as the rules say before and after every call, so one compilation serves all.
+    # The state keeps its shardings before and after every call, so one compilation suffices.
     vocab_size = Run(tmp_path / "run").tokenizer.vocab_size
     abstract = abstract_state(config, vocab_size)
-    placed = sharding.shardings(sharding.make_mesh(config), abstract)
+    placed = sharding.shardings(sharding.make_mesh(mesh, rows=8), abstract)
     assert len(states) == 2 * 3
     for state in states:
         assert jax.tree.leaves(state) == jax.tree.leaves(placed)
@@ -440,58 +439,55 @@ def test_a_run_on_four_devices_speaks_on_one(
 
     command = SampleCommand(run=str(tmp_path / "run"), prompt="KING:", num_samples=2, seed=3)
     command = replace(command, max_new_tokens=30, temperature=0.0)
-    one = spoken(command)
+    one = sampled(command)
     assert all(len(text) == 30 and set(text) <= set(play) for text in one)
     for other in (mesh, MeshConfig(data=2, tensor=4), MeshConfig(data=1, fsdp=4)):
-        assert spoken(replace(command, mesh=other)) == one
+        assert sampled(replace(command, mesh=other)) == one
     drawn = replace(command, temperature=1.0, top_k=5)
-    assert spoken(replace(drawn, mesh=mesh)) == spoken(drawn)
+    assert sampled(replace(drawn, mesh=mesh)) == sampled(drawn)
     with pytest.raises(UserError) as caught:
-        spoken(replace(command, num_samples=3, mesh=MeshConfig(data=2)))
-    assert str(caught.value) == (
-        "--num-samples 3 is not divisible by --mesh.data 2; change one of them (each device draws "
-        "as many)"
-    )
+        sampled(replace(command, num_samples=3, mesh=MeshConfig(data=2)))
+    assert "--num-samples 3 is not divisible by --mesh.data 2" in str(caught.value)
 
 
-def spoken(command: SampleCommand) -> list[str]:
-    """The samples, whole."""
+def sampled(command: SampleCommand) -> list[str]:
+    """The samples as strings."""
     return ["".join(pieces) for pieces in zip(*stream(command), strict=True)]
 
 
 @pytest.mark.parametrize("model", [CONFIG.model, MODERN.model], ids=["classic", "modern"])
-def test_the_cache_is_spread_over_rows_and_heads(model):
+def test_the_cache_is_sharded_over_rows_and_heads(model):
     mesh = sharding.mesh_of(MeshConfig(data=2, fsdp=2, tensor=2))
     here = sharding.on_mesh(build_model(model, VOCAB), mesh)
     cache = jax.jit(lambda: here.init_cache(4))()
-    heads = "tensor" if model.n_kv_head is None else None  # one head cannot be cut
+    heads = "tensor" if model.n_kv_head is None else None  # a single head is not sharded
     wanted = NamedSharding(mesh, P(None, ("data", "fsdp"), heads))
     for leaf in (cache.k, cache.v):
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
 
 
 # ---------------------------------------------------------------------------------------------
-# The lesson
+# The table of docs/scaling.md
 
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "scaling.md").read_text()
 
 
 def cells(markdown: str) -> list[list[str]]:
-    """The rows of a table in Markdown, but for its head."""
+    """The rows of a Markdown table, without its header."""
     lines = [line.strip().strip("|").split("|") for line in markdown.splitlines() if "|" in line]
     return [[cell.strip() for cell in line] for line in lines][2:]
 
 
 def test_the_page_shows_every_mesh():
-    shown = cells(PAGE.split("<!-- gptjax.plan.meshes -->")[1].split("<!--")[0])
+    shown = cells(PAGE.split("<!-- gptjax meshes -->")[1].split("<!--")[0])
     assert [row[0] for row in shown] == [meshes.described(mesh) for mesh in meshes.meshes()]
     assert len(shown) == 1 + 3 + 6 + 10
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("modern", [False, True], ids=["plain", "modern"])
-def test_every_mesh_of_up_to_eight_devices_learns_the_same_and_moves_what_the_page_says(modern):
+def test_every_mesh_trains_alike_and_moves_what_the_page_shows(modern):
     config = meshes.MODERN if modern else meshes.PLAIN
     rows = [meshes.measure(replace(config, mesh=mesh)) for mesh in meshes.meshes()]
     for row in rows:
@@ -500,6 +496,9 @@ def test_every_mesh_of_up_to_eight_devices_learns_the_same_and_moves_what_the_pa
         console = Console(width=400, file=io.StringIO())
         console.print(meshes.table(rows))
         made = cells(console.file.getvalue())  # pyright: ignore[reportAttributeAccessIssue]
-        shown = cells(PAGE.split("<!-- gptjax.plan.meshes -->")[1].split("<!--")[0])
+        shown = cells(PAGE.split("<!-- gptjax meshes -->")[1].split("<!--")[0])
         for a, b in zip(made, shown, strict=True):
-            assert [a[0], *a[2:]] == [b[0], *b[2:]]  # but for the differences, which are rounding
+            assert [a[0], *a[2:]] == [
+                b[0],
+                *b[2:],
+            ]  # but not the rounding of losses

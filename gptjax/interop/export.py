@@ -15,12 +15,11 @@ import safetensors.numpy
 import tyro
 
 from gptjax import cli
-from gptjax.build import build_model
 from gptjax.errors import UserError, one_line_errors
-from gptjax.interop import hf_tokenizer, pretrained
+from gptjax.interop import hf_tokenizer
 from gptjax.interop.hf import to_tensors
 from gptjax.interop.hf_config import write_config
-from gptjax.runs import folders
+from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import write_atomically
 from gptjax.runs.run import Run
@@ -55,9 +54,9 @@ def export(command: ExportCommand) -> str:
     files = hf_tokenizer.write(run.tokenizer, config.block_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; give a folder that is new or empty")
-    model = build_model(config, rows)
-    step = run.choose(command.checkpoint, Checkpoints(run.checkpoints_path).steps())
-    params = jax.tree.map(np.asarray, pretrained.weights(run, step, model))
+    checkpoints = Checkpoints(run.checkpoints_path)
+    step = run.choose(command.checkpoint, checkpoints.steps())
+    params = jax.tree.map(np.asarray, checkpoints.load_params(step, parts.run_model(run)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

@@ -186,10 +186,7 @@ def _table(config: ModelConfig, whole: bool = False) -> list[Leaf]:
         absent |= {"lm_head"}
     if not whole and not config.bias:
         absent |= {"bias"}
-    rows = [leaf for leaf in rows if absent.isdisjoint(leaf.path.split("/"))]
-    if not whole and not config.qkv_bias:
-        rows = [leaf for leaf in rows if leaf.path != "h/attn/c_attn/bias"]
-    return rows
+    return [leaf for leaf in rows if absent.isdisjoint(leaf.path.split("/"))]
 
 
 def _axes(leaf: Leaf, config: ModelConfig) -> tuple[list[list[int]], list[int]]:

@@ -44,10 +44,6 @@ def family(config: ModelConfig) -> Family:
     """
     c = config
     wanted: dict[str, Any] = {
-        "kind": "gpt",
-        "ngram": 1,
-        "pair_rows": None,
-        "recall": None,
         "window": None,
         "qk_norm": False,
         "softcap": None,

@@ -12,10 +12,10 @@ from typing import Annotated
 import tyro
 
 from gptjax import cli
+from gptjax.assembly import assemble
 from gptjax.errors import UserError, one_line_errors
 from gptjax.interop import pretrained
 from gptjax.presets import PRESETS
-from gptjax.programs import Programs
 from gptjax.runs import folders
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.folders import run_name
@@ -71,11 +71,11 @@ def adopt(command: AdoptCommand) -> Path:
         optim=replace(asked.optim, freeze=".*"),
     )
     config, params = pretrained.fit(asked, model)
-    state = (programs := Programs(config, tokenizer.vocab_size)).start(params)
+    state = assemble(config, tokenizer.vocab_size).start(params)
     with folders.locked(directory):
         run = Run.create(directory, config, tokenizer)
         checkpoints = Checkpoints(run.checkpoints_path)
-        checkpoints.save(0, *programs.stored(state), FIRST, run.texts)
+        checkpoints.save(0, state, FIRST, run.texts)
         checkpoints.finish_save()
         run.log([FIRST])
     return directory

@@ -10,22 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, for safetensors
 import numpy as np
 import safetensors
-from jax.sharding import Mesh
 
-from gptjax.build import build_model
-from gptjax.config import OF_A_LOADED_MODEL, Config, MeshConfig, ModelConfig
+from gptjax.config import OF_A_LOADED_MODEL, Config, ModelConfig
 from gptjax.errors import UserError, optional_import
 from gptjax.interop import gguf, hf_tokenizer, nanogpt
 from gptjax.interop.hf import Source, full_name, to_params
 from gptjax.interop.hf_config import read_config
-from gptjax.parallel import sharding
-from gptjax.runs import folders
+from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import read_file
 from gptjax.runs.run import Run
@@ -141,26 +136,6 @@ def check_tokenizer(pretrained: Pretrained, tokenizer: Tokenizer) -> None:
         )
 
 
-def weights(run: Run, step: int, model: nn.Module, mesh: Mesh | None = None) -> Any:
-    """Load the parameters to sample with from a run's checkpoint.
-
-    Args:
-        run: the run.
-        step: step of the checkpoint.
-        model: the run's model.
-        mesh: where to load them to; None: one device.
-
-    Raises:
-        UserError: the checkpoint is damaged, or its shapes are not the model's.
-    """
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    placed = sharding.shardings(mesh or sharding.mesh_of(MeshConfig()), shapes)
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
-    )
-    return Checkpoints(run.checkpoints_path).load(step, {"params": target})["params"]
-
-
 def read_folder(folder: Path) -> Source:
     """Open a folder written by transformers: config.json, model.safetensors (or its shards and
     index), and optionally tokenizer.json or tokenizer.model.
@@ -237,9 +212,9 @@ def _load_run(name: str) -> Pretrained:
             f"no model {name}: {error}; or give {', '.join(GPT2)}, hf:OWNER/NAME, a folder with "
             f"model.safetensors, a .gguf file, or nanoGPT's ckpt.pt"
         ) from None
-    model = build_model(run.config.model, run.tokenizer.vocab_size)
-    step = run.choose("best", Checkpoints(run.checkpoints_path).steps())
-    params = jax.tree.map(np.asarray, weights(run, step, model))
+    checkpoints = Checkpoints(run.checkpoints_path)
+    params = checkpoints.load_params(run.choose("best", checkpoints.steps()), parts.run_model(run))
+    params = jax.tree.map(np.asarray, params)
     vocab_size = run.config.model.vocab_size or run.tokenizer.vocab_size
     return Pretrained(name, replace(run.config.model, vocab_size=vocab_size), params, run.tokenizer)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from gptjax import cli
-from gptjax.build import build_model
 from gptjax.config import Config, differences
-from gptjax.console import Report, processor
+from gptjax.console import Report
 from gptjax.errors import UserError, one_line_errors
-from gptjax.lecture.models import CountedBigram, counted_bigram
-from gptjax.parallel.flops import count_params
-from gptjax.presets import PRESETS
+from gptjax.lecture.models import STAGES, CountedBigram, counted_bigram
+from gptjax.parallel.flops import count_params, processor
+from gptjax.presets import LECTURE_MODELS, PRESETS
 from gptjax.runs import files, folders
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run, read_config
@@ -106,12 +106,12 @@ def climb(command: LadderCommand, console: Console) -> tuple[list[Stage], Counte
     counted = counted_bigram(dataset.train, dataset.val, dataset.tokenizer.vocab_size)
     stages = []
     for name in FIGURES:
-        stage = Stage(name, _count_params(_config(name, 0, command), dataset), [], [], [])
+        stage = Stage(name, _count_params(name, _config(name, 0, command), dataset), [], [], [])
         stages.append(stage)
         for i in range(command.seeds if name in wanted else 0):
             config, start = _config(name, i, command), time.perf_counter()
             directory = folders.RUNS / command.folder / f"{name}-{config.seed}"
-            history, before = _finished(config, directory)
+            history, before = _finished(name, config, directory)
             stage.histories.append(history)
             stage.losses.append(history[-1]["val_loss"])
             stage.seconds.append(history[-1]["seconds"])
@@ -139,13 +139,17 @@ def _config(name: str, i: int, command: LadderCommand) -> Config:
     )
 
 
-def _count_params(config: Config, dataset: Dataset) -> int:
-    model = build_model(config.model, dataset.tokenizer.vocab_size)
+def _count_params(name: str, config: Config, dataset: Dataset) -> int:
+    model = _model(name)(config.model, dataset.tokenizer.vocab_size)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return count_params(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
 
 
-def _finished(config: Config, directory: Path) -> tuple[list[Record], bool]:
+def _model(name: str) -> type[nn.Module]:
+    return STAGES[LECTURE_MODELS[f"lecture/{name}"]]
+
+
+def _finished(name: str, config: Config, directory: Path) -> tuple[list[Record], bool]:
     """The evaluations of a run, made or completed if need be; and whether it was there before."""
     resume = (directory / "config.json").exists()
     if resume:
@@ -157,7 +161,7 @@ def _finished(config: Config, directory: Path) -> tuple[list[Record], bool]:
             )
     done = resume and _is_done(Run(directory).metrics(), config)
     if not done:
-        train(config, directory, resume=resume, report=Report(quiet=True))
+        train(config, directory, resume=resume, model=_model(name), report=Report(quiet=True))
     records = Run(directory).metrics()
     if not _is_done(records, config):
         raise UserError(f"{directory} was stopped; give the command anew to go on")

@@ -1,13 +1,13 @@
 """The lecture's six notes on attention, each shown by numbers: `python -m gptjax.lecture.notes`.
 
 The functions return what they measure; the command prints it. What they run is the attention of
-`model.py` itself. Letters as there, and x is (B, T, C), drawn from a unit normal.
+`lecture/models.py`. Letters as there, and x is (B, T, C), drawn from a unit normal.
 """
 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -19,9 +19,9 @@ from gptjax import cli
 from gptjax.attention import attention, causal_mask
 from gptjax.config import ModelConfig
 from gptjax.errors import one_line_errors
-from gptjax.model import CausalSelfAttention
+from gptjax.lecture.models import MultiHead
 
-SIZE = ModelConfig(n_head=4, n_embd=32, block_size=8, qkv_bias=False, init="torch")
+SIZE = ModelConfig(n_head=4, n_embd=32, block_size=8)
 B, T, C = 2, SIZE.block_size, SIZE.n_embd
 HEAD_SIZE = 16  # of the lecture's notes on scale
 
@@ -53,7 +53,7 @@ def sets(seed: int = 1337) -> Numbers:
     """Note 2. Largest difference between attention of a permuted x and permuted attention of x."""
     x, positions = _normal(seed, B, T, C), _normal(seed + 1, 1, T, C)
     order = np.random.default_rng(seed).permutation(T)
-    attend = _bind(CausalSelfAttention(SIZE, causal=False), seed, x)
+    attend = _bind(MultiHead(SIZE, causal=False), seed, x)
     place = lambda x: x + jnp.broadcast_to(positions, x.shape)
     return {
         "without positions": _distance(attend(x[:, order]), attend(x)[:, order]),
@@ -64,7 +64,7 @@ def sets(seed: int = 1337) -> Numbers:
 def batch(seed: int = 1337) -> Numbers:
     """Note 3. Change of each example's output when the second example changes."""
     x = _normal(seed, B, T, C)
-    attend = _bind(CausalSelfAttention(SIZE), seed, x)
+    attend = _bind(MultiHead(SIZE), seed, x)
     before, after = attend(x), attend(x.at[1].add(1.0))
     return {
         "first example": _distance(after[0], before[0]),
@@ -77,7 +77,7 @@ def masks(seed: int = 1337) -> Numbers:
     x = _normal(seed, B, T, C)
     changes = {}
     for name, causal in (("decoder, masked", True), ("encoder, unmasked", False)):
-        attend = _bind(CausalSelfAttention(SIZE, causal=causal), seed, x)
+        attend = _bind(MultiHead(SIZE, causal=causal), seed, x)
         changes[name] = _distance(attend(x.at[:, -1].add(1.0))[:, 0], attend(x)[:, 0])
     return changes
 
@@ -85,12 +85,13 @@ def masks(seed: int = 1337) -> Numbers:
 def cross(seed: int = 1337) -> Numbers:
     """Note 5. Queries from x, keys and values from a context of another length."""
     x, context = _normal(seed, B, 3, C), _normal(seed + 1, B, 5, C)
-    module = CausalSelfAttention(SIZE, causal=False)
-    params: Any = module.init(jax.random.key(seed), x)["params"]
-    itself, _ = module.apply({"params": params}, x)
-    kernel = params.pop("c_attn")["kernel"]  # (C, 3, H, D): the same weights for both
-    params |= {"c_q": {"kernel": kernel[:, 0]}, "c_kv": {"kernel": kernel[:, 1:]}}
-    attend = lambda x, context: module.apply({"params": params}, x, context=context)[0]
+    module = MultiHead(SIZE, causal=False)
+    params = module.init(jax.random.key(seed), x)
+    itself: Any = module.apply(params, x)
+
+    def attend(x: jax.Array, context: jax.Array) -> jax.Array:
+        return cast(jax.Array, module.apply(params, x, context))
+
     before = attend(x, context)
     return {
         "with x as its own context, difference from self-attention": _distance(
@@ -161,7 +162,7 @@ def _normal(seed: int, *shape: int) -> jax.Array:
 def _bind(module: nn.Module, seed: int, x: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """The module with parameters from the seed: inputs to outputs."""
     params = module.init(jax.random.key(seed), x)
-    return lambda x: module.apply(params, x)[0]
+    return lambda x: cast(jax.Array, module.apply(params, x))
 
 
 def _distance(a: jax.Array, b: jax.Array) -> float:

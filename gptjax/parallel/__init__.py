@@ -1,1 +1,1 @@
-"""More devices than one: how arrays lie on them, and what that costs."""
+"""Multi-device and multi-process training: meshes, shardings, kernels, processes, FLOPs."""

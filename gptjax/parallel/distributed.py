@@ -1,7 +1,7 @@
-"""Several processes that make one run, on one machine or many, by `jax.distributed`.
+"""Multi-process runs with `jax.distributed`, on one machine or many.
 
-Each runs the same program on its own devices. What touches files or the screen is done by the
-first alone (`first_does`), and all go on with its result, or stop with its error.
+Every process runs the same program on its own devices. Only process 0 writes files and prints
+(`first_does`); the others receive its result or its error.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from jax.experimental import multihost_utils
 from gptjax.errors import UserError
 
 T = TypeVar("T")
-SILENT = 60  # seconds without a sign of life after which a process counts as dead
+SILENT = 60  # heartbeat timeout in seconds, after which a process counts as dead
 LOST = r"Gloo|NCCL|peer|coordination|heartbeat|UNAVAILABLE|DEADLINE_EXCEEDED"  # in XLA's errors
 
 
 class Place(NamedTuple):
-    """Of a process: its number, of how many, and where the first can be reached."""
+    """A process's rank, the number of processes, and the coordinator's address."""
 
     number: int
     count: int
@@ -41,37 +41,37 @@ class Place(NamedTuple):
 
 
 def parse(text: str) -> Place:
-    """Read `I/N@HOST:PORT`.
+    """Parse `RANK/WORLD@HOST:PORT`.
 
     Raises:
-        UserError: it is something else.
+        UserError: another format, or a rank that is not below the world size.
     """
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})@(.+):(\d{1,5})", text)
     if not found or int(found[1]) >= int(found[2]) or not 0 < int(found[4]) < 2**16:
         raise UserError(
-            f"--distributed {text} is not understood; give auto, or I/N@HOST:PORT: the number of "
-            f"this process, from 0, of how many, and where process 0 can be reached"
+            f"--distributed {text} is not understood; give auto or RANK/WORLD@HOST:PORT: this "
+            f"process's rank from 0, the number of processes, and the address of process 0"
         )
     return Place(int(found[1]), int(found[2]), found[3].strip("[]"), int(found[4]))
 
 
 @contextmanager
 def joined(distributed: str | None, wait: int, prog: str) -> Iterator[None]:
-    """Be one of several processes; if one of them fails, all end, each with a line.
+    """Join a multi-process run; if one process fails, all exit with an error line.
 
     Args:
-        distributed: `I/N@HOST:PORT`; "auto": as SLURM, Open MPI, Kubernetes or a TPU pod say; None:
-            this process is the only one.
-        wait: seconds in which all must have come.
-        prog: the command's name, for that line.
+        distributed: `RANK/WORLD@HOST:PORT`; "auto": detect SLURM, Open MPI, Kubernetes or a TPU
+            pod; None: a single process.
+        wait: timeout in seconds for all processes to join.
+        prog: the command's name, for the error line.
 
     Raises:
-        UserError: a process that did not come, or has another's number.
+        UserError: a process is missing, or two have the same rank.
     """
     if distributed is None:
         yield
         return
-    # Signals are the run's own business: all stop at the same step (`train.py`).
+    # `signals.Stop` handles signals, so that all processes stop at the same step.
     jax.config.update("jax_enable_preemption_service", False)
     where: dict[str, Any] = {}
     if distributed != "auto":
@@ -89,7 +89,7 @@ def joined(distributed: str | None, wait: int, prog: str) -> Iterator[None]:
         )
     except ValueError as error:
         raise UserError(
-            f"--distributed auto found no launcher that it knows ({error}); give I/N@HOST:PORT"
+            f"--distributed auto found no known launcher ({error}); give RANK/WORLD@HOST:PORT"
         ) from None
     try:
         yield
@@ -99,49 +99,49 @@ def joined(distributed: str | None, wait: int, prog: str) -> Iterator[None]:
         if not re.search(LOST, str(error)):
             traceback.print_exc()
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        lost = f"another process has ended ({reason}); see its last lines, then go on with --resume"
+        lost = f"another process has ended ({reason}); see its output, then continue with --resume"
         _end(prog, lost if re.search(LOST, str(error)) else reason, 3)
     jax.distributed.shutdown()
 
 
 def _end(prog: str, message: str, code: int) -> NoReturn:
-    """Say why and end at once: the others notice by that, and JAX's own end would wait for them."""
+    """Print the reason and exit without JAX's shutdown, which would wait for the others."""
     print(f"{prog}: process {jax.process_index()}: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
 
 
 def first_does(work: Callable[[], T]) -> T:
-    """Let the first process do something, and give its result to all.
+    """Run `work` on process 0 and broadcast its result.
 
     Args:
-        work: its result must have a JSON form; tuples come back as lists.
+        work: its result must be serialisable as JSON; tuples come back as lists.
 
     Raises:
-        UserError: the first process's, on all.
+        UserError: raised by `work`, on all processes.
     """
     if jax.process_count() == 1:
         return work()
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     if jax.process_index() == 0:
         try:
-            told = {"result": work()}
+            outcome = {"result": work()}
         except UserError as error:
-            told = {"error": str(error)}
-    data = np.frombuffer(json.dumps(told).encode(), np.uint8)
+            outcome = {"error": str(error)}
+    data = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
     data = multihost_utils.broadcast_one_to_all(np.resize(data, size))
-    told = json.loads(np.asarray(data, np.uint8).tobytes())
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["result"]
+    outcome = json.loads(np.asarray(data, np.uint8).tobytes())
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["result"]
 
 
 def first_then_all(work: Callable[[], T]) -> T:
-    """Let the first process do something that leaves files behind for the others, then those.
+    """Run `work` on process 0 and then on the others, which can use the files that it wrote.
 
     Raises:
-        UserError: the first process's, on all.
+        UserError: raised by `work` on process 0, on all processes.
     """
     done: list[T] = []
     first_does(lambda: done.append(work()))
@@ -149,35 +149,39 @@ def first_then_all(work: Callable[[], T]) -> T:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
-def check_same(what: str, told: Callable[[], str]) -> None:
-    """Make sure that all processes have the same of something.
+def check_same(what: str, described: Callable[[], str]) -> None:
+    """Check that all processes have the same value.
+
+    Args:
+        what: the value's name, for the error.
+        described: returns the value as text.
 
     Raises:
-        UserError: naming those that have another than the first.
+        UserError: naming the processes whose value differs from process 0's.
     """
     if jax.process_count() == 1:
         return
-    digest = hashlib.sha256(told().encode()).digest()
-    all_of_them = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    others = np.flatnonzero((all_of_them != all_of_them[0]).any(axis=1))
+    digest = hashlib.sha256(described().encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    others = np.flatnonzero((digests != digests[0]).any(axis=1))
     if len(others):
         raise UserError(
-            f"process {', '.join(map(str, others))} has {what} that process 0 has not; start all "
-            f"with the same command, and let them read the same files"
+            f"process {', '.join(map(str, others))} has {what} different from process 0; start all "
+            f"with the same command and the same files"
         )
 
 
 def roll_call(place: Place, wait: float) -> None:
-    """Wait until every process has come to the first one, and see that each has its own number.
+    """Wait until every process has connected to process 0, and check their ranks.
 
-    JAX waits too, but ends without a word on who is missing.
+    JAX waits too, but does not say which process is missing.
 
     Raises:
-        UserError: naming who did not come, or came twice, or counts otherwise.
+        UserError: naming processes that are missing, share a rank, or have another world size.
     """
     deadline = time.monotonic() + wait
     if place.number == 0:
@@ -187,8 +191,8 @@ def roll_call(place: Place, wait: float) -> None:
 
 
 def _call(place: Place, deadline: float, wait: float) -> None:
-    """The first process's part."""
-    there: dict[int, socket.socket] = {}
+    """Process 0: accept a connection from every other process, then answer them all."""
+    connected: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_INET6 if ":" in place.host else socket.AF_INET) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -196,48 +200,48 @@ def _call(place: Place, deadline: float, wait: float) -> None:
         except OSError as error:
             raise UserError(
                 f"process 0 cannot listen at {place.address}: {error.strerror}; give another port, "
-                f"or look for a second process 0"
+                f"or stop the other process 0"
             ) from None
         server.listen(place.count)
         problem = ""
-        while len(there) < place.count - 1 and not problem:
+        while len(connected) < place.count - 1 and not problem:
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 other, _ = server.accept()
             except TimeoutError:
-                missing = [str(i) for i in range(1, place.count) if i not in there]
+                missing = [str(i) for i in range(1, place.count) if i not in connected]
                 i = missing[0]
                 problem = (
-                    f"process {', '.join(missing)} of {place.count} did not come to "
+                    f"process {', '.join(missing)} of {place.count} did not connect to "
                     f"{place.address} within {wait:g} s; start it with --distributed "
-                    f"{i}/{place.count}@{place.address}, or give more --distributed-wait"
+                    f"{i}/{place.count}@{place.address}, or raise --distributed-wait"
                 )
                 continue
             try:
                 other.settimeout(5)
                 number, count = map(int, other.recv(100).split())
-            except (OSError, ValueError):  # a stranger at the port
+            except (OSError, ValueError):  # not a gptjax process
                 other.close()
                 continue
             if count != place.count:
                 problem = (
-                    f"process {number} was told of {count} processes, and process 0 of "
+                    f"process {number} expects {count} processes, and process 0 expects "
                     f"{place.count}; give all the same number"
                 )
-            elif number in there or number == 0:
-                problem = f"two processes have the number {number} of {count}; give each its own"
-            there[-1 if problem else number] = other
-        for other in there.values():
+            elif number in connected or number == 0:
+                problem = f"two processes have rank {number} of {count}; give each its own"
+            connected[-1 if problem else number] = other
+        for other in connected.values():
             with other, suppress(OSError):
                 other.sendall(problem.encode() or b"all here")
                 other.shutdown(socket.SHUT_WR)
-                other.recv(1)  # until it has closed, for JAX is to listen at this port
+                other.recv(1)  # wait until it closes: JAX needs this port next
     if problem:
         raise UserError(problem)
 
 
 def _answer(place: Place, deadline: float, wait: float) -> None:
-    """Every other process's part."""
+    """The other processes: report to process 0 and wait for its answer."""
     problem = b""
     while not problem:
         try:
@@ -246,12 +250,12 @@ def _answer(place: Place, deadline: float, wait: float) -> None:
                 first.settimeout(wait + 10)
                 problem = first.recv(1000)
         except OSError:
-            pass  # it has not come yet
+            pass  # it is not listening yet
         if not problem:
             if time.monotonic() > deadline:
                 raise UserError(
                     f"process {place.number} found no process 0 at {place.address} within "
-                    f"{wait:g} s; start that one, or mend the address"
+                    f"{wait:g} s; start it, or correct the address"
                 )
             time.sleep(0.2)
     if problem != b"all here":

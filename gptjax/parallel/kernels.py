@@ -1,8 +1,8 @@
-"""Attention by the accelerators' own kernels, which never hold a (T, T) matrix: cuDNN's on NVIDIA
-GPUs, Pallas' splash attention on TPUs. Elsewhere XLA compiles the plain one of `model.py`.
+"""Fused attention kernels, which never materialise the (T, T) scores: cuDNN flash attention on
+NVIDIA GPUs, Pallas splash attention on TPUs. Elsewhere XLA compiles plain attention.
 
-Neither can drop attention weights, and neither serves decoding with a cache, which asks about one
-position at a time: that stays with the plain one. Letters as in `model.py`.
+Neither kernel supports attention dropout or cached decoding (one query at a time); both use plain
+attention. Letters as in `model.py`.
 """
 
 import math
@@ -13,27 +13,27 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax.attention import Attend, causal_attention
+from gptjax.attention import Kernel, causal_attention
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 
-BLOCKS = 512, 256, 128  # positions that a kernel takes at once; 128 are a TPU's lanes
-CUDNN_HEAD_SIZES = 128, 8  # the largest on every GPU, and what it must be a multiple of
+BLOCKS = 512, 256, 128  # block sizes in positions; 128 is the number of a TPU's lanes
+CUDNN_HEAD_SIZES = 128, 8  # largest head size supported on every GPU, and its required divisor
 
 
-def make_attend(config: ModelConfig, mesh: Mesh) -> Attend | None:
+def make_kernel(config: ModelConfig, mesh: Mesh) -> Kernel | None:
     """The kernel that `config.attention` asks for, on the devices of a mesh.
 
     Args:
-        config: of the network.
-        mesh: of `sharding.make_mesh`; each device attends for its rows and its heads.
+        config: the model's.
+        mesh: from `sharding.make_mesh`; each device computes its own rows and heads.
 
     Returns:
-        A function of q (B, T, H, D), k and v (B, T, G, D) that gives (B, T, H, D) and attends
-        causally; None: the plain one, which "auto" also means where no kernel fits.
+        Causal attention: q (B, T, H, D), k and v (B, T, G, D) -> (B, T, H, D). None: plain
+        attention, which "auto" also selects where no kernel fits.
 
     Raises:
-        UserError: a kernel was asked for by name that these devices or this network cannot use.
+        UserError: a kernel requested by name that these devices or this model cannot use.
     """
     device = mesh.devices.flat[0]
     by_kind = {"tpu": "splash", "gpu": "cudnn"}
@@ -45,14 +45,14 @@ def make_attend(config: ModelConfig, mesh: Mesh) -> Attend | None:
             return None
         raise UserError(f"model.attention={name} {reason}; give plain or auto")
     kernel = {"splash": splash, "cudnn": cudnn}[name]
-    # XLA cannot cut a kernel up by itself; heads of keys and values may be too few to share out.
+    # XLA cannot partition a kernel. Key and value heads may be too few for the tensor axis.
     heads = P(("data", "fsdp"), None, "tensor", None)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     shared = (config.n_kv_head or config.n_head) % mesh.shape["tensor"] == 0
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         B, T, H = q.shape[:3]
-        if T % BLOCKS[-1] or B % ways:  # such as the one token that parameters are drawn with
+        if T % BLOCKS[-1] or B % ways:  # such as the single token used for init
             return causal_attention(q, k, v)
         if not shared:
             k, v = (jnp.repeat(x, H // x.shape[2], axis=2) for x in (k, v))
@@ -61,15 +61,15 @@ def make_attend(config: ModelConfig, mesh: Mesh) -> Attend | None:
         specs = {"in_specs": (heads, heads, heads), "out_specs": heads}
         return jax.shard_map(kernel, mesh=mesh, check_vma=False, **specs)(q, k, v)
 
-    return attend
+    return Kernel(attend)
 
 
 def _unfit(name: str, config: ModelConfig, device: Any) -> str | None:
-    """Why a kernel cannot do the config's attention on a device; None: it can."""
+    """Reason why a kernel cannot compute this attention on a device; None: it can."""
     if share := config.dropped_attention:
-        return f"cannot drop attention weights, and the share to drop is {share}"
+        return f"does not support attention dropout, and it is {share}"
     if config.window is not None:
-        return f"sees all positions, and model.window is {config.window}"
+        return f"has no sliding window, and model.window is {config.window}"
     if config.block_size % BLOCKS[-1]:
         return (
             f"needs a model.block_size that is a multiple of {BLOCKS[-1]}, and it is "
@@ -86,27 +86,28 @@ def _unfit(name: str, config: ModelConfig, device: Any) -> str | None:
     largest, multiple = CUDNN_HEAD_SIZES
     if config.head_size > largest or config.head_size % multiple:
         return (
-            f"needs heads of a multiple of {multiple} up to {largest}, and a head's size n_embd / "
-            f"n_head is {config.head_size}"
+            f"needs a head size n_embd / n_head that is a multiple of {multiple} up to {largest}, "
+            f"and it is {config.head_size}"
         )
     return None
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention by cuDNN's flash attention; bfloat16 only.
+    """Causal cuDNN flash attention; bfloat16 only.
 
-    Source: Dao 2023 (FlashAttention-2), as `jax.nn.dot_product_attention` calls it.
+    Source: Dao 2023 (FlashAttention-2), through `jax.nn.dot_product_attention`.
     """
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
-    """Causal attention by Pallas' splash attention, which skips the blocks that the mask hides;
-    `interpret` runs it step by step on any machine, for tests.
+    """Causal Pallas splash attention, which skips masked blocks.
 
-    Source: `jax.experimental.pallas.ops.tpu.splash_attention`; it takes scaled queries.
+    `interpret` runs the kernel in Pallas' interpreter on any machine, for tests.
+
+    Source: `jax.experimental.pallas.ops.tpu.splash_attention`, which expects scaled queries.
     """
-    # Takes half a second to import, and only TPUs have a use for it.
+    # Imported here because it takes half a second and only TPUs use it.
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     T, H, D = q.shape[1:]

@@ -1,8 +1,8 @@
-"""Devices: one mesh, one table of rules. The model knows neither.
+"""Device mesh and sharding rules; the model knows neither.
 
-XLA's GSPMD partitions the jitted step from where its inputs lie, so parameters, optimizer state
-and batches are placed here. `on_mesh` tells it the two things that it would guess wrong: that a
-batch's rows stay where they are, and that a table is gathered to be looked up in.
+XLA's GSPMD partitions the jitted step by the shardings of its inputs, so parameters, optimizer
+state and batches are placed here. `on_mesh` adds two constraints that it would choose badly: a
+batch's rows stay on their devices, and tables are gathered before a lookup.
 """
 
 import math
@@ -13,24 +13,26 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import Config, MeshConfig
+from gptjax.config import MeshConfig
 from gptjax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # rows of a batch are spread over both
+ROWS = ("data", "fsdp")  # a batch's rows are sharded over both
 BATCH = P(ROWS)
+EVERYWHERE = P()
 # The tensor axis for sizes that a user does not choose freely (the tokenizer's vocabulary, few
 # heads of keys and values): where it does not divide, the leaf is whole along it.
 TENSOR = "tensor, if it divides"
 
-TABLES = r"(wte|wse|wbe|wre)/embedding"  # (V, C): of tokens, and of those before them
+TABLES = r"w[a-z]e/embedding"  # (V, C): wte, and tables that a model of your own adds to it
 
-# Path of a leaf, from its end, to the mesh axis of each of its axes. AdamW's moments have the
-# parameters' names, so one table covers the whole train state. Scalars need no rule.
+# Suffix of a leaf's path -> mesh axis of each of its axes. AdamW's moments have the parameters'
+# names, so one table covers the whole train state. Scalars need no rule.
 RULES: tuple[tuple[str, P], ...] = (
     (TABLES, P(TENSOR, "fsdp")),
     (r"wpe", P(None, "fsdp")),  # (block_size, C)
@@ -54,17 +56,20 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """The (data, fsdp, tensor) mesh that a run trains on, over devices; None: this machine's.
+def make_mesh(m: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """The (data, fsdp, tensor) mesh that a run trains on.
 
-    `mesh.data=None` takes as many of the remaining devices as divide the batch.
+    Args:
+        m: mesh sizes; `data=None` uses as many of the remaining devices as divide `rows`.
+        rows: of a micro-batch: `batch_size // accumulate`.
+        devices: to use, the first ones first; None: this machine's.
 
     Raises:
-        UserError: more devices asked for than there are, or a batch that does not divide.
+        UserError: more devices requested than available, or rows that `data * fsdp` does not
+            divide.
     """
     devices = jax.devices() if devices is None else devices
-    m, rows = config.mesh, config.batch_size // config.optim.accumulate
-    data = data_ways(config, len(devices))
+    data = data_ways(m, rows, len(devices))
     mesh = mesh_of(replace(m, data=data), devices)
     if rows % (data * m.fsdp):
         raise UserError(
@@ -74,9 +79,8 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     return mesh
 
 
-def data_ways(config: Config, available: int) -> int:
-    """`mesh.data`, or as many of so many devices as the other axes leave and the batch divides."""
-    m, rows = config.mesh, config.batch_size // config.optim.accumulate
+def data_ways(m: MeshConfig, rows: int, available: int) -> int:
+    """`mesh.data`; if None, the most of the devices left by fsdp and tensor that divide `rows`."""
     if m.data is not None:
         return m.data
     room = max(1, available // (m.fsdp * m.tensor))
@@ -84,34 +88,33 @@ def data_ways(config: Config, available: int) -> int:
 
 
 def mesh_of(m: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of these sizes (`data=None`: 1), over the first of the devices; None: of this
-    machine's.
+    """A mesh of these sizes (`data=None`: 1) over the first devices; None: this machine's.
 
     Raises:
-        UserError: more devices asked for than there are.
+        UserError: more devices requested than available.
     """
     devices = jax.devices() if devices is None else devices
     shape, available = (m.data or 1, m.fsdp, m.tensor), len(devices)
     if math.prod(shape) > available:
         raise UserError(
             f"the mesh data={shape[0]} x fsdp={m.fsdp} x tensor={m.tensor} needs "
-            f"{math.prod(shape)} devices and there are {available}; lower mesh.data, mesh.fsdp or "
-            f"mesh.tensor"
+            f"{math.prod(shape)} devices, and {available} are available; lower mesh.data, "
+            f"mesh.fsdp or mesh.tensor"
         )
     if jax.process_count() > 1 and math.prod(shape) < available:
         raise UserError(
-            f"the mesh data={shape[0]} x fsdp={m.fsdp} x tensor={m.tensor} leaves out devices of "
-            f"the {jax.process_count()} processes, which have {available}; raise mesh.data or "
+            f"the mesh data={shape[0]} x fsdp={m.fsdp} x tensor={m.tensor} does not use all "
+            f"{available} devices of the {jax.process_count()} processes; raise mesh.data or "
             f"mesh.fsdp, with a batch_size that they divide"
         )
-    # An axis of a TPU's torus may serve two of the mesh: else 4x4x4 chips would be no fsdp 32.
+    # An axis of a TPU's torus may be split between two mesh axes; fsdp 32 on 4x4x4 needs that.
     grid = create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
-    # Auto: XLA infers every sharding. The default, Explicit, would ask the model to name them.
+    # Auto: XLA infers the shardings of intermediates. Explicit would need them in the model.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """The sharding of each leaf of parameters, or of a whole train state, by `RULES`.
+    """Shardings of parameters or of a whole train state, by `RULES`.
 
     Args:
         mesh: from `make_mesh`.
@@ -135,23 +138,45 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def layout(mesh: Mesh, tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays or shapes, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        shardings(mesh, tree),
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array whose first axis is the rows of a batch."""
+    """Sharding of an array whose first axis is the batch."""
     return NamedSharding(mesh, BATCH)
 
 
-def batches_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of (n, B, T + 1) batches, one after the other."""
-    return NamedSharding(mesh, P(None, *BATCH))
+def put(mesh: Mesh, tree: Any, spec: P = EVERYWHERE) -> Any:
+    """Arrays of this host onto the devices of a mesh; by default each device gets all of them.
+
+    The arrays must be the same in all processes.
+    """
+    place = NamedSharding(mesh, spec)
+
+    def one(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == place:
+            return x
+        if place.is_fully_addressable:
+            return jax.device_put(x, place)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
 
 
 def on_mesh(model: nn.Module, mesh: Mesh) -> nn.Module:
-    """The model, its activations told where to lie on the mesh; to be used as any other."""
+    """The model with its activations constrained to the mesh; used like any other module."""
     return model if mesh.size == 1 else cast(nn.Module, OnMesh(model, mesh))
 
 
@@ -159,8 +184,8 @@ def on_mesh(model: nn.Module, mesh: Mesh) -> nn.Module:
 class OnMesh:
     """A module whose `apply` keeps the rows of a batch on their devices.
 
-    Left to itself, XLA lets activations follow the shards of the parameters: with fsdp it then
-    moves activations between devices in place of the smaller parameters, in every layer.
+    Without this, XLA lets activations follow the shards of the parameters: with fsdp it then moves
+    activations between devices instead of the smaller parameters, in every layer.
     """
 
     model: nn.Module
@@ -170,13 +195,13 @@ class OnMesh:
         return getattr(self.model, name)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own, what each part returns pinned along its first axis."""
+        """The module's `apply`, with every submodule's output sharded along its rows."""
         params = jax.tree_util.tree_map_with_path(self._table_whole, variables["params"])
         with nn.intercept_methods(self._pin):
             return self.model.apply({**variables, "params": params}, *args, **kwargs)
 
     def init_cache(self, batch: int) -> Any:
-        """As the module's own, its rows and its heads spread over the mesh."""
+        """The module's cache, with rows and heads sharded over the mesh."""
         rows = self._rows(batch)
         layers = P(None, rows, TENSOR)
         specs = {"k": layers, "v": layers}
@@ -189,11 +214,11 @@ class OnMesh:
         return jax.tree_util.tree_map_with_path(place, cache)
 
     def _rows(self, batch: int) -> Any:
-        """The mesh axes that this many rows are spread over."""
+        """Mesh axes that this many rows are sharded over."""
         return ROWS if batch % math.prod(self.mesh.shape[axis] for axis in ROWS) == 0 else None
 
     def _pin(self, method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        """Call a part of the module; the rows of what it returns, its cache apart, stay put."""
+        """Call a submodule and constrain the rows of its output, but not its cache."""
         result = method(*args, **kwargs)
         if context.method_name != "__call__":
             return result
@@ -203,8 +228,8 @@ class OnMesh:
         return (x, *cache) if isinstance(result, tuple) else x
 
     def _table_whole(self, path: Any, leaf: jax.Array) -> jax.Array:
-        """Gather a table over fsdp: looking up in one that is cut along its width would gather
-        the whole batch's activations instead."""
+        """Gather a table over fsdp: a lookup in a table sharded along its width would gather the
+        whole batch's activations instead."""
         if not re.search(rf"(^|/)({TABLES}|wpe)$", _name(path)):
             return leaf
         spec = _spec(_name(path), leaf.shape, self.mesh)
@@ -219,7 +244,7 @@ def _name(path: Any) -> str:
 
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The spec of the leaf called `name`; what no rule fits (of your own module) is replicated."""
+    """Spec of the leaf at path `name`; a leaf without a rule (a custom module's) is replicated."""
     for pattern, spec in RULES:
         if re.search(rf"(^|/){pattern}$", name) and len(spec) in (0, len(shape)):
             return _fitting(spec, shape, mesh)
@@ -227,7 +252,7 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def _fitting(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The spec with TENSOR decided."""
+    """The spec with TENSOR resolved: "tensor" if it divides the size, else None."""
     n = mesh.shape["tensor"]
     decide = lambda axis, size: axis if axis != TENSOR else "tensor" if size % n == 0 else None
     return P(*map(decide, spec, shape))

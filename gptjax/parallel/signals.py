@@ -1,4 +1,4 @@
-"""When a run is asked to stop: by a signal to one process, at the same step for all."""
+"""Graceful stop: a signal to any process stops all of them at the same step."""
 
 import os
 import signal
@@ -16,12 +16,13 @@ from jax.sharding import PartitionSpec as P
 
 @contextmanager
 def until_signal() -> Iterator[Callable[[], bool]]:
-    """Note the first Ctrl-C or SIGTERM, for the loop to stop at a whole step; obey the second."""
+    """Record the first Ctrl-C or SIGTERM, so that the loop can stop after a step; a second one acts
+    at once."""
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
-        os.write(2, b"\nstopping after this step, to save; once more to quit at once\n")
+        os.write(2, b"\nfinishing this step and saving; press Ctrl-C again to quit now\n")
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {}
@@ -35,12 +36,12 @@ def until_signal() -> Iterator[Callable[[], bool]]:
 
 
 class Stop:
-    """Whether to stop: asked of this process, or of any of several, which all stop together.
+    """Stop request shared by all processes.
 
     Args:
-        asked: whether this process was.
-        mesh: the devices that carry the question round; all processes must call `soon` and `now`
-            alike.
+        asked: whether this process was asked to stop.
+        mesh: devices that exchange the requests; all processes must call `soon` and `now` in the
+            same order.
     """
 
     def __init__(self, asked: Callable[[], bool], mesh: Mesh):
@@ -51,20 +52,20 @@ class Stop:
         self._votes: list[jax.Array] = []
 
     def soon(self) -> bool:
-        """As it was at the call before, so that nobody waits for the others."""
+        """Whether any process had been asked at the previous call; does not wait for the others."""
         if self._alone:
             return self._asked()
         self._votes.append(self._vote())
         return len(self._votes) > 1 and bool(self._votes.pop(0))
 
     def now(self) -> bool:
-        """As it is now."""
+        """Whether any process has been asked by now; waits for the others."""
         if self._alone:
             return self._asked()
         self._votes.clear()
         return bool(self._vote())
 
     def _vote(self) -> jax.Array:
-        """Ask the devices whether any process was asked; they answer when they get to it."""
+        """Start an asynchronous reduction over the devices: was any process asked?"""
         here = np.full(jax.local_device_count(), self._asked())
         return self._any(jax.make_array_from_process_local_data(self._rows, here))

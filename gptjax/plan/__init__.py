@@ -1,1 +1,1 @@
-"""What a run would take on accelerators: memory, time, communication."""
+"""Planning: the memory, time and communication of a run, estimated before it is started."""

@@ -1,6 +1,7 @@
-"""The train step compiled ahead of time, for devices that need not be here.
+"""Ahead-of-time compilation of the train step, for devices that need not be present.
 
-TPUs by libtpu, GPUs by the CUDA plug-in: the extra `plan`. Nothing is allocated or run.
+The extra `plan` installs the compilers: libtpu for TPUs, the CUDA plug-in for GPUs. Nothing is
+allocated or run.
 """
 
 import importlib.util
@@ -13,29 +14,30 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gptjax.assembly import assemble, trace
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.plan import chips, hlo
 from gptjax.plan.chips import Target
-from gptjax.programs import Programs
 
-CORPUS = 2**20  # tokens of the compiled step; a run's own lie on every device besides
+CORPUS = 2**20  # tokens of the compiled step; a run also keeps its own corpus on every device
 
 
 class Compiled(NamedTuple):
-    """What a compiler made of a train step, on each device.
+    """Costs of a compiled train step, per device.
 
     Attributes:
-        seconds: that it took.
-        refused: what it said if the memory does not suffice; None, and the rest is filled.
+        seconds: compile time.
+        refused: the compiler's out-of-memory message; None if it compiled. The fields with
+            defaults are set only then.
+        plain: whether plain attention replaced cuDNN's, which JAX lowers only where it finds cuDNN
+            and the GPU.
         arguments: bytes of the state and the tokens.
-        temporaries: bytes of what lives during the step only.
-        rest: bytes of results that take no argument's place, and of the program.
-        flops: of matmuls, as traced, an even share of them.
+        temporaries: bytes allocated during the step only.
+        rest: bytes of the program and of results that reuse no argument's buffer.
+        flops: matmul FLOPs as traced, divided evenly among the devices.
         traffic: bytes, see `hlo.Program.traffic`.
         collectives: see `hlo.Program.collectives`.
-        plain: whether plain attention took the place of cuDNN's, which JAX lowers only where it
-            finds cuDNN and the GPU itself.
     """
 
     seconds: float
@@ -50,23 +52,23 @@ class Compiled(NamedTuple):
 
 
 def compile_step(config: Config, vocab_size: int, devices: Sequence[Any]) -> Compiled:
-    """Compile the step that a run of `config` would make on the devices.
+    """Compile the train step of a config for the given devices.
 
     Args:
-        config: of the run.
+        config: the run's config.
         vocab_size: the tokenizer's.
-        devices: of this machine, or from `topology`.
+        devices: this machine's, or those of `topology`.
 
     Raises:
-        UserError: sizes that the mesh does not divide.
+        UserError: the mesh does not divide a size.
     """
     absent = getattr(devices[0], "client", None) is None or devices[0] not in jax.local_devices()
     plain = absent and devices[0].platform == "gpu" and config.model.attention != "plain"
     if plain:
         config = replace(config, model=replace(config.model, attention="plain"))
-    programs = Programs(config, vocab_size, devices=devices)
+    setup = assemble(config, vocab_size, devices=devices)
     start = time.perf_counter()
-    traced = programs.trace(CORPUS)
+    traced = trace(setup, CORPUS)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -84,7 +86,7 @@ def compile_step(config: Config, vocab_size: int, devices: Sequence[Any]) -> Com
         memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes,
-        count_flops(traced.jaxpr.jaxpr) / programs.mesh.size,
+        count_flops(traced.jaxpr.jaxpr) / setup.mesh.size,
         program.traffic(),
         program.collectives(),
     )
@@ -95,24 +97,24 @@ def _memory(compiled: Any) -> Any:
 
 
 def topology(target: Target) -> list[Any] | None:
-    """Stand-ins of devices that are not here, to compile for; None: their compiler is missing.
+    """Descriptions of absent devices to compile for; None: their compiler is not installed.
 
     Raises:
-        UserError: a shape that these chips do not come in.
+        UserError: the compiler rejects the topology.
     """
     from jax.experimental import topologies
 
     compiler = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}[target.chip.kind]
     if importlib.util.find_spec(compiler) is None:
         return None
-    jax.config.update("jax_platforms", "cpu")  # what is here is not asked for
-    # libtpu asks the network which TPU it is on, unless it is told.
+    jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not needed
+    # Without these, libtpu queries the network for the TPU that it runs on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         if target.chip.kind == "tpu":
-            # One device a chip, as JAX has it on real ones; v4 has two cores that could be apart.
+            # One device per chip, as on real TPUs; v4's two cores would otherwise count separately.
             options = {"chip_config_name": "megacore"} if target.name == "v4" else {}
             return topologies.get_topology_desc(str(target), "tpu", **options).devices
         each = min(target.count, target.chip.joined)
@@ -123,12 +125,14 @@ def topology(target: Target) -> list[Any] | None:
         ).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--plan {target}: its compiler refuses the shape: {reason}") from None
+        raise UserError(f"--plan {target}: the compiler rejects this topology: {reason}") from None
 
 
 def count_flops(jaxpr: Any) -> int:
-    """FLOPs of the matmuls of a traced function, on all devices; loops count as often as they go
-    round, and once where that is not known."""
+    """Matmul FLOPs of a traced function, summed over all devices.
+
+    A scan's body counts once per iteration; a while loop's, whose trip count is unknown, once.
+    """
     total = 0
     for eqn in jaxpr.eqns:
         inner = [count_flops(j) for j in _inner(eqn)]
@@ -151,7 +155,7 @@ def count_flops(jaxpr: Any) -> int:
 
 
 def _inner(eqn: Any) -> list[Any]:
-    """The jaxprs among an equation's parameters."""
+    """Jaxprs among an equation's parameters."""
     values = [v for v in eqn.params.values()]
     parts = [p for v in values for p in (v if isinstance(v, tuple | list) else (v,))]
     return [j for p in parts if hasattr(j := getattr(p, "jaxpr", p), "eqns")]

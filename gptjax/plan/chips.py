@@ -1,6 +1,6 @@
-"""What makers publish about their accelerators: plain data, each figure with its source.
+"""Published specifications of accelerators, each figure with its source.
 
-Rates are peaks that nobody reaches: `plan.py` divides by them to tell what a step takes at least.
+Rates are theoretical peaks: `plan.py` divides by them for a lower bound on the step time.
 """
 
 import math
@@ -18,18 +18,18 @@ class Chip:
     """One accelerator.
 
     Attributes:
-        title: its name.
+        title: product name.
         kind: "tpu" or "gpu".
         flops: bfloat16 matmul FLOP/s, without sparsity.
-        memory: bytes of its own memory.
-        usable: share of it that a program may have.
-        bandwidth: bytes/s of its own memory.
-        links: bytes/s that it can send to its neighbours, all links at once.
-        joined: most chips of one job that such links join (of a TPU pod, a GPU server).
-        network: bytes/s that it can send further than that; None: not published.
-        sizes: of a TPU's slice: 2 or 3 numbers, as in 4x4 or 2x2x1.
-        target: what the compiler must know of a GPU that is not here.
-        source: where the figures stand.
+        memory: bytes of device memory (HBM).
+        usable: fraction of `memory` that a program may use.
+        bandwidth: device memory bandwidth, bytes/s.
+        links: bytes/s sent to neighbours (ICI, NVLink), over all links together.
+        joined: most chips connected by such links: a TPU pod, a GPU server.
+        network: bytes/s sent beyond those links; None: not published.
+        source: where the figures come from.
+        sizes: dimensions of a slice's shape: 1 for GPUs, 2 (4x4) or 3 (2x2x1) for TPUs.
+        target: properties of a GPU that the compiler needs when it is absent.
     """
 
     title: str
@@ -46,23 +46,23 @@ class Chip:
     target: dict[str, Any] = field(default_factory=dict)
 
 
-# On GPUs JAX takes 75 % (XLA_PYTHON_CLIENT_MEM_FRACTION; docs.jax.dev, "GPU memory allocation"). Of
-# a TPU's memory a program may have what libtpu 0.0.42.1 says when it refuses one that is too large.
+# Of a GPU JAX allocates 75 % (XLA_PYTHON_CLIENT_MEM_FRACTION; docs.jax.dev, GPU memory allocation).
+# The usable memory of a TPU is the limit in libtpu 0.0.42.1's out-of-memory message.
 GPU_USABLE = 0.75
 # Read on 2026-11-25, in stored copies of the pages:
 # - TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. Links: half of the "bidirectional
-#   inter-chip interconnect bandwidth per chip". Network: its gigabits, or the host's cards over its
-#   chips. v5p's 95 GiB are of 96, less what the system keeps; v5e's memory has 819 GB/s, in other
-#   copies 800. JAX's own table (jax/_src/pallas/mosaic/tpu_info.py) agrees within 3 %, but for
-#   v5p's memory: 2460 GB/s there.
-# - GPUs, what drivers report of real ones: openxla/xla, xla/backends/gpu/target_config/specs (bytes
-#   and bandwidth of memory; for H100 and H200 cores x rate x clock = 989 TFLOP/s, for B200 2225).
-# - NVLink, in one direction, and cards: NVIDIA's entries to MLPerf inference v4.1 (H100, H200:
-#   18 links, 900 GB/s both ways, cards of 400 Gb/s) and docs.nvidia.com/dgx/dgxb200-user-guide
-#   (14.4 TB/s for eight, eight cards of 400 Gb/s).
-# Found only where others cite the makers, for NVIDIA's data sheets could not be read: A100's
-# 312 TFLOP/s, links and network; B200's 2250 TFLOP/s (jax-ml/scaling-book, gpus.md); v4's links
-# (Jouppi et al. 2023, table 4; the scaling book says 270 GB/s).
+#   inter-chip interconnect bandwidth per chip". Network: its published Gb/s, or the host's NICs
+#   divided by its chips. v5p's 95 GiB are 96 less what the system reserves; v5e's memory bandwidth
+#   is 819 GB/s, in other copies 800. JAX's own table (jax/_src/pallas/mosaic/tpu_info.py) agrees
+#   within 3 %, except for v5p's bandwidth: 2460 GB/s there.
+# - GPUs, as reported by drivers: openxla/xla, xla/backends/gpu/target_config/specs (memory size and
+#   bandwidth; for H100 and H200 cores x rate x clock = 989 TFLOP/s, for B200 2225).
+# - NVLink, in one direction, and NICs: NVIDIA's entries to MLPerf inference v4.1 (H100, H200:
+#   18 links, 900 GB/s bidirectional, 400 Gb/s NICs) and docs.nvidia.com/dgx/dgxb200-user-guide
+#   (14.4 TB/s for eight GPUs, eight 400 Gb/s NICs).
+# Secondary sources only, because NVIDIA's data sheets could not be read: A100's 312 TFLOP/s, links
+# and network; B200's 2250 TFLOP/s (jax-ml/scaling-book, gpus.md); v4's links (Jouppi et al. 2023,
+# table 4; the scaling book says 270 GB/s).
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         title="TPU v4",
@@ -184,18 +184,18 @@ CHIPS: dict[str, Chip] = {
 }
 
 
-KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # JAX's names for them
+KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # by JAX's `device_kind`
 
 
-def called(kind: str) -> Chip | None:
-    """The chip that JAX calls so (`device_kind`); None: none of these."""
+def by_device_kind(kind: str) -> Chip | None:
+    """The chip with this JAX `device_kind`; None: not in the table."""
     if kind in KINDS:
         return CHIPS[KINDS[kind]]
     return next((chip for chip in CHIPS.values() if chip.title == kind), None)
 
 
 class Target(NamedTuple):
-    """So many chips: `v5e:4x4`, `h100:8`."""
+    """A chip and how many of them: `v5e:4x4`, `h100:8`."""
 
     name: str
     chip: Chip
@@ -210,38 +210,40 @@ class Target(NamedTuple):
 
 
 def read_target(text: str) -> Target:
-    """What `--plan` names.
+    """Parse `--plan CHIP:SHAPE`.
 
     Raises:
-        UserError: an unknown chip, or sizes that it does not come in.
+        UserError: an unknown chip, or a shape that it does not come in.
     """
     name, _, sizes = text.partition(":")
     if name not in CHIPS:
         raise UserError(
-            f"--plan {text}: unknown chip {name!r}; give here, or one of {', '.join(CHIPS)} and "
-            f"how many, as in v5e:4x4 or h100:8"
+            f"--plan {text}: unknown chip {name!r}; give here, or one of {', '.join(CHIPS)} with "
+            f"a shape, such as v5e:4x4 or h100:8"
         )
     chip = CHIPS[name]
     numbers = tuple(int(n) for n in sizes.split("x")) if re.fullmatch(r"\d+(x\d+)*", sizes) else ()
     example = {1: "8", 2: "4x4", 3: "2x2x2"}[chip.sizes]
     if len(numbers) != chip.sizes or 0 in numbers:
-        raise UserError(f"--plan {text}: give how many {chip.title}, as in {name}:{example}")
+        raise UserError(
+            f"--plan {text}: expected a shape for {chip.title}, such as {name}:{example}"
+        )
     target = Target(name, chip, numbers)
     if chip.kind == "gpu" and target.count > chip.joined and target.count % chip.joined:
         raise UserError(
-            f"--plan {text}: servers hold {chip.joined} {chip.title}; give up to {chip.joined}, or "
-            f"a multiple"
+            f"--plan {text}: a server holds {chip.joined} {chip.title}; give at most "
+            f"{chip.joined} or a multiple of it"
         )
     if chip.kind == "tpu" and target.count > chip.joined:
         raise UserError(
-            f"--plan {text}: a job has up to {chip.joined} {chip.title}, and this is "
+            f"--plan {text}: a job has at most {chip.joined} {chip.title}, and this shape has "
             f"{target.count}; give fewer"
         )
     return target
 
 
 def gpu_target(chip: Chip) -> str:
-    """A GPU's description for a compiler that does not see one, as XLA's GpuTargetConfigProto."""
+    """XLA's GpuTargetConfigProto, as text: the GPU to compile for when none is present."""
     t = chip.target
     ampere = t["capability"] == 8
     core = 167936 if ampere else 233472

@@ -1,8 +1,8 @@
-"""What a step costs on each device of a mesh, by arithmetic alone: no compiler, no device.
+"""Analytical cost of a train step on each device of a mesh, without a compiler or a device.
 
-State is exact, for shapes and rules are known. The rest counts what has to be held and moved, in
-the letters of `model.py`; b is the rows of a device's micro-batch. `plan.py` compares it with what
-a compiler makes of the same step.
+The size of the state is exact, because shapes and sharding rules are known. The rest is a model of
+what has to be stored and moved. Letters as in `model.py`; b is the rows of a device's micro-batch.
+`plan.py` compares it with the compiled step.
 """
 
 import math
@@ -19,18 +19,18 @@ from gptjax.parallel.flops import count_params, flops_per_token
 from gptjax.plan.chips import Chip
 from gptjax.plan.hlo import Collective
 
-ROOM = 0.9  # of the memory that a proposal may fill, for the estimate is one
+ROOM = 0.9  # fraction of the memory that a proposal may fill, as a margin for the estimate
 
 
 class Cost(NamedTuple):
-    """Of one step, on one device.
+    """Cost of one step on one device.
 
     Attributes:
-        memory: bytes, by what they are for.
-        flops: made, what is computed again included.
-        traffic: bytes read from and written to the device's memory.
+        memory: bytes, by purpose.
+        flops: executed, recomputation included.
+        traffic: bytes read from and written to device memory.
         collectives: between devices.
-        useful: FLOPs that the model's arithmetic needs (`flops_per_token`).
+        useful: FLOPs of the model itself (`flops_per_token`), without recomputation.
     """
 
     memory: dict[str, float]
@@ -41,12 +41,12 @@ class Cost(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Bytes of memory."""
+        """Total bytes of memory."""
         return sum(self.memory.values())
 
 
 class Times(NamedTuple):
-    """Seconds that a step needs at least, for each thing by itself."""
+    """Lower bounds on a step's seconds, for each resource alone."""
 
     compute: float
     memory: float
@@ -54,26 +54,26 @@ class Times(NamedTuple):
 
     @property
     def least(self) -> float:
-        """If all three go on side by side: no step is faster (Williams et al. 2009, roofline)."""
+        """With perfect overlap: the roofline (Williams et al. 2009)."""
         return max(self)
 
     @property
     def most(self) -> float:
-        """If nothing overlaps, and each is at its peak."""
+        """With no overlap, each resource at its peak rate."""
         return sum(self)
 
 
 def times(cost: Cost, chip: Chip) -> Times:
-    """Of a cost on a chip, each thing at the published peak."""
+    """Times of a cost on a chip, each resource at its published peak."""
     sent = [c.wire * c.times / rate(c, chip) for c in cost.collectives]
     return Times(cost.flops / chip.flops, cost.traffic / chip.bandwidth, sum(sent))
 
 
 def rate(collective: Collective, chip: Chip) -> float:
-    """Bytes/s that a device sends in a collective: over the links, or where they end the network.
+    """Bytes/s that a device sends in a collective: over the links, or the network beyond them.
 
-    Devices of a mesh follow one another along its last axes first, so a group within one server
-    or pod shows by its positions.
+    Devices of a mesh are numbered along its last axes first, so the positions of a group show
+    whether it lies within one server or pod.
     """
     places = {device // chip.joined for device in collective.group}
     return chip.links if len(places) == 1 else chip.network or chip.links
@@ -83,12 +83,12 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     """The cost of a step of a GPT.
 
     Args:
-        config: of the run.
+        config: the run's config.
         state: shapes of its train state.
-        mesh: sizes of its axes; data is a number.
+        mesh: mesh sizes; `data` must be a number.
 
     Raises:
-        UserError: sizes that the mesh does not divide.
+        UserError: the mesh does not divide a size.
     """
     m, o = config.model, config.optim
     sizes = (mesh.data or 1, mesh.fsdp, mesh.tensor)
@@ -105,10 +105,10 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     params, held = _bytes(state.params, abstract), _bytes(state, abstract)
     layers = _bytes({"h": state.params["h"]}, abstract)
 
-    # Activations of a layer: what enters it, what its linear layers give, and the rest.
+    # Activations of a layer: its input, the outputs of its linear layers, and the rest.
     given = b * T * C * s
     dots = b * T * (C + kv + F_in) // t * s + 2 * b * T * C * s
-    seen = T  # positions whose scores are held: two windows, where `window_attention` serves
+    seen = T  # positions whose scores are stored: two windows with `window_attention`
     if m.window is not None and T % m.window == 0 and not m.dropped_attention:
         seen = min(T, 2 * m.window)
     weights = 0 if m.attention != "plain" else b * H * T * seen // t * (4 + s)
@@ -119,7 +119,7 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     memory = {
         "parameters": params,
         "optimizer": held - params,
-        # A sum besides the micro-batch's own, and the weights in the dtype of matmuls.
+        # With accumulation, a running sum too; the weights are cast to the compute dtype.
         "gradients": params * (1 + (o.accumulate > 1)),
         "weights in use": (params * s / 4 if s < 4 else 0) + 2 * layers / L * mesh.fsdp * s / 4,
         "activations": saved + 2 * (dots + rest) + 3 * weights,
@@ -131,7 +131,7 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     useful = flops_per_token(m, state.params) * tokens / devices
     again = 0
     if m.remat:
-        # All but a block's last matmul, whose result nothing asks for.
+        # All but a block's last matmul, whose output the backward pass does not need.
         linear = 2 * (count_params(state.params["h"]) - L * F * C)
         again += (linear if m.remat_saves == "nothing" else 0) + 4 * L * C * seen
     if config.loss_chunk is not None:
@@ -155,12 +155,12 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
 def _collectives(
     config: Config, mesh: MeshConfig, params: float, given: float, head: float
 ) -> list[Collective]:
-    """What the three axes make a step send; see `docs/plan.md`.
+    """Collectives of a step, by mesh axis; see `docs/plan.md`.
 
     Args:
-        params: bytes of a device's parameters, float32.
-        given: bytes of what enters a layer.
-        head: bytes of the head's whole matrix, both as matmuls take them.
+        params: bytes of a device's parameters, in float32.
+        given: bytes of a layer's input, in the compute dtype.
+        head: bytes of the whole head matrix, in the compute dtype.
     """
     m, G = config.model, config.optim.accumulate
     s = 2 if m.dtype == "bfloat16" else 4
@@ -172,13 +172,13 @@ def _collectives(
     }
     found = []
     part = round(params * s / 4)
-    if fsdp > 1:  # weights are gathered layer by layer, each time they are used
+    if fsdp > 1:  # weights are gathered layer by layer, at every use
         uses = 2 + (m.remat and m.remat_saves == "nothing")
         found.append(Collective("all-gather", part, group["fsdp"], uses * G))
         found.append(Collective("reduce-scatter", part * fsdp, group["fsdp"], G))
-    if data > 1:  # the gradient of every micro-batch is summed, as the matmuls give it
+    if data > 1:  # every micro-batch's gradient is summed, in the compute dtype
         found.append(Collective("all-reduce", part, group["data"], G))
-    if tensor > 1:  # each layer's two outputs are sums over the devices, there and back
+    if tensor > 1:  # each layer's two outputs are summed over devices, forward and backward
         times = m.n_layer * (4 + 2 * m.remat) * G
         found.append(Collective("all-reduce", round(given), group["tensor"], times))
     if config.loss_chunk is not None and data * fsdp > 1:  # the head's gradient, chunk by chunk
@@ -189,19 +189,19 @@ def _collectives(
 
 
 def _bytes(tree: Any, mesh: AbstractMesh) -> float:
-    """Of one device's part of a tree of shapes."""
+    """Bytes of one device's shard of a tree of shapes."""
     placed: Any = sharding.shardings(mesh, tree)  # pyright: ignore[reportArgumentType]
     part = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(jax.tree.leaves(jax.tree.map(part, tree, placed)))
 
 
 def _vocabulary_ways(V: int, tensor: int) -> int:
-    """Parts that the tensor axis cuts the vocabulary into."""
+    """Number of shards of the vocabulary along the tensor axis."""
     return tensor if V % tensor == 0 else 1
 
 
 def meshes(devices: int, chip: Chip) -> list[MeshConfig]:
-    """Every mesh of so many devices whose tensor axis stays within what links join."""
+    """Every mesh of this many devices whose tensor axis stays within the fast links."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     return [
         MeshConfig(devices // fsdp // tensor, fsdp, tensor)
@@ -214,13 +214,13 @@ def meshes(devices: int, chip: Chip) -> list[MeshConfig]:
 def proposals(
     config: Config, state: Any, chip: Chip, among: list[MeshConfig]
 ) -> list[tuple[Config, Cost]]:
-    """Meshes, accumulations and rematerialisations that fit by the estimate, fastest first.
+    """Combinations of mesh, accumulation and rematerialisation that fit by estimate, fastest first.
 
     Args:
-        config: of the run; its batch, model and numbers stay as they are.
+        config: the run's config; its batch and its results stay the same.
         state: shapes of its train state.
-        chip: of the devices.
-        among: the meshes to look at.
+        chip: the devices' chip.
+        among: meshes to consider.
     """
     found = []
     room = ROOM * chip.usable * chip.memory

@@ -1,8 +1,7 @@
-"""What a compiled program moves, read from its text (`compiled.as_text()`): collectives between
-devices, and traffic of a device's own memory. Loops count as often as they go round.
+"""Parser of optimized HLO (`compiled.as_text()`): collectives and memory traffic of a program.
 
-XLA's own `cost_analysis` counts a loop's body once, so a model with scanned layers looks as cheap
-as one layer. Standard library only.
+Operations in loops are multiplied by the trip count. XLA's own `cost_analysis` counts a loop's body
+once, so a model with scanned layers looks as cheap as one layer. Standard library only.
 """
 
 import itertools
@@ -15,7 +14,7 @@ KINDS = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
-# What moves nothing by itself.
+# Opcodes that move no data themselves.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "opt-barrier", "partition-id", "replica-id", "iota", "async-start"),
@@ -39,19 +38,19 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> tuple[str, ...]:
-        """The computations that it applies."""
+        """Names of the computations that it calls."""
         found = [several or one for several, one in CALLED.findall(self.attributes)]
         return tuple(name.lstrip("%") for names in found for name in names.split(", ") if name)
 
 
 class Collective(NamedTuple):
-    """A collective operation of one device.
+    """A collective operation, as seen by one device.
 
     Attributes:
         kind: one of `KINDS`.
-        bytes: of its operands on one device.
-        group: positions in the mesh of the devices that take part, of one of the groups.
-        times: how often it runs in one call of the program.
+        bytes: size of its operands on one device.
+        group: mesh positions of the participating devices, for the first group.
+        times: executions in one call of the program.
     """
 
     kind: str
@@ -61,7 +60,7 @@ class Collective(NamedTuple):
 
     @property
     def wire(self) -> float:
-        """Bytes that one device sends each time, by the ring algorithms.
+        """Bytes that one device sends per execution with ring algorithms.
 
         Source: Thakur, Rabenseifner and Gropp 2005, "Optimization of collective communication".
         """
@@ -83,10 +82,10 @@ class Collective(NamedTuple):
 
 
 class Program:
-    """A compiled program's text, taken apart.
+    """A parsed optimized HLO module.
 
     Args:
-        text: of an optimized HLO module, as `compiled.as_text()` gives it.
+        text: the module, from `compiled.as_text()`.
     """
 
     def __init__(self, text: str):
@@ -98,7 +97,7 @@ class Program:
                 entry = header[2] if header[1] else entry
             elif line.startswith(" ") and " = " in line and (instruction := _instruction(line)):
                 current.append(instruction)
-        self.times: defaultdict[str, int] = defaultdict(int)  # how often each computation runs
+        self.times: defaultdict[str, int] = defaultdict(int)  # executions of each computation
         self._fused: set[str] = set()
         self._visit(entry, 1, fused=False)
 
@@ -114,7 +113,7 @@ class Program:
                 self._visit(called, times * rounds, inside)
 
     def _trip_count(self, loop: Instruction) -> int:
-        """Rounds of a loop that counts up from 0 to a constant; 1 where that is not to be seen."""
+        """Iterations of a loop that counts from 0 to a constant; 1 if that cannot be determined."""
         if known := re.search(r'known_trip_count":?\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         [condition] = re.findall(r"condition=%?([\w.\-]+)", loop.attributes)
@@ -127,9 +126,9 @@ class Program:
         return max(1, int(limit[0])) if limit else 1
 
     def collectives(self) -> list[Collective]:
-        """All of them, one entry for each instruction.
+        """Every collective, one entry per instruction.
 
-        A collective that the TPU compiler cuts into pieces, to work meanwhile, counts once.
+        A collective that the TPU compiler splits to overlap it with compute counts once.
         """
         found, channels = [], set()
         for name, instructions in self.computations.items():
@@ -147,8 +146,10 @@ class Program:
         return found
 
     def traffic(self) -> int:
-        """Bytes that one device reads from and writes to its main memory in one call: operands and
-        results of everything that is not fused; of an array that is only sliced, the slices."""
+        """Bytes that one device reads from and writes to main memory in one call.
+
+        Counts operands and results outside fusions; of an array that is only sliced, the slices.
+        """
         total = 0
         for name, instructions in self.computations.items():
             if name in self._fused or not self.times[name]:
@@ -169,16 +170,16 @@ class Program:
                 return 2 * given[1]
             case "fusion" if i.called and i.called[0] in self.computations:
                 return self._fusion(self.computations[i.called[0]], given, result)
-            case "custom-call" if not any(given):  # a buffer that others will fill
+            case "custom-call" if not any(given):  # allocates a buffer, filled later
                 return 0
-            case "slice-start":  # to the core's own memory; the tuple names the operand again
+            case "slice-start":  # to on-chip memory; the tuple repeats the operand
                 return _bytes(i.shape) - _bytes(shapes.get(i.operands[0], ""))
         if i.opcode.endswith("-start"):
             return max(result, sum(given))
         return result + sum(given)
 
     def _fusion(self, body: list[Instruction], given: list[int], result: int) -> int:
-        """Bytes read and written by a fusion, which keeps what lies between to itself."""
+        """Bytes read and written by a fusion; its intermediate values stay on chip."""
         users: defaultdict[str, list[Instruction]] = defaultdict(list)
         for i in body:
             for operand in i.operands:
@@ -187,7 +188,7 @@ class Program:
         made = {i.name: i for i in body}
 
         def read(name: str) -> int | None:
-            """Bytes of the slices that are all that is used; None: the whole is."""
+            """Bytes of the slices that are used; None: the whole array is."""
             total = 0
             for user in users[name]:
                 if user.opcode == "bitcast":
@@ -221,13 +222,13 @@ def _instruction(line: str) -> Instruction | None:
     shape, rest = _balanced(rest) if rest.startswith("(") else tuple(rest.split(" ", 1))
     opcode, _, rest = rest.strip().partition("(")
     operands, attributes = _balanced("(" + rest)
-    # A constant's and a parameter's "operand" is its value or number.
+    # The "operand" of a constant is its value, of a parameter its number.
     names = re.findall(r"%([\w.\-]+)", operands) or [operands.strip("()")]
     return Instruction(name.lstrip("%"), shape, opcode, tuple(names), attributes)
 
 
 def _balanced(text: str) -> tuple[str, str]:
-    """Split after the parenthesis that closes the first one."""
+    """Split after the parenthesis that matches the first one."""
     depth = 0
     for at, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -237,8 +238,8 @@ def _balanced(text: str) -> tuple[str, str]:
 
 
 def _bytes(shape: str, main: bool = False) -> int:
-    """Size of an array or a tuple; with `main`, only of what lies in main memory (a TPU's layouts
-    name other memories as S(1), ...)."""
+    """Bytes of an array or a tuple; with `main`, only of the parts in main memory (TPU layouts mark
+    other memory spaces as S(1), ...)."""
     total = 0
     for kind, sizes, layout in ARRAY.findall(shape):
         bits = re.search(r"\d+", kind)
@@ -258,7 +259,7 @@ def _place(device: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _group(attributes: str) -> tuple[int, ...]:
-    """The first group of devices of a collective, in any of the ways it is written."""
+    """First device group of a collective, in any of HLO's notations."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return _ring([tuple(map(int, p.split(","))) for p in re.findall(r"\d+,\d+", pairs[1])])
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
@@ -267,7 +268,7 @@ def _group(attributes: str) -> tuple[int, ...]:
     if iota:
         [shape, source, order] = [_ints(text) for text in iota.groups()]
         return _transposed(source, order or tuple(range(len(source))))[: shape[-1]]
-    ids = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"  # in another order than 0, 1, ...
+    ids = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"  # if not 0, 1, ...
     if named := re.search(rf"replica_groups=mesh\[(.*?)\]{ids} ?\{{(.*?)\}}", attributes):
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
         inside = re.findall(r"'(\w+)'", named[4])
@@ -281,7 +282,7 @@ def _group(attributes: str) -> tuple[int, ...]:
 
 
 def _ring(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The devices that a permutation takes the first one's data through."""
+    """The cycle of devices that a permutation sends the first one's data through."""
     after = {a: b for a, b in pairs}
     seen = [pairs[0][0]] if pairs else [0]
     while (following := after.get(seen[-1])) is not None and following not in seen:

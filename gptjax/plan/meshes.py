@@ -1,8 +1,7 @@
-"""What each mesh keeps and moves: `python -m gptjax.plan.meshes` trains one small GPT on 1 to 8
-simulated devices, on every mesh of theirs, and compares with one device.
+"""`gptjax meshes`: memory and communication of every mesh of 1 to 8 simulated devices.
 
-The bytes are counted in the compiled program, as any number of real devices would send them; only
-times cannot be told from devices that share a processor.
+Trains one small GPT on each mesh and compares it with one device. The bytes are counted in the
+compiled program and hold for real devices too; times do not, because simulated devices share a CPU.
 """
 
 import sys
@@ -18,11 +17,12 @@ from rich.progress import track
 from rich.table import Table
 
 from gptjax import cli
+from gptjax.assembly import assemble
 from gptjax.cache import use_compilation_cache
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
 from gptjax.errors import one_line_errors
+from gptjax.parallel import sharding
 from gptjax.plan.hlo import Program
-from gptjax.programs import Programs
 from gptjax.step import TrainState
 
 STEPS, VOCAB = 20, 64
@@ -38,7 +38,7 @@ MODERN = replace(
     model=replace(
         PLAIN.model,
         **{"n_kv_head": 2, "norm": "rms", "position": "rotary", "activation": "swiglu"},
-        **{"ngram": 2, "tie_head": False, "dropout": 0.1},
+        **{"tie_head": False, "dropout": 0.1},
     ),
     optim=replace(PLAIN.optim, kind="muon", ema=0.9, accumulate=2),
 )
@@ -55,17 +55,17 @@ class MeshesCommand:
 
 
 class Row(NamedTuple):
-    """What a mesh does, on each of its devices."""
+    """Results of one mesh, per device."""
 
     mesh: MeshConfig
     losses: np.ndarray  # (STEPS,)
     state: int  # bytes of parameters, moments and averages
-    flops: float  # of the compiled program: its loop's body, once
-    moved: dict[str, tuple[int, float]]  # times and bytes sent in a step, by kind and axes
+    flops: float  # of the compiled program, which counts a loop's body once
+    moved: dict[str, tuple[int, float]]  # count and bytes sent per step, by kind and axes
 
 
 def meshes(devices: int = 8) -> list[MeshConfig]:
-    """Every mesh of 1, 2, 4, ... devices, of few devices and few axes first."""
+    """Every mesh of 1, 2, 4, ... devices, those with fewer devices and axes first."""
     sizes = [2**n for n in range(devices.bit_length())]
     found = [MeshConfig(d, f, t) for d in sizes for f in sizes for t in sizes]
     count = lambda m: m.data * m.fsdp * m.tensor
@@ -74,24 +74,25 @@ def meshes(devices: int = 8) -> list[MeshConfig]:
 
 
 def measure(config: Config) -> Row:
-    """Train on the config's mesh; its state, its losses and what its program moves.
+    """Train on the config's mesh and measure its losses, memory and communication.
 
     Args:
-        config: with no more steps than one dispatch.
+        config: `steps` must not exceed `steps_per_dispatch`.
     """
-    programs = Programs(config, VOCAB)
+    setup = assemble(config, VOCAB)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 2000).astype(np.uint16)
-    state, tokens = programs.start(), programs.put(tokens)
-    compiled = programs.train_steps.lower(state, tokens, programs.seed_key, config.steps).compile()
+    arguments = setup.start(), sharding.put(setup.mesh, tokens), setup.seed_key(), 0, config.steps
+    compiled = setup.steps.lower(*arguments).compile()
+    state, *rest = arguments
     kept = kept_bytes(state)
-    _, out = compiled(state, tokens, programs.seed_key, config.steps)
+    _, log = compiled(state, *rest)
     moved: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for c in Program(compiled.as_text() or "").collectives():
-        name = f"{c.kind} {'+'.join(c.axes(dict(programs.mesh.shape)))}"
+        name = f"{c.kind} {'+'.join(c.axes(dict(setup.mesh.shape)))}"
         times, nbytes = moved[name]
         moved[name] = times + c.times, nbytes + c.times * c.wire
     flops = (compiled.cost_analysis() or {})["flops"]
-    return Row(config.mesh, np.asarray(out.loss), kept, flops, dict(moved))
+    return Row(config.mesh, np.asarray(log["loss"]), kept, flops, dict(moved))
 
 
 def kept_bytes(state: TrainState) -> int:
@@ -100,10 +101,10 @@ def kept_bytes(state: TrainState) -> int:
 
 
 def table(rows: list[Row]) -> Table:
-    """The rows, each beside the first, which is of one device."""
+    """Table of the rows, each compared with the first, which is one device."""
     one = rows[0]
     shown = Table(box=MARKDOWN)
-    for name in ("mesh", "loss differs by", "state, KB", "FLOPs", "sent in a step, KB (times)"):
+    for name in ("mesh", "loss difference", "state, KB", "FLOPs", "sent per step, KB (count)"):
         shown.add_column(name)
     for row in rows:
         sent = sorted(row.moved.items(), key=lambda item: -item[1][1])
@@ -119,7 +120,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def described(mesh: MeshConfig) -> str:
-    """Its axes of more than one device."""
+    """The axes with more than one device."""
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
     return ", ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
 

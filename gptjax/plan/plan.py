@@ -1,7 +1,7 @@
-"""`train.py --plan`: what a run would take on accelerators, before one is paid for.
+"""`--plan`: estimate a run's memory, time and communication on accelerators before using them.
 
-The run's own step is compiled for them where the compiler is at hand (`aot.py`), and else told by
-arithmetic (`estimate.py`). Nothing is run, no weights are allocated, no folder is made.
+The train step is compiled for them if their compiler is installed (`aot.py`), and otherwise
+estimated analytically (`estimate.py`). Nothing is run, no weights are allocated, no folder is made.
 """
 
 import re
@@ -15,22 +15,21 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from gptjax.assembly import assemble
 from gptjax.config import Config, MeshConfig
-from gptjax.console import processor
 from gptjax.errors import UserError
 from gptjax.parallel import sharding
-from gptjax.parallel.flops import matmul_peak, memory_rate
+from gptjax.parallel.flops import matmul_peak, memory_rate, processor
 from gptjax.plan import aot, chips, estimate
 from gptjax.plan.chips import GIB, Chip
 from gptjax.plan.estimate import Cost
-from gptjax.programs import Programs
 from gptjax.text.dataset import open_dataset
 
-TRIES = 3  # proposals that are compiled, until one fits
+TRIES = 3  # proposals to compile until one fits
 
 
 class Plan(NamedTuple):
-    """What a step of a config would take on each of the devices; `compiled`: None by arithmetic."""
+    """Cost per device of a step of `config`; `compiled` is None for an analytical estimate."""
 
     config: Config
     cost: Cost
@@ -38,7 +37,7 @@ class Plan(NamedTuple):
 
     @property
     def refused(self) -> str | None:
-        """What the compiler said of memory that does not suffice."""
+        """The compiler's out-of-memory message, if any."""
         return self.compiled.refused if self.compiled else None
 
     def fits(self, chip: Chip) -> bool:
@@ -46,20 +45,18 @@ class Plan(NamedTuple):
 
 
 def plan(config: Config, text: str, console: Console | None = None) -> Plan:
-    """Print what a run would take on the accelerators that `text` names.
+    """Print the plan of a run on the accelerators named by `text`.
 
     Args:
-        config: of the run.
+        config: the run's config.
         text: `v5e:4x4`, `h100:8`, ... (`chips.CHIPS`), or `here`.
-        console: where to; None: standard output.
+        console: output; None: standard output.
 
     Raises:
-        UserError: unknown chips, sizes that do not divide, or a step that does not fit; then the
-            message says what does.
+        UserError: unknown chips, sizes that the mesh does not divide, or a step that does not fit
+            (the message then gives flags of one that does).
     """
     console = console or Console(highlight=False)
-    if config.model.kind != "gpt":
-        raise UserError(f"--plan knows GPTs only, and model.kind is {config.model.kind}")
     devices: Sequence[Any] | None
     if text == "here":
         devices = jax.devices()
@@ -73,42 +70,45 @@ def plan(config: Config, text: str, console: Console | None = None) -> Plan:
     )
     state = _shapes(config, vocab_size)
 
-    def made(config: Config) -> Plan:
-        return make(config, vocab_size, state, count, devices)
+    def planned(config: Config) -> Plan:
+        return make_plan(config, vocab_size, state, count, devices)
 
-    asked = made(config)
-    tell(asked, chip, text, console)
-    if asked.fits(chip):
-        return asked
+    requested = planned(config)
+    show(requested, chip, text, console)
+    if requested.fits(chip):
+        return requested
     among = estimate.meshes(count, chip)
     for candidate, _ in estimate.proposals(config, state, chip, among)[:TRIES]:
-        better = made(candidate)
+        better = planned(candidate)
         if better.fits(chip):
             console.print()
-            tell(better, chip, f"{text}, what fits", console)
-            raise UserError(f"{_refusal(asked, chip)}; this does: {flags(better.config, config)}")
+            show(better, chip, f"{text}, a plan that fits", console)
+            raise UserError(
+                f"{_refusal(requested, chip)}; this fits: {flags(better.config, config)}"
+            )
     raise UserError(
-        f"{_refusal(asked, chip)}, and no mesh, accumulation or rematerialisation that does was "
-        f"found; take more devices"
+        f"{_refusal(requested, chip)}, and no mesh, accumulation or rematerialisation that fits "
+        f"was found; use more devices"
     )
 
 
-def make(
+def make_plan(
     config: Config, vocab_size: int, state: Any, count: int, devices: Sequence[Any] | None
 ) -> Plan:
-    """The plan of a config: compiled for devices, or by arithmetic for so many if there are none.
+    """Plan a config: compiled for `devices`, or analytically for `count` of them.
 
     Args:
-        config: of the run.
+        config: the run's config.
         vocab_size: the tokenizer's.
         state: shapes of its train state.
-        count: of devices.
-        devices: see `aot.compile_step`; None: no compiler is here.
+        count: number of devices.
+        devices: see `aot.compile_step`; None: no compiler is installed.
 
     Raises:
-        UserError: sizes that the mesh does not divide.
+        UserError: the mesh does not divide a size.
     """
-    mesh = replace(config.mesh, data=sharding.data_ways(config, count))
+    rows = config.batch_size // config.optim.accumulate
+    mesh = replace(config.mesh, data=sharding.data_ways(config.mesh, rows, count))
     config = replace(config, mesh=mesh)
     cost = estimate.estimate(config, state, mesh)
     if devices is None:
@@ -130,45 +130,45 @@ def make(
     )
 
 
-def tell(plan: Plan, chip: Chip, title: str, console: Console) -> None:
+def show(plan: Plan, chip: Chip, title: str, console: Console) -> None:
     """Print a plan's tables."""
     config, mesh = plan.config, plan.config.mesh
     m, sizes = config.model, {"data": mesh.data or 1, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
     count = mesh.fsdp * mesh.tensor * (mesh.data or 1)
     rows = config.batch_size // config.optim.accumulate // (sizes["data"] * mesh.fsdp)
-    how = "by arithmetic alone: pip install -e '.[plan]' compiles the step itself"
+    how = "estimated analytically; pip install -e '.[plan]' to compile the step itself"
     if plan.compiled:
         how = f"the step compiled in {plan.compiled.seconds:.0f} s; nothing was run"
         if plan.compiled.refused:
-            how = "refused by the compiler for its memory; these figures are by arithmetic"
+            how = "the compiler ran out of device memory; these figures are analytical"
     console.print(
         f"{title}: {count} x {chip.title}, "
-        f"{' x '.join(f'{name} {n}' for name, n in sizes.items())}; each {config.optim.accumulate} "
-        f"x {rows} windows of {m.block_size} tokens; rematerialisation "
-        f"{m.remat_saves + ' kept' if m.remat else 'off'}\n{how}",
+        f"{' x '.join(f'{name} {n}' for name, n in sizes.items())}; per device "
+        f"{config.optim.accumulate} x {rows} sequences of {m.block_size} tokens; rematerialisation "
+        f"{f'on, saving {m.remat_saves}' if m.remat else 'off'}\n{how}",
         markup=False,
         soft_wrap=True,
     )
     if plan.compiled and plan.compiled.plain:
         console.print(
-            "with plain attention: cuDNN's kernel would hold and move less",
+            "compiled with plain attention; cuDNN's kernel would need less memory and traffic",
             markup=False,
             soft_wrap=True,
         )
 
-    table = Table("memory of a device", title_justify="left", box=None, pad_edge=False)
+    table = Table("memory per device", title_justify="left", box=None, pad_edge=False)
     table.add_column("GiB", justify="right")
-    for kind, size in [*plan.cost.memory.items(), ("in all", plan.cost.total)]:
+    for kind, size in [*plan.cost.memory.items(), ("total", plan.cost.total)]:
         table.add_row(kind, f"{size / GIB:.2f}")
-    table.add_row("there is", f"{chip.usable * chip.memory / GIB:.2f}")
+    table.add_row("available", f"{chip.usable * chip.memory / GIB:.2f}")
     console.print(table)
     if plan.refused:
         return
 
     times = estimate.times(plan.cost, chip)
     sent = sum(c.wire * c.times for c in plan.cost.collectives)
-    table = Table("a step of a device", box=None, pad_edge=False)
-    for column in ("needs", "at peak", "seconds"):
+    table = Table("step, per device", box=None, pad_edge=False)
+    for column in ("amount", "peak rate", "seconds"):
         table.add_column(column, justify="right")
     for name, amount, unit, peak, seconds in (
         ("compute", plan.cost.flops, "TFLOP", chip.flops, times.compute),
@@ -185,12 +185,12 @@ def tell(plan: Plan, chip: Chip, title: str, console: Console) -> None:
     useful = plan.cost.useful / chip.flops
     slowest = max(times._asdict(), key=lambda name: getattr(times, name))
     for words, seconds in (
-        ("at the least", times.least),
-        ("if nothing overlaps", times.most),
+        ("lower bound", times.least),
+        ("without overlap", times.most),
     ):
         console.print(
-            f"{words}: {seconds:.3g} s a step, {tokens / seconds:,.0f} tokens/s, "
-            f"{useful / seconds:.0%} of the compute peak, {config.steps * seconds / 86400:,.1f} "
+            f"{words}: {seconds:.3g} s per step, {tokens / seconds:,.0f} tokens/s, "
+            f"{useful / seconds:.0%} MFU, {config.steps * seconds / 86400:,.1f} "
             f"days for {config.steps * tokens / 1e9:,.3g} B tokens",
             markup=False,
             soft_wrap=True,
@@ -199,15 +199,15 @@ def tell(plan: Plan, chip: Chip, title: str, console: Console) -> None:
 
 
 def _collectives(plan: Plan, chip: Chip, sizes: dict[str, int]) -> Table:
-    """The table of what devices send to one another, kind by kind and axis by axis."""
+    """Table of collectives, by kind and mesh axis."""
     sums: defaultdict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for c in plan.cost.collectives:
         total = sums[c.kind, " ".join(c.axes(sizes))]
         total[0] += c.times
         total[1] += c.wire * c.times
         total[2] += c.wire * c.times / estimate.rate(c, chip)
-    table = Table("collectives of a step", "along", box=None, pad_edge=False)
-    for column in ("times", "GB sent", "seconds"):
+    table = Table("collectives per step", "axis", box=None, pad_edge=False)
+    for column in ("count", "GB sent", "seconds"):
         table.add_column(column, justify="right")
     for (kind, axes), (n, size, seconds) in sorted(sums.items(), key=lambda kv: -kv[1][1]):
         table.add_row(kind, axes, f"{n:,.0f}", f"{size / 1e9:,.2f}", f"{seconds:.3g}")
@@ -215,7 +215,7 @@ def _collectives(plan: Plan, chip: Chip, sizes: dict[str, int]) -> Table:
 
 
 def flags(config: Config, than: Config) -> str:
-    """The flags that turn one config into the other, of those that `estimate.proposals` sets."""
+    """Flags that turn `than` into `config`, for the fields that `estimate.proposals` sets."""
     m = config.mesh
     words = [f"--mesh.data {m.data} --mesh.fsdp {m.fsdp} --mesh.tensor {m.tensor}"]
     if config.optim.accumulate != than.optim.accumulate:
@@ -228,24 +228,24 @@ def flags(config: Config, than: Config) -> str:
 
 
 def _refusal(plan: Plan, chip: Chip) -> str:
-    """That a plan does not fit, and by how much."""
+    """Say that a plan does not fit, and by how much."""
     needs = f"{plan.cost.total / GIB:.1f} GiB"
     if said := re.search(r"([\d.]+)([GMK])\)? (?:exceeds|of)", plan.refused or ""):
         needs = f"{said[1]} {said[2]}iB"
-    room = chip.usable * chip.memory / GIB
-    return f"it does not fit: a device needs {needs}, and {chip.title} gives {room:.1f} GiB"
+    available = chip.usable * chip.memory / GIB
+    return f"it does not fit: a device needs {needs}, and {chip.title} has {available:.1f} GiB"
 
 
 def _shapes(config: Config, vocab_size: int) -> Any:
-    """Shapes of the train state, whatever the devices."""
+    """Shapes of the train state, which do not depend on the devices."""
     one = replace(config, mesh=MeshConfig(1), model=replace(config.model, attention="plain"))
-    return Programs(one, vocab_size).abstract
+    return assemble(one, vocab_size).layout
 
 
 def _here(config: Config) -> Chip:
-    """This machine's devices: an accelerator that is known, or what can be measured of others."""
+    """This machine's devices: published figures if known, otherwise measured."""
     device = jax.devices()[0]
-    if known := chips.called(device.device_kind):
+    if known := chips.by_device_kind(device.device_kind):
         return known
     meminfo = Path("/proc/meminfo")
     found = re.search(r"MemTotal: +(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
@@ -260,5 +260,5 @@ def _here(config: Config) -> Chip:
         links=bandwidth / count,
         joined=count,
         network=None,
-        source="a large matmul and a large addition, measured just now",
+        source="measured now with a large matmul and a large addition",
     )

@@ -213,6 +213,49 @@ class ByteTokenizer:
         return json.dumps({"type": "byte", **end}) + "\n"
 
 
+@dataclass(frozen=True)
+class IdTokenizer:
+    """Ids written as numbers, "12 7 3": for batches that stand for no text.
+
+    Args:
+        vocab_size: V; ids are 0 .. V - 1.
+    """
+
+    vocab_size: int
+    end_of_text: int | None = None
+    cuttable: bool = False
+
+    def encode_batch(self, texts: list[str], unknown: Unknown = "error") -> list[np.ndarray]:
+        """`encode` each text."""
+        return [self.encode(text, unknown) for text in texts]
+
+    def encode(self, text: str, unknown: Unknown = "error") -> np.ndarray:
+        """Numbers between blanks to (N,) int32 ids.
+
+        Raises:
+            UserError: something else than such numbers.
+        """
+        words = text.split()
+        good = [word for word in words if word.isdecimal() and int(word) < self.vocab_size]
+        if len(good) < len(words) and unknown != "skip":
+            raise UserError(
+                f"{text[:40]!r}: expected ids below {self.vocab_size} between blanks, as in 1 2 3"
+            )
+        return np.array([int(word) for word in good], np.int32)
+
+    def decode(self, ids: Any) -> str:
+        """(N,) ids to numbers, each followed by a blank."""
+        return "".join(f"{int(i)} " for i in ids)
+
+    def count_bytes(self, ids: Any) -> int:
+        """Bytes of the decoded text."""
+        return len(self.decode(ids))
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return json.dumps({"type": "ids", "vocab_size": self.vocab_size})
+
+
 class StreamDecoder:
     """Decodes generated tokens as they arrive; never splits a character.
 
@@ -272,6 +315,11 @@ def from_json(text: str) -> Tokenizer:
             return SentencePieceTokenizer(base64.b64decode(values["model"], validate=True))
         except (KeyError, TypeError, binascii.Error):
             raise UserError("the SentencePiece model must be in base64") from None
+    if kind == "ids":
+        size = values.get("vocab_size")
+        if type(size) is not int or not 0 < size < 2**31:
+            raise UserError(f"vocab_size must be a number above 0, got {size!r}")
+        return IdTokenizer(size)
     if kind == "byte":
         return ByteTokenizer(_end_of_text(values, 256))
     if kind != "char":
