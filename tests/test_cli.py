@@ -134,13 +134,13 @@ TRAIN_MESSAGES = [
     ("--distributed-wait 0", "--distributed-wait 0 is too small; give 1 or more seconds"),
     (
         "--resume --run nope",
-        "runs/nope is not a run's folder (it has no config.json); runs here: none",
+        "runs/nope is not a run's folder (it has no config.json); available runs: none",
     ),
-    ("--resume", "there is no run in runs/; make one with python train.py"),
+    ("--resume", "there is no run in runs/; train one with python train.py"),
     ("--resume=true", "give --resume alone, without a value"),
     (
         "--resume --config tiny",
-        "there is no run of preset tiny in runs/; make one with python train.py",
+        "there is no run of preset tiny in runs/; train one with python train.py",
     ),
 ]
 

@@ -37,7 +37,9 @@ def refusal(argv: list[str]) -> str:
 
 def test_nothing_to_draw(run):
     assert refusal([]) == "runs/a has no metrics yet; train it for some steps first"
-    assert refusal(["b"]) == ("runs/b is not a run's folder (it has no config.json); runs here: a")
+    assert refusal(["b"]) == (
+        "runs/b is not a run's folder (it has no config.json); available runs: a"
+    )
 
 
 def test_a_picture_that_cannot_be_written(run):
