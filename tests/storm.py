@@ -166,8 +166,8 @@ def same(reference: Path, directory: Path) -> None:
     """Compare two finished runs, bit for bit."""
     import jax
 
-    from gptjax.cache import use_compilation_cache
     from gptjax.cli import SampleCommand
+    from gptjax.cli.compilation_cache import use_compilation_cache
     from gptjax.inference import stream
     from gptjax.programs import Programs
     from gptjax.runs import records

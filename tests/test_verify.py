@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gptjax.cli import verify as command
 from gptjax.config import Config, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.programs import Programs
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
-from gptjax.tools import verify as verify_module
 from gptjax.tools.verify import verify
 from gptjax.training import train
 
@@ -58,7 +58,7 @@ def test_an_intact_run(sound, capsys):
     logged = Run(sound).metrics()[-1]["val_loss"]
     assert checks[-1].found.startswith("val_loss of step 4: ")
     assert checks[-1].found.count(f"{logged:.6f}") == 2  # logged and recomputed
-    verify_module.main([str(sound)])
+    command.main([str(sound)], "gptjax verify")
     assert capsys.readouterr().err == ""
     assert {p: p.stat().st_mtime_ns for p in sound.rglob("*")} == before  # verify only reads
 
@@ -114,7 +114,7 @@ def test_damage_is_named(run, kind, capsys):
     problems = wrong(run)
     assert list(problems) == [name] and found in problems[name]
     with pytest.raises(SystemExit) as exit:
-        verify_module.main([str(run)])
+        command.main([str(run)], "gptjax verify")
     assert exit.value.code == 1
     assert capsys.readouterr().err == f"{name}: {problems[name]}\n"
 

@@ -18,9 +18,9 @@ from reference import random_params
 from gptjax.build import build_model
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
-from gptjax.interop import hf, hf_config, hf_tokenizer, import_, nanogpt, pretrained
-from gptjax.interop.export import ExportCommand, export
-from gptjax.interop.import_ import AdoptCommand
+from gptjax.interop import hf, hf_config, hf_tokenizer, nanogpt, pretrained
+from gptjax.interop.export import export
+from gptjax.interop.import_ import import_model
 from gptjax.model import GPT
 from gptjax.programs import Programs
 from gptjax.runs.run import Run
@@ -213,7 +213,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, play: str) -> Run:
 @pytest.fixture(scope="module")
 def exported(run: Run) -> Path:
     folder = run.directory.parent / "exported"
-    assert export(ExportCommand(str(run.directory), folder)) == "GPT2LMHeadModel"
+    assert export(run.directory, folder) == "GPT2LMHeadModel"
     return folder
 
 
@@ -245,8 +245,8 @@ def test_an_exported_run_equals_transformers(
 
 def test_export_import_export(run: Run, exported: Path, tmp_path: Path):
     """Exporting an imported export gives the same files, byte for byte."""
-    directory = import_.adopt(AdoptCommand(str(exported), run=str(tmp_path / "adopted")))
-    export(ExportCommand(str(directory), tmp_path / "again"))
+    directory = import_model(str(exported), str(tmp_path / "adopted"))
+    export(directory, tmp_path / "again")
     for path in exported.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
     adopted = Run(directory)
@@ -362,17 +362,17 @@ def test_a_nanogpt_checkpoint(bias: bool, prefix: str, tmp_path: Path, play: str
     print("nanoGPT", np.abs(logits - expected).max())
     assert np.abs(logits - expected).max() < 1e-5 < np.abs(expected).max()
     # Its vocabulary is not in the checkpoint: it is made from the text.
-    command = AdoptCommand(str(tmp_path / "ckpt.pt"), run=str(tmp_path / "run"))
+    names = str(tmp_path / "ckpt.pt"), str(tmp_path / "run")
     with pytest.raises(UserError) as error:
-        import_.adopt(command)
+        import_model(*names)
     assert str(error.value).startswith(f"{tmp_path}/ckpt.pt ") and "--text" in str(error.value)
     (tmp_path / "play.txt").write_text(play)
     (tmp_path / "other.txt").write_text("abc")
     with pytest.raises(UserError) as error:
-        import_.adopt(replace(command, text=str(tmp_path / "other.txt")))
+        import_model(*names, text=str(tmp_path / "other.txt"))
     assert str(error.value).startswith(f"{tmp_path}/ckpt.pt has no tokenizer and a vocabulary of")
     assert f" {vocab_size}," in str(error.value) and " 3 tokens" in str(error.value)
-    directory = import_.adopt(replace(command, text=str(tmp_path / "play.txt")))
+    directory = import_model(*names, text=str(tmp_path / "play.txt"))
     assert Run(directory).tokenizer == CharTokenizer.fit(play)
 
 
@@ -645,7 +645,7 @@ def test_export_names_the_unsupported_option(
 
 def test_export_does_not_overwrite(run: Run, exported: Path):
     with pytest.raises(UserError) as error:
-        export(ExportCommand(str(run.directory), exported))
+        export(run.directory, exported)
     assert str(error.value).startswith(f"{exported} ") and "empty" in str(error.value)
 
 
