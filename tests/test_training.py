@@ -355,8 +355,8 @@ def test_the_commands_as_typed(play, tmp_path):
     again = run_command(*words, cwd=tmp_path)
     assert again.returncode == 2
     assert again.stderr == (
-        "train.py: error: runs/mine holds another run already; go on with it (--run mine "
-        "--resume) or give another name\n"
+        "train.py: error: runs/mine already contains a run; resume it (--run mine --resume) or "
+        "choose another name\n"
     )
     resumed = run_command("train.py", "--resume", "--steps", "70", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr

@@ -1,4 +1,4 @@
-"""The lecture's stages, all trained and measured alike: `python -m gptjax.lecture.ladder [--docs]`.
+"""The lecture's stages, all trained and measured alike: `gptjax ladder [--docs]`.
 
 Each stage is a preset; each of its runs is a run like any other, in runs/ladder/. What is finished
 there is not made again, so the command may be stopped and given anew. The losses of the table are
@@ -6,10 +6,9 @@ means over the whole validation split, those of the curves over random windows.
 """
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gptjax import cli
 from gptjax.config import Config, differences
 from gptjax.console import Report
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import UserError
 from gptjax.lecture.models import STAGES, CountedBigram, counted_bigram
 from gptjax.parallel.flops import count_params, processor
 from gptjax.presets import LECTURE_MODELS, PRESETS
@@ -51,26 +49,6 @@ MARKERS = "<!-- made by python -m gptjax.lecture.ladder --docs -->", "<!-- end -
 NOT_RUN = "not run here"
 
 
-@dataclass(frozen=True)
-class LadderCommand:
-    """Train the lecture's stages, and compare what they reach with its figures."""
-
-    seeds: int = 3
-    """Runs of each stage, with seeds 1337, 1338, ..."""
-    stages: tuple[str, ...] = ()
-    """Some of 1-bigram .. 8-scale (default: all of them up to 7-layernorm)."""
-    scale: bool = False
-    """8-scale too: minutes on an accelerator, half a day on a few cores."""
-    docs: bool = False
-    """Write the table into docs/lecture.md and the curves into docs/lecture.png."""
-    folder: str = "ladder"
-    """Where in runs/ the runs are kept."""
-    steps: int | None = None
-    """Updates of each run (default: the preset's), for a first look."""
-    text: str = "tiny_shakespeare"
-    """Another text to climb on; the lecture's figures are of this one."""
-
-
 class Stage(NamedTuple):
     """One row of the table; a stage that was not run has no results."""
 
@@ -84,12 +62,26 @@ class Stage(NamedTuple):
     """The records with an evaluation, for each seed."""
 
 
-def climb(command: LadderCommand, console: Console) -> tuple[list[Stage], CountedBigram]:
+def climb(
+    console: Console,
+    *,
+    stages: Sequence[str] = (),
+    scale: bool = False,
+    seeds: int = 3,
+    steps: int | None = None,
+    text: str = "tiny_shakespeare",
+    folder: Path = folders.RUNS / "ladder",
+) -> tuple[list[Stage], CountedBigram]:
     """Train what is not yet trained.
 
     Args:
-        command: which stages, how often, where.
-        console: where to tell how far it is.
+        console: where progress is printed.
+        stages: some of `FIGURES`; none: all but 8-scale.
+        scale: 8-scale too.
+        seeds: runs of each stage.
+        steps: updates of each run; None: the preset's.
+        text: to train on.
+        folder: that holds the runs.
 
     Returns:
         All stages in order, and the best bigram table of the text.
@@ -97,45 +89,45 @@ def climb(command: LadderCommand, console: Console) -> tuple[list[Stage], Counte
     Raises:
         UserError: an unknown stage, or a folder with runs of other settings.
     """
-    for flag, value in (("seeds", command.seeds), ("steps", command.steps)):
+    for flag, value in (("seeds", seeds), ("steps", steps)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value} is too small; give 1 or more")
-    wanted = _wanted(command)
-    config = _config("1-bigram", 0, command)
+    wanted = _wanted(stages, scale)
+    config = _config("1-bigram", 0, steps, text)
     dataset = open_dataset(config.data, config.model.block_size)
     counted = counted_bigram(dataset.train, dataset.val, dataset.tokenizer.vocab_size)
-    stages = []
+    found = []
     for name in FIGURES:
-        stage = Stage(name, _count_params(name, _config(name, 0, command), dataset), [], [], [])
-        stages.append(stage)
-        for i in range(command.seeds if name in wanted else 0):
-            config, start = _config(name, i, command), time.perf_counter()
-            directory = folders.RUNS / command.folder / f"{name}-{config.seed}"
+        params = _count_params(name, _config(name, 0, steps, text), dataset)
+        found.append(stage := Stage(name, params, [], [], []))
+        for i in range(seeds if name in wanted else 0):
+            config, start = _config(name, i, steps, text), time.perf_counter()
+            directory = folder / f"{name}-{config.seed}"
             history, before = _finished(name, config, directory)
             stage.histories.append(history)
             stage.losses.append(history[-1]["val_loss"])
             stage.seconds.append(history[-1]["seconds"])
             took = "" if before else f", {time.perf_counter() - start:.0f} s with evaluations"
             console.print(f"{directory}: {stage.losses[-1]:.4f}{took}")
-    return stages, counted
+    return found, counted
 
 
-def _wanted(command: LadderCommand) -> set[str]:
-    if unknown := [name for name in command.stages if name not in FIGURES]:
+def _wanted(stages: Sequence[str], scale: bool) -> set[str]:
+    if unknown := [name for name in stages if name not in FIGURES]:
         raise UserError(f"unknown stage {unknown[0]!r}; stages: {', '.join(FIGURES)}")
-    return set(command.stages or FIGURES.keys() - {SCALE}) | ({SCALE} if command.scale else set())
+    return set(stages or FIGURES.keys() - {SCALE}) | ({SCALE} if scale else set())
 
 
-def _config(name: str, i: int, command: LadderCommand) -> Config:
-    """The stage's preset, with the command's text and steps, and seed number i."""
+def _config(name: str, i: int, steps: int | None, text: str) -> Config:
+    """The stage's preset with these steps and this text, and seed number i."""
     preset = PRESETS[f"lecture/{name}"]
-    steps = command.steps or preset.steps
+    steps = steps or preset.steps
     return replace(
         preset,
         seed=preset.seed + i,
         steps=steps,
         eval_every=max(1, preset.eval_every * steps // preset.steps),
-        data=replace(preset.data, text=command.text),
+        data=replace(preset.data, text=text),
     )
 
 
@@ -192,11 +184,11 @@ def rows(stages: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def footnotes(command: LadderCommand, counted: CountedBigram) -> list[str]:
+def footnotes(seeds: int, counted: CountedBigram) -> list[str]:
     """What the table must not be read without."""
-    seeds = "one seed" if command.seeds == 1 else f"{command.seeds} seeds"
+    how_many = "one seed" if seeds == 1 else f"{seeds} seeds"
     return [
-        f"ours: validation loss over the whole split, mean of {seeds}; spread: largest minus "
+        f"ours: validation loss over the whole split, mean of {how_many}; spread: largest minus "
         f"smallest; seconds: of training one, compilation included; {machine()}.",
         "lecture: over 200 random batches; 3 to 7 as commonly reported.",
         f"The best bigram table, counted: {counted.train:.4f} on the training split, "
@@ -302,7 +294,7 @@ def write_page(text: str, page: Path = PAGE) -> None:
     files.write_atomically(page, f"{before}{start}\n{text}{end}{after}")
 
 
-def _page_text(stages: list[Stage], notes: list[str]) -> Iterator[str]:
+def _page_text(stages: Sequence[Stage], notes: list[str]) -> Iterator[str]:
     yield f"{markdown(*rows(stages))}\n"
     yield "".join(f"- {note}\n" for note in notes)
     yield f"\n![Validation loss of each stage over its steps]({PAGE.stem}.png)\n"
@@ -310,25 +302,23 @@ def _page_text(stages: list[Stage], notes: list[str]) -> Iterator[str]:
         yield f"\nThe bigram's evaluations, seed 1337:\n\n{markdown(*evaluations)}"
 
 
-def main(argv: list[str]) -> None:
-    """Climb, and tell."""
-    command = cli.parse(LadderCommand, LadderCommand(), argv, "gptjax.lecture.ladder", "")
-    console = Console(highlight=False, soft_wrap=True)
-    stages, counted = climb(command, console)
-    notes = footnotes(command, counted)
+def show(stages: Sequence[Stage], counted: CountedBigram, seeds: int, console: Console) -> None:
+    """Print the table, its footnotes, and the bigram's evaluations."""
     _tell(console, "The lecture's stages", *rows(stages))
-    for note in notes:
+    for note in footnotes(seeds, counted):
         console.print(note)
     if (evaluations := bigram_rows(stages))[1]:
         _tell(console, "The bigram's evaluations, first seed", *evaluations)
-    out = folders.RUNS / command.folder / "ladder.png"
-    if command.docs:
-        out = PAGE.with_suffix(".png")
-        write_page("".join(_page_text(stages, notes)))
-    draw(stages, counted, out)
-    console.print(f"{out}")
 
 
-if __name__ == "__main__":
-    with one_line_errors("gptjax.lecture.ladder"):
-        main(sys.argv[1:])
+def update_page(stages: Sequence[Stage], counted: CountedBigram, seeds: int) -> Path:
+    """Write the tables into `PAGE`.
+
+    Returns:
+        The path of the page's picture.
+
+    Raises:
+        UserError: see `write_page`.
+    """
+    write_page("".join(_page_text(stages, footnotes(seeds, counted))))
+    return PAGE.with_suffix(".png")

@@ -1,12 +1,10 @@
-"""The lecture's six notes on attention, each shown by numbers: `python -m gptjax.lecture.notes`.
+"""The lecture's six notes on attention, each shown by numbers: `gptjax notes`.
 
 The functions return what they measure; the command prints it. What they run is the attention of
 `lecture/models.py`. Letters as there, and x is (B, T, C), drawn from a unit normal.
 """
 
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import flax.linen as nn
@@ -15,10 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from gptjax import cli
 from gptjax.attention import attention, causal_mask
 from gptjax.config import ModelConfig
-from gptjax.errors import one_line_errors
 from gptjax.lecture.models import MultiHead
 
 SIZE = ModelConfig(n_head=4, n_embd=32, block_size=8)
@@ -26,14 +22,6 @@ B, T, C = 2, SIZE.block_size, SIZE.n_embd
 HEAD_SIZE = 16  # of the lecture's notes on scale
 
 Numbers = Mapping[str, float | np.ndarray]
-
-
-@dataclass(frozen=True)
-class NotesCommand:
-    """Show the lecture's six notes on attention."""
-
-    seed: int = 1337
-    """Of the inputs and the weights."""
 
 
 def communication(seed: int = 1337) -> Numbers:
@@ -169,20 +157,14 @@ def _distance(a: jax.Array, b: jax.Array) -> float:
     return float(jnp.abs(a - b).max())
 
 
-def main(argv: list[str]) -> None:
-    """Print each note, and what shows it."""
-    command = cli.parse(NotesCommand, NotesCommand(), argv, "gptjax.lecture.notes", "")
+def show(seed: int = 1337) -> None:
+    """Print each note and the numbers that demonstrate it."""
     console = Console(highlight=False, soft_wrap=True)
     for number, (line, demonstrations) in enumerate(NOTES, 1):
         console.print(f"[bold]{number}. {line}[/bold]")
-        for show in demonstrations:
-            numbers = show() if show is saturation else show(command.seed)
+        for demonstrate in demonstrations:
+            numbers = demonstrate() if demonstrate is saturation else demonstrate(seed)
             for name, value in numbers.items():
                 with np.printoptions(formatter={"float_kind": "{:.4f}".format}):
                     text = str(value) if isinstance(value, np.ndarray) else f"{value:.4g}"
                 console.print(f"   {name}: " + text.replace("\n", "\n      "), markup=False)
-
-
-if __name__ == "__main__":
-    with one_line_errors("gptjax.lecture.notes"):
-        main(sys.argv[1:])

@@ -246,9 +246,9 @@ def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tok
     """The tokenizer of a new run on these texts, and a phrase about it for the console."""
     kind = config.tokenizer
     if bins := [text for text in found if isinstance(text, list)]:
-        beside = bins[0][0].parent / "tokenizer.json"
-        if kind == "auto" and beside.exists():
-            return choose.named(str(beside)), f"{beside} (found next to the token file)"
+        sibling = bins[0][0].parent / "tokenizer.json"
+        if kind == "auto" and sibling.exists():
+            return choose.named(str(sibling)), f"{sibling} (found next to the token file)"
         if kind in ("auto", "char", "bpe"):
             raise UserError(
                 f"{bins[0][0]} contains token ids, so --data.tokenizer {kind} cannot be used; name "
