@@ -1,8 +1,8 @@
-"""What the checks in the step cost: `python -m benchmarks.checks [--presets small tiny]`.
+"""Cost of the checks in a train step: `python -m benchmarks.checks [--presets small tiny]`.
 
-The run's own program, beside the same one traced without them: no norm of the gradient, no test
-for numbers that are not finite, no branch around the update. Both live in this process, begin with
-the same state, and take turns.
+Compares the compiled step of a run with the same step traced without its checks: no gradient norm,
+no test for non-finite values, no branch around the update. Both run in this process, start from the
+same state and take turns.
 """
 
 import contextlib
@@ -29,17 +29,17 @@ class ChecksCommand:
     """Time a train step with and without its checks."""
 
     presets: tuple[str, ...] = ("tiny", "small")
-    """Which to train."""
+    """Presets to train."""
     rounds: int = 15
-    """Turns of each."""
+    """Number of turns per side."""
     seconds: float = 2.0
-    """Of one turn, and whole calls."""
+    """Duration of one turn in seconds, rounded up to whole calls."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/checks.json)."""
+    """Results file (default: benchmarks/results/checks.json)."""
 
 
 def unchecked() -> contextlib.ExitStack:
-    """While this lasts, a step is traced without its checks."""
+    """Context in which a step is traced without its checks."""
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch("jax.lax.cond", lambda _, move, stay, state: move(state)))
     stack.enter_context(mock.patch("optax.tree.norm", lambda grads: jnp.zeros(())))
@@ -47,7 +47,7 @@ def unchecked() -> contextlib.ExitStack:
 
 
 def trainer(preset: str, checked: bool) -> Callable[[], int]:
-    """A function that trains some steps and says how many."""
+    """A function that trains some steps and returns how many."""
     config = replace(PRESETS[preset], steps=10**6)
     programs = Programs(config, VOCABULARY)
     tokens = programs.put(measure.random_tokens(VOCABULARY))
@@ -66,7 +66,7 @@ def trainer(preset: str, checked: bool) -> Callable[[], int]:
 
 
 def main(argv: list[str]) -> None:
-    """Take turns, and tell."""
+    """Time both sides in turns and print the table."""
     command = cli.parse(ChecksCommand, ChecksCommand(), argv, "benchmarks.checks", "")
     measure.at_least(rounds=command.rounds, seconds=command.seconds)
     if unknown := set(command.presets) - set(PRESETS):
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
         rows.append({"preset": preset, "wall": list(wall.values()), "cpu": list(cpu.values())})
         milliseconds = 1e3 * measure.spread(wall[True]).median
         table.append([preset, measure.figure(milliseconds), *map(str, ratios)])
-    measure.show("with the checks", ["preset", "ms a step", "time: ratio", "CPU: ratio"], table)
+    measure.show("with the checks", ["preset", "ms per step", "time: ratio", "CPU: ratio"], table)
     measure.save(command.out, "checks", here, command, rows)
 
 
