@@ -1,4 +1,4 @@
-"""What each option is worth: `python -m benchmarks.ablation [--seeds 2]`.
+"""Ablation of the model and optimizer options: `python -m benchmarks.ablation [--seeds 2]`.
 
 To the classic recipe one option at a time is added; from the modern one, that of
 examples/speedrun/fast.py, one at a time is taken away. Every run makes as many updates of as many
@@ -17,7 +17,7 @@ from gptjax import cli
 from gptjax.config import Config, DataConfig
 from gptjax.errors import UserError, one_line_errors
 
-# nanoGPT's CPU setting, with a rate for short runs.
+# nanoGPT's CPU setting, with a learning rate for short runs.
 CLASSIC = replace(
     time_to_loss.NANOGPT,
     optim=replace(time_to_loss.NANOGPT.optim, learning_rate=6e-3, warmup_steps=30),
@@ -52,22 +52,22 @@ MODERN = (
 
 @dataclass(frozen=True)
 class AblationCommand:
-    """Train the classic recipe with each option, and the modern one without."""
+    """Train the classic recipe with each option and the modern recipe without it."""
 
     options: tuple[str, ...] = tuple(OPTIONS)
-    """Which."""
+    """Options to ablate."""
     steps: int = 300
-    """Updates of each run."""
+    """Number of updates per run."""
     seeds: int = 2
-    """Runs of each recipe, with seeds 1337, 1338, ..."""
+    """Number of runs per recipe, with seeds 1337, 1338, ..."""
     text: str = "tiny_shakespeare"
-    """What to train on."""
+    """Text to train on."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/ablation.json)."""
+    """Results file (default: benchmarks/results/ablation.json)."""
 
 
 def with_options(names: tuple[str, ...], steps: int, text: str) -> Config:
-    """The classic recipe with some options, and as many tokens in an update."""
+    """The classic recipe with some options and the same number of tokens per update."""
     model, optim = CLASSIC.model, CLASSIC.optim
     for name in names:
         of_model, of_optim = OPTIONS[name]
@@ -97,10 +97,10 @@ def train(config: Config, tables: dict[str, int]) -> Callable[[int], list[dict[s
 
 
 def recipes(options: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """By the row's name: the options it has.
+    """Options of each recipe, by row name.
 
     Raises:
-        UserError: no such option.
+        UserError: an unknown option.
     """
     if unknown := set(options) - set(OPTIONS):
         raise UserError(f"unknown option {min(unknown)!r}; options: {', '.join(OPTIONS)}")
@@ -114,11 +114,11 @@ def recipes(options: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 
 def main(argv: list[str]) -> None:
-    """Train them all, and tell."""
+    """Train all recipes and print the table."""
     command = cli.parse(AblationCommand, AblationCommand(), argv, "benchmarks.ablation", "")
     measure.at_least(steps=command.steps, seeds=command.seeds)
     rows_of = recipes(command.options)
-    here = measure.begin(f"validation loss after {command.steps} updates, option by option")
+    here = measure.begin(f"ablation: validation loss after {command.steps} updates")
     rows: list[dict[str, Any]] = []
     for name, options in rows_of.items():
         config = with_options(options, command.steps, command.text)
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table: each recipe beside the one it comes from."""
+    """Print each recipe's loss and its difference from the base recipe."""
     mean = {
         row["recipe"]: sum(end["val_loss"] for end in row["ends"]) / len(row["ends"])
         for row in rows
@@ -149,7 +149,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.append([name, f"{mean[name]:.4f}", change, f"{max(losses) - min(losses):.4f}"])
     measure.show(
         f"mean of {len(rows[0]['ends'])} seeds",
-        ["recipe", "loss", "change", "between seeds"],
+        ["recipe", "loss", "change", "seed range"],
         table,
     )
 

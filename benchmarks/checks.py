@@ -1,4 +1,4 @@
-"""What the checks in the step cost: `python -m benchmarks.checks [--presets small tiny]`.
+"""Cost of the checks in a train step: `python -m benchmarks.checks [--presets small tiny]`.
 
 The run's own program, beside the same one traced without them: no norm of the gradient, no test
 for numbers that are not finite, no choice between the new state and the old. Both live in this
@@ -33,11 +33,11 @@ class ChecksCommand:
     presets: tuple[str, ...] = ("tiny", "small")
     """Presets or config files to train."""
     rounds: int = 15
-    """Turns of each."""
+    """Number of turns per side."""
     seconds: float = 2.0
-    """Of one turn, and whole calls."""
+    """Duration of one turn in seconds, rounded up to whole calls."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/checks.json)."""
+    """Results file (default: benchmarks/results/checks.json)."""
 
 
 def unchecked() -> contextlib.ExitStack:
@@ -81,7 +81,7 @@ def trainer(preset: str, checked: bool) -> Callable[[], int]:
 
 
 def main(argv: list[str]) -> None:
-    """Take turns, and tell."""
+    """Time both sides in turns and print the table."""
     command = cli.parse(ChecksCommand, ChecksCommand(), argv, "benchmarks.checks", "")
     measure.at_least(rounds=command.rounds, seconds=command.seconds)
     for preset in command.presets:
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
         rows.append({"preset": preset, "wall": list(wall.values()), "cpu": list(cpu.values())})
         milliseconds = 1e3 * measure.spread(wall[True]).median
         table.append([preset, measure.figure(milliseconds), *map(str, ratios)])
-    measure.show("with the checks", ["preset", "ms a step", "time: ratio", "CPU: ratio"], table)
+    measure.show("with the checks", ["preset", "ms per step", "time: ratio", "CPU: ratio"], table)
     measure.save(command.out, "checks", here, command, rows)
 
 

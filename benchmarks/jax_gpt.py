@@ -1,4 +1,4 @@
-"""Our sides of the comparisons: gptjax's own functions, called as its commands call them."""
+"""The gptjax sides of the comparisons, which call its functions as its commands do."""
 
 import functools
 import time
@@ -31,16 +31,16 @@ def training(
     """A side that trains as `gptjax.training` does.
 
     Args:
-        config: of the run.
+        config: the run's config.
         vocab_size: rows of the embedding table.
         tokens: (N,) to train on.
-        start: where to write the initial weights and the first batches, as .npz, for other sides.
-        check: steps whose losses are kept, and batches written.
+        start: .npz file to write the initial weights and the first batches to, for other sides.
+        check: number of first steps whose losses are kept and whose batches are written.
 
     Returns:
         `ask("work", seconds)`: a Visit; `ask("peak")`: FLOP/s of a large matmul; `ask("facts")`:
-        the losses of the first steps, seconds of the first call, which compiles, bytes of memory
-        at their peak; of this side also parameters, and FLOPs of one step.
+        losses of the first steps, seconds of the first call (with compilation), bytes of peak
+        memory, and, for gptjax only, parameters and FLOPs per step.
     """
     setup = assemble(config, vocab_size)
     state, on_device = setup.start(), sharding.put(setup.mesh, tokens)
@@ -91,13 +91,12 @@ def training(
 
 
 def sampling(config: Config, vocab_size: int, weights: Path) -> Callable[..., Any]:
-    """A side that samples as `sample.py` does; it draws the weights and writes them as .npz.
+    """A side that samples as `sample.py` does; it initialises the weights and writes them as .npz.
 
     Returns:
-        `ask("warm", batch, length)`: gets ready for that; `ask("work", batch, length, seconds)`: a
-        Visit counting tokens, of samples of `length` tokens after a prompt of one;
-        `ask("greedy", length)`: the likeliest tokens after token 0; `ask("floor", batch, length)`:
-        a Floor.
+        `ask("warm", batch, length)`: compiles; `ask("work", batch, length, seconds)`: a Visit that
+        counts tokens, for samples of `length` tokens after a prompt of one; `ask("greedy",
+        length)`: greedy tokens after token 0; `ask("floor", batch, length)`: a Floor.
     """
     setup = assemble(config, vocab_size)
     model, params, key = setup.applied, setup.start().params, setup.seed_key()
@@ -125,23 +124,23 @@ def sampling(config: Config, vocab_size: int, weights: Path) -> Callable[..., An
 
 
 class Floor(NamedTuple):
-    """What no implementation in this precision can beat: tokens/s, and where they come from."""
+    """Roofline of decoding in this precision: an upper bound on tokens/s, and its terms."""
 
     tokens_per_second: float
     bytes_per_step: int
-    """Weights, once for all streams, and the cache of every stream."""
+    """Weights, read once for all streams, and every stream's KV cache."""
     bandwidth: float
-    """Bytes/s at which an array of that size is read here, from a cache if it fits there."""
+    """Measured bytes/s of reading an array of that size, from the CPU cache if it fits."""
     memory_bandwidth: float
-    """The same of an array that fits nowhere."""
+    """Measured bytes/s of reading an array larger than the caches."""
     flops_per_step: int
     peak: float
 
 
 def floor(config: Config, params: Any, batch: int, length: int, peak: float) -> Floor:
-    """The roofline of drawing one token for each of `batch` streams of up to `length` tokens."""
+    """Roofline of one decoding step for `batch` streams of up to `length` tokens."""
     m = config.model
-    # flops_per_token counts 6 for each parameter that is multiplied with, and attention's.
+    # flops_per_token is 6 per matmul parameter plus attention.
     width = m.n_embd * (m.n_kv_head or m.n_head) // m.n_head
     attention = 12 * m.n_layer * m.n_embd * m.block_size
     multiplied = (flops_per_token(m, params) - attention) // 6
@@ -155,7 +154,7 @@ def floor(config: Config, params: Any, batch: int, length: int, peak: float) -> 
 
 @functools.cache
 def read_bandwidth(size: int) -> float:
-    """Bytes/s of reading `size` bytes again and again, by the fastest of three ways."""
+    """Bytes/s of repeatedly reading `size` bytes, by the fastest of three methods."""
     rows = max(1, size // 4096)
     host, vector = np.ones((rows, 1024), np.float32), np.ones(1024, np.float32)
     array, on_device = jnp.asarray(host), jnp.asarray(vector)
