@@ -4,8 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from gptjax.cli.flags import INLINE, POSITIONAL, parse, peek
-from gptjax.cli.recipe import Recipe
-from gptjax.cli.train import starting_point
+from gptjax.cli.recipe import Recipe, starting_point
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.presets import LECTURE_MODELS

@@ -9,6 +9,7 @@
 Such a file runs only when it is named on the command line; what is stored in a run never does.
 """
 
+import difflib
 import importlib.util
 import sys
 import traceback
@@ -19,7 +20,9 @@ from typing import Any
 
 from gptjax.config import Config
 from gptjax.errors import UserError
+from gptjax.presets import PRESETS
 
+SPEEDRUN = "fast", "record"  # once presets, now config files in examples/speedrun/
 PARTS = "model", "optimizer", "loss_fn", "batches", "metrics"
 
 
@@ -77,6 +80,30 @@ def load_recipe(path: str) -> Recipe:
     parts = {name: getattr(module, name, None) for name in PARTS}
     _check_model(parts["model"], path)
     return Recipe(path, config, **parts)
+
+
+def starting_point(config: str) -> tuple[Config, Recipe | None]:
+    """The config that a `--config` names, and the file's other parts if it names a file.
+
+    Raises:
+        UserError: an unknown preset, or a file that cannot be used.
+    """
+    if is_file(config):
+        recipe = load_recipe(config)
+        return recipe.config, recipe
+    if config in PRESETS:
+        return PRESETS[config], None
+    if config in SPEEDRUN:
+        raise UserError(
+            f"{config!r} is now a config file; from a checkout give "
+            f"--config examples/speedrun/{config}.py"
+        )
+    close = difflib.get_close_matches(config, PRESETS, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UserError(
+        f"unknown preset {config!r}; {hint}give the path of a Python file, or one of "
+        f"{', '.join(PRESETS)}"
+    )
 
 
 def recipe_of_run(config: str | None) -> Recipe | None:

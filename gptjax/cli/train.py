@@ -1,18 +1,15 @@
 """`gptjax train` and `train.py`."""
 
-import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gptjax.cli.flags import HIDDEN, INLINE, parse, peek, wants_help
-from gptjax.cli.recipe import Recipe, is_file, load_recipe
+from gptjax.cli.recipe import Recipe, starting_point
 from gptjax.config import OF_A_LOADED_MODEL, Config, differences
 from gptjax.errors import UserError
 from gptjax.presets import LECTURE_MODELS, PRESETS
 from gptjax.runs import folders
-
-SPEEDRUN = "fast", "record"  # once presets, now config files in examples/speedrun/
 
 
 @dataclass(frozen=True)
@@ -51,30 +48,6 @@ class TrainCommand:
         if self.resume or self.replay is not None:
             return folders.find(self.run, like=name)
         return folders.new_directory(self.run, name)
-
-
-def starting_point(config: str) -> tuple[Config, Recipe | None]:
-    """The config that a `--config` names, and the file's other parts if it names a file.
-
-    Raises:
-        UserError: an unknown preset, or a file that cannot be used.
-    """
-    if is_file(config):
-        recipe = load_recipe(config)
-        return recipe.config, recipe
-    if config in PRESETS:
-        return PRESETS[config], None
-    if config in SPEEDRUN:
-        raise UserError(
-            f"{config!r} is now a config file; from a checkout give "
-            f"--config examples/speedrun/{config}.py"
-        )
-    close = difflib.get_close_matches(config, PRESETS, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise UserError(
-        f"unknown preset {config!r}; {hint}give the path of a Python file, or one of "
-        f"{', '.join(PRESETS)}"
-    )
 
 
 def parse_train(argv: list[str], prog: str = "train.py") -> TrainCommand:

@@ -238,7 +238,7 @@ class Checkpoints:
             self.verify(step)
         except Damaged as error:
             sound = self.newest_sound()
-            offer = "there is no sound one" if sound is None else f"the newest sound one is {sound}"
+            offer = "none is intact" if sound is None else f"the newest intact one is {sound}"
             raise Damaged(f"{error}; {offer}") from None
 
     def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
@@ -285,8 +285,8 @@ class Checkpoints:
             kept = [s for s in self.steps() if s != step]
             raise UserError(
                 f"the checkpoint of step {step} could not be saved in {self.path} "
-                f"({_reason(error)}); last one kept: {kept[-1] if kept else 'none'}; make room or "
-                f"mend the permissions, then go on with --resume"
+                f"({_reason(error)}); last one kept: {kept[-1] if kept else 'none'}; "
+                f"free disk space or fix the permissions, then continue with --resume"
             ) from error
 
 

@@ -1,6 +1,7 @@
 """A run opened for use: its model, parameters and tokenizer in one object."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ class LoadedRun:
         max_new_tokens: int,
         num_samples: int,
         *,
-        sampling: Sampling = Sampling(0.8),
+        sampling: Sampling | None = None,
         seed: int = 1337,
         unknown: Unknown = "error",
     ) -> Iterator[list[str]]:
@@ -159,9 +160,7 @@ class LoadedRun:
         ids = self._encode(prompt, unknown)
         if not len(ids):
             ids = self._encode("\n", "replace")[:1]
-        sampling = Sampling(
-            sampling.temperature, sampling.top_k, sampling.top_p, self.tokenizer.vocab_size
-        )
+        sampling = replace(sampling or Sampling(0.8), vocab_size=self.tokenizer.vocab_size)
         decoders = [StreamDecoder(self.tokenizer, ids) for _ in range(num_samples)]
         model = sharding.on_mesh(self.model, self._mesh)
         key = jax.random.key(seed)

@@ -83,9 +83,6 @@ def digest_json(path: Path) -> str:
     return json.dumps({"bytes": size, "sha256": _digest(path, size)})
 
 
-fingerprint = digest_json  # its name in runs/run.py until that is changed
-
-
 def has_changed(path: Path, digest: str) -> bool:
     """Whether the bytes that were in the file when `digest_json` was taken have changed."""
     try:

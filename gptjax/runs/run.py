@@ -91,7 +91,7 @@ class Run:
         return {
             CONFIG: config_json.to_json(self.config, self.parts),
             TOKENIZER: self._tokenizer_text,
-            METRICS: records.fingerprint(self.metrics_path),
+            METRICS: records.digest_json(self.metrics_path),
             **({} if self._text is None else {TEXT: self._text}),
         }
 
