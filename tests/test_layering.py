@@ -57,9 +57,18 @@ def imported(node: ast.AST) -> set[str]:
     return set()
 
 
+def for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
 def package_imports(name: str) -> set[str]:
-    """The modules of gptjax that a module imports, anywhere in its text."""
-    dotted = set().union(*(imported(node) for node in ast.walk(TREES[name])))
+    """The modules of gptjax that a module imports, in any function too."""
+    dotted: set[str] = set()
+    nodes: list[ast.AST] = [TREES[name]]
+    while nodes:
+        node = nodes.pop()
+        dotted |= imported(node)
+        nodes += [child for child in ast.iter_child_nodes(node) if not for_types_only(child)]
     inside = {d.removeprefix("gptjax.") for d in dotted if d.startswith("gptjax.")}
     return (inside | {d.rpartition(".")[0] for d in inside}) & SOURCES.keys()
 
@@ -68,7 +77,7 @@ def at_import(node: ast.AST) -> set[str]:
     """Top packages imported as soon as a module is: those outside of any function."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
         return set()
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+    if for_types_only(node):
         return set()
     found = {dotted.split(".")[0] for dotted in imported(node)}
     return found.union(*(at_import(child) for child in ast.iter_child_nodes(node)))
