@@ -29,6 +29,7 @@ from gptjax.runs import files, folders
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run, read_config
 from gptjax.text.dataset import Dataset, open_dataset
+from gptjax.text.subwords import extra
 from gptjax.training import train
 
 # The lecture's validation losses, over 200 random batches: read off its run (bigram, at step
@@ -248,9 +249,8 @@ def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
     Raises:
         UserError: a picture that cannot be written.
     """
-    from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures go on as they were
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    # Not pyplot, which would change the state of a notebook's own figures.
+    figure = extra("matplotlib.figure", "plot").Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     ends = []
     for stage in filter(lambda stage: stage.histories, stages):

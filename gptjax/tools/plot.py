@@ -6,17 +6,17 @@ import numpy as np
 
 from gptjax.errors import UserError
 from gptjax.runs.run import Run
+from gptjax.text.subwords import extra
 
 
 def plot(directories: list[Path], out: Path) -> None:
     """Draw training loss (faint, and its running mean) and validation loss of each run.
 
     Raises:
-        UserError: a run without metrics, or a picture that cannot be written.
+        UserError: a run without metrics, a picture that cannot be written, or no matplotlib.
     """
-    from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures go on as they were
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    # Not pyplot, which would change the state of a notebook's own figures.
+    figure = extra("matplotlib.figure", "plot").Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for i, directory in enumerate(directories):
         records = Run(directory).metrics()
