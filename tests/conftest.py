@@ -48,7 +48,7 @@ def shakespeare() -> str:
     """The real Tiny Shakespeare, if it is on this machine; tests download nothing."""
     repo = Path(__file__).resolve().parents[1]
     for path in (
-        corpora.DATA_DIR / "texts" / f"{SHAKESPEARE}.txt",
+        corpora.local_copy(SHAKESPEARE),
         repo.parent / "shared" / "data" / f"{SHAKESPEARE}.txt",
     ):
         if path.is_file():

@@ -1,5 +1,6 @@
 """The picture of runs, and what is said when there is none to draw."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,9 @@ def test_a_picture_that_cannot_be_written(run):
     run.log([{"step": 1, "loss": 4.0}])
     assert refusal(["a", "--out", "nowhere/loss.png"]).startswith("cannot write nowhere/loss.png: ")
     assert refusal(["a", "--out", "loss.txt"]).startswith("cannot write loss.txt: Format 'txt'")
+
+
+def test_without_matplotlib(run, monkeypatch):
+    run.log([{"step": 1, "loss": 4.0}])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert refusal([]).startswith("this needs the package matplotlib: pip install 'gptjax[plot]'")

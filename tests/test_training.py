@@ -294,7 +294,7 @@ def test_the_run_folder_is_all_the_sampler_needs(finished, tmp_path, monkeypatch
     whole, _ = finished
     shutil.copytree(whole, tmp_path / "elsewhere" / "copy")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(corpora, "DATA_DIR", tmp_path / "gone")
+    monkeypatch.setattr(corpora, "DESCRIPTIONS", tmp_path / "gone")
     command = SampleCommand(run="elsewhere/copy", max_new_tokens=40, num_samples=2)
     once = ["".join(parts) for parts in zip(*stream(command), strict=True)]
     assert [len(text) for text in once] == [40, 40]

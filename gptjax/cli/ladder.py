@@ -31,7 +31,9 @@ def main(argv: list[str], prog: str) -> None:
     command = parse(LadderCommand, LadderCommand(), argv, prog)
     from gptjax.lecture import ladder
     from gptjax.runs.folders import RUNS
+    from gptjax.text.subwords import extra
 
+    extra("matplotlib", "plot")  # before hours of training
     console = ladder.Console(highlight=False, soft_wrap=True)
     stages, counted = ladder.climb(
         console,

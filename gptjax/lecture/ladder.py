@@ -21,7 +21,7 @@ from rich.table import Table
 
 from gptjax.config import Config, differences
 from gptjax.console import Report
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 from gptjax.lecture.models import STAGES, CountedBigram, counted_bigram
 from gptjax.parallel.flops import count_params, processor
 from gptjax.presets import LECTURE_MODELS, PRESETS
@@ -253,9 +253,10 @@ def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
     Raises:
         UserError: the plot cannot be written.
     """
-    from matplotlib.figure import Figure  # not pyplot, which changes a notebook's global state
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    # Not pyplot, which would change the state of a notebook's own figures.
+    figure = optional_import("matplotlib.figure", "plot").Figure(
+        figsize=(8, 4.5), layout="constrained"
+    )
     axes = figure.subplots()
     ends = []
     for stage in filter(lambda stage: stage.histories, stages):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 from gptjax.runs.run import Run
 
 
@@ -12,11 +12,12 @@ def plot(directories: list[Path], out: Path) -> None:
     """Draw training loss (faint, and its running mean) and validation loss of each run.
 
     Raises:
-        UserError: a run without metrics, or a picture that cannot be written.
+        UserError: a run without metrics, a picture that cannot be written, or no matplotlib.
     """
-    from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures go on as they were
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    # Not pyplot, which would change the state of a notebook's own figures.
+    figure = optional_import("matplotlib.figure", "plot").Figure(
+        figsize=(7, 4), layout="constrained"
+    )
     axes = figure.subplots()
     for i, directory in enumerate(directories):
         records = Run(directory).metrics()
