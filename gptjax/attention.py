@@ -46,7 +46,7 @@ def attention_weights(
     scores = jnp.einsum("BTHD,BSHD->BHTS", q, k, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(q.shape[-1])
     if bias is not None:
-        scores = scores + bias
+        scores = scores + jnp.broadcast_to(bias, scores.shape)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     return jax.nn.softmax(scores, axis=-1)

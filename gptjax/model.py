@@ -108,7 +108,7 @@ class CausalSelfAttention(nn.Module):
         """
         c = self.config
         cached = not isinstance(start, int)
-        if cached or c.dropped_attention or self.is_mutable_collection("attention"):
+        if cached or c.dropped_attention or self._keeps_weights():
             return self.weigh(q, k, v, start)
         if c.window is not None:
             return window_attention(q, k, v, c.window)
@@ -127,9 +127,13 @@ class CausalSelfAttention(nn.Module):
         c = self.config
         mask = causal_mask(q.shape[1], k.shape[1], start, c.window)
         weights = attention_weights(q, k, mask, bias)
-        self.sow("attention", "weights", weights)
+        if self._keeps_weights():
+            self.sow("attention", "weights", weights)
         weights = nn.Dropout(c.dropped_attention, deterministic=not self.train)(weights)
         return weighted_values(weights, v)
+
+    def _keeps_weights(self) -> bool:
+        return self.is_mutable_collection("attention") and not self.is_initializing()
 
 
 class MLP(nn.Module):

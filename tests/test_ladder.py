@@ -1,4 +1,4 @@
-"""Tests of the ladder: the command end to end on a small text, and the real climb (slow)."""
+"""Tests of the ladder: the command end to end on a small text, and all stages (slow)."""
 
 import itertools
 from dataclasses import replace
@@ -22,7 +22,7 @@ COUNTED = CountedBigram(2.4519, 2.4819, 2.3735, 187)
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, play: str) -> Path:
-    """A folder to climb in, with a small text; one device, and few batches to evaluate."""
+    """A folder with a small text; one device and few evaluation batches."""
     (tmp_path / "play.txt").write_text(play)
     presets = {
         name: replace(config, eval_batches=4, mesh=MeshConfig(data=1))
@@ -41,12 +41,12 @@ def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_command(
+def test_the_command_trains_prints_and_reuses_runs(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     climb()
-    told = lines_of(capsys)
-    table = {line.split()[0]: line.split()[1:] for line in told if line[1:2].isdigit()}
+    printed = lines_of(capsys)
+    table = {line.split()[0]: line.split()[1:] for line in printed if line[1:2].isdigit()}
     assert [name for name in table if "-" in name] == list(ladder.FIGURES)
     runs = {name: [Run(here / f"runs/ladder/{name}-{seed}") for seed in (1337, 1338)]
             for name in ("1-bigram", "3-head")}  # fmt: skip
@@ -58,21 +58,21 @@ def test_the_command(
     assert table["3-head"][1] == "2.40" and table["2-averaging"][1] == "-"
     for name in ladder.FIGURES.keys() - runs.keys():
         assert table[name][2:] == ["not", "run", "here"]
-    assert any("best bigram table, counted" in line for line in told)
+    assert any("bigram table, from counts: " in line for line in printed)
     assert (here / "runs/ladder/ladder.png").read_bytes().startswith(b"\x89PNG")
-    assert told[-1] == "runs/ladder/ladder.png"
+    assert printed[-1] == "runs/ladder/ladder.png"
 
-    # Once more: nothing is trained again, and the same is told.
+    # A second time: nothing is trained, and the output is the same.
     def no_training(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("trained again")
 
     monkeypatch.setattr(ladder, "train", no_training)
     climb()
     again = lines_of(capsys)
-    assert again[4:] == told[4:]
-    assert [line.split(",")[0] for line in told[:4]] == again[:4]
+    assert again[4:] == printed[4:]
+    assert [line.split(",")[0] for line in printed[:4]] == again[:4]
 
-    # Into the page, twice: what was between the markers is replaced.
+    # Into the page, twice: the text between the markers is replaced.
     page = here / "docs" / "lecture.md"
     page.parent.mkdir()
     start, end = ladder.MARKERS
@@ -129,7 +129,7 @@ def test_bad_arguments(here: Path, argv: list[str], message: str):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_page_without_markers_is_left_alone(tmp_path: Path):
+def test_a_page_without_markers_is_not_changed(tmp_path: Path):
     page = tmp_path / "page.md"
     with pytest.raises(UserError, match="cannot read"):
         ladder.write_page("table", page)
@@ -139,14 +139,14 @@ def test_a_page_without_markers_is_left_alone(tmp_path: Path):
     assert page.read_text() == "no markers"
 
 
-def test_a_picture_that_cannot_be_written(tmp_path: Path):
+def test_a_plot_that_cannot_be_written_is_reported(tmp_path: Path):
     history = [{"step": 0, "val_sampled_loss": 4.0}, {"step": 1, "val_sampled_loss": 3.0}]
     stage = ladder.Stage("3-head", 1, [3.0], [1.0], [history])
     with pytest.raises(UserError, match="cannot write"):
         ladder.draw([stage], COUNTED, tmp_path / "missing" / "x.png")
 
 
-def test_the_figures_are_of_the_presets():
+def test_every_preset_of_the_lecture_has_a_figure():
     assert [f"lecture/{name}" for name in ladder.FIGURES] == [
         name for name in PRESETS if name.startswith("lecture/")
     ]
@@ -157,7 +157,7 @@ def test_the_figures_are_of_the_presets():
 def test_each_stage_beats_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shakespeare: str
 ):
-    """The lecture's climb on the real text, three seeds of each stage: about ten minutes."""
+    """All stages on the real text, three seeds each: about ten minutes."""
     (tmp_path / "text.txt").write_bytes(shakespeare.encode())
     monkeypatch.chdir(tmp_path)
     one_device = {n: replace(c, mesh=MeshConfig(data=1)) for n, c in PRESETS.items()}
@@ -165,17 +165,17 @@ def test_each_stage_beats_the_one_before(
     stages, counted = ladder.climb(ladder.Console(quiet=True), seeds=3, text="text.txt")
     found = {stage.name: stage.losses for stage in stages if stage.losses}
 
-    # The plain average is worse than the bigram: it drowns the last character.
+    # The plain average is worse than the bigram, because it dilutes the last character.
     assert min(found["2-averaging"]) > max(found["1-bigram"]) + 0.2
     climbing = ["1-bigram", *list(found)[2:]]
     for before, after in itertools.pairwise(climbing):
         spread = max(np.std(found[before], ddof=1), np.std(found[after], ddof=1))
         assert np.mean(found[before]) - np.mean(found[after]) > spread, (before, after)
     for name, losses in found.items():
-        if name != "2-averaging":  # of random batches, and rounded
+        if name != "2-averaging":  # the lecture's are rounded and of random batches
             assert np.mean(losses) == pytest.approx(float(ladder.FIGURES[name]), abs=0.04), name
 
-    # Lecture, section 2: the bigram's bands from step 1,200 on.
+    # The range of the lecture's bigram from step 1,200 on.
     for record in (r for history in stages[0].histories for r in history if r["step"] >= 1200):
         assert 2.44 < record["train_sampled_loss"] < 2.50
         assert 2.46 < record["val_sampled_loss"] < 2.52

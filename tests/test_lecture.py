@@ -1,4 +1,4 @@
-"""Tests of the lecture's steps and notes: its exact figures, and what each step must be."""
+"""Tests of the lecture's stages and notes, with its exact figures."""
 
 import itertools
 import math
@@ -44,13 +44,13 @@ def tokens_of(batch: int, T: int, vocab_size: int = V, seed: int = 1) -> np.ndar
 
 
 def small(kind: str) -> tuple[Any, Any]:
-    """A small model of a kind, and random parameters."""
+    """A small model of this kind, and random parameters."""
     model = build_model(replace(SMALL, kind=kind), V)
     return model, random_params(model)
 
 
 # ---------------------------------------------------------------------------------------------
-# The trick
+# The averaging trick
 
 
 def test_the_averaging_matrix_of_three():
@@ -137,7 +137,7 @@ def test_parameter_count(stage: str, count: int):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-STEPS = {  # what each stage adds to the one before
+STEPS = {  # fields that differ from the previous stage
     "lecture/2-averaging": {
         "steps": (3000, 5000),
         "eval_every": (300, 500),
@@ -163,7 +163,7 @@ STEPS = {  # what each stage adds to the one before
 }
 
 
-def test_a_stage_differs_from_the_one_before_by_one_visible_thing():
+def test_each_stage_changes_only_the_expected_fields():
     pairs = itertools.pairwise(STAGES)
     found = {b: differences(PRESETS[a], PRESETS[b]) for a, b in pairs}
     assert found == STEPS
@@ -172,8 +172,8 @@ def test_a_stage_differs_from_the_one_before_by_one_visible_thing():
 
 
 @pytest.mark.parametrize("stage", STAGES[1:7])
-def test_the_settings_of_the_stages(stage: str):
-    """Lecture: batch 32, block 8, width 32, rate 1e-3, 5,000 steps, PyTorch's AdamW and init."""
+def test_the_stages_have_the_lectures_settings(stage: str):
+    """Batch 32, block 8, width 32, learning rate 1e-3, 5,000 steps, PyTorch's AdamW and init."""
     c = PRESETS[stage]
     m, o = c.model, c.optim
     assert (c.batch_size, c.steps, c.eval_every, c.eval_batches) == (32, 5000, 500, 200)
@@ -219,8 +219,8 @@ def test_small_models_equal_numpy(kind: str):
         close(logits, reference.linear(x, exact["lm_head"]), 1e-5)
 
 
-def test_averaging_does_not_know_the_order_of_the_past():
-    """But for its positions, whose embeddings are the same sum in any order."""
+def test_averaging_ignores_the_order_of_the_past():
+    """The sum of the position embeddings is the same in any order."""
     model, params = small("averaging")
     tokens = tokens_of(2, SMALL.block_size)
     last = lambda tokens: model.apply({"params": params}, tokens)[0][:, -1]
@@ -232,8 +232,8 @@ def test_averaging_does_not_know_the_order_of_the_past():
     assert np.abs(before - after)[:, -1].max() > 1e-4
 
 
-def test_attention_without_blocks_is_the_gpts_own():
-    """The heads of stage 4 and of the GPT take the same parameters to the same values."""
+def test_attention_without_projection_equals_the_gpts_heads():
+    """The heads of stage 4 and of the GPT agree for the same parameters."""
     x = normal(2, 6, SMALL.n_embd)
     with_projection: Any = CausalSelfAttention(SMALL)
     params = random_params(with_projection, 0, x)
@@ -278,8 +278,8 @@ def test_norm_none_is_a_gpt_without_norms():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_samples_by_reading_its_window_anew(kind: str):
-    """Greedy, past block_size, against the lecture's own loop over crops."""
+def test_stages_without_a_cache_sample_past_the_window(kind: str):
+    """Greedy, compared with the lecture's loop over cropped contexts."""
     model, params = small(kind)
     text = [3, 1]
     for _ in range(20):
@@ -291,7 +291,7 @@ def test_a_stage_samples_by_reading_its_window_anew(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_has_a_place_on_any_mesh(kind: str):
+def test_stages_can_be_sharded_on_any_mesh(kind: str):
     model = build_model(replace(SMALL, kind=kind), V)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -328,7 +328,7 @@ def test_counted_bigram_equals_brute_force():
     assert found.floor < found.val
 
 
-def test_counted_bigram_refuses_a_split_without_pairs():
+def test_counted_bigram_rejects_a_split_without_pairs():
     with pytest.raises(UserError, match="the validation split has 1 tokens"):
         lecture.counted_bigram(np.array([0, 1]), np.array([0]), 2)
 
@@ -381,7 +381,7 @@ def test_note_4_masks(seed: int):
 def test_note_5_cross_attention(seed: int):
     found = notes.cross(seed)
     assert found["with x as its own context, difference from self-attention"] < 1e-5
-    assert np.array_equal(found["shape of what comes out"], found["shape of the queries' source"])
+    assert np.array_equal(found["shape of the output"], found["shape of the queries' source"])
     assert found["change when the context changes"] > 0.1
 
 
@@ -409,7 +409,7 @@ def test_the_notes_command_prints_all_six(capsys: pytest.CaptureFixture[str]):
         notes.main(["--sed", "1"])
 
 
-def test_every_note_is_shown():
+def test_every_note_has_a_demonstration():
     assert len(notes.NOTES) == 6
     assert all(line.endswith(".") and show for line, show in notes.NOTES)
-    assert ModelConfig().norm == "layer"  # what runs made before the field existed did
+    assert ModelConfig().norm == "layer"  # as in runs older than the field

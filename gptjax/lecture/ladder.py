@@ -1,8 +1,8 @@
 """The lecture's stages, all trained and measured alike: `gptjax ladder [--docs]`.
 
-Each stage is a preset; each of its runs is a run like any other, in runs/ladder/. What is finished
-there is not made again, so the command may be stopped and given anew. The losses of the table are
-means over the whole validation split, those of the curves over random windows.
+Each stage is a preset, and its runs are ordinary runs in runs/ladder/. Finished runs are kept, so
+the command can be interrupted and repeated. Losses in the table are means over the whole validation
+split, those of the curves over random windows.
 """
 
 import itertools
@@ -31,8 +31,8 @@ from gptjax.runs.run import Run, read_config
 from gptjax.text.dataset import Dataset, open_dataset
 from gptjax.training import train
 
-# The lecture's validation losses, over 200 random batches: read off its run (bigram, at step
-# 2,700), commonly reported (3 to 7), and its last word (8). It trains no model that averages.
+# The lecture's validation losses, over 200 random batches: from its own run (bigram, at step
+# 2,700), as commonly reported (3 to 7), and its final figure (8). It trains no averaging model.
 FIGURES = {
     "1-bigram": "2.4911",
     "2-averaging": "-",
@@ -43,23 +43,23 @@ FIGURES = {
     "7-layernorm": "2.06",
     "8-scale": "1.4873",
 }
-SCALE = "8-scale"  # hours without an accelerator, so it takes a word more to run it
+SCALE = "8-scale"  # takes hours without an accelerator, so it runs only with --scale
 PAGE = Path("docs") / "lecture.md"
-MARKERS = "<!-- made by python -m gptjax.lecture.ladder --docs -->", "<!-- end -->"
+MARKERS = "<!-- made by gptjax ladder --docs -->", "<!-- end -->"
 NOT_RUN = "not run here"
 
 
 class Stage(NamedTuple):
-    """One row of the table; a stage that was not run has no results."""
+    """One row of the table; a stage that was not run has empty lists."""
 
     name: str
     params: int
     losses: list[float]
-    """Over the whole validation split, one for each seed."""
+    """Validation loss over the whole split, for each seed."""
     seconds: list[float]
-    """Of training, one for each seed."""
+    """Training time, for each seed."""
     histories: list[list[Record]]
-    """The records with an evaluation, for each seed."""
+    """Records of the evaluations, for each seed."""
 
 
 def climb(
@@ -84,7 +84,7 @@ def climb(
         folder: that holds the runs.
 
     Returns:
-        All stages in order, and the best bigram table of the text.
+        All stages in order, and the best possible bigram table of the text.
 
     Raises:
         UserError: an unknown stage, or a folder with runs of other settings.
@@ -148,7 +148,7 @@ def _finished(name: str, config: Config, directory: Path) -> tuple[list[Record],
         changed = differences(read_config(directory), config)
         for field, (old, new) in changed.items():
             raise UserError(
-                f"{directory} holds a run with {field}={old}, not {new}; remove it, or climb in "
+                f"{directory} holds a run with {field}={old}, not {new}; remove it, or give "
                 f"another --folder"
             )
     done = resume and _is_done(Run(directory).metrics(), config)
@@ -156,7 +156,7 @@ def _finished(name: str, config: Config, directory: Path) -> tuple[list[Record],
         train(config, directory, resume=resume, model=_model(name), report=Report(quiet=True))
     records = Run(directory).metrics()
     if not _is_done(records, config):
-        raise UserError(f"{directory} was stopped; give the command anew to go on")
+        raise UserError(f"{directory} was stopped; repeat the command to continue")
     return [record for record in records if "val_sampled_loss" in record], done
 
 
@@ -165,11 +165,11 @@ def _is_done(records: list[Record], config: Config) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# Telling
+# Output
 
 
 def rows(stages: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table, as text."""
+    """Header and rows of the table, as text."""
     head = ["stage", "parameters", "lecture", "ours", "spread", "seconds"]
     body = []
     for stage in stages:
@@ -191,15 +191,15 @@ def footnotes(seeds: int, counted: CountedBigram) -> list[str]:
         f"ours: validation loss over the whole split, mean of {how_many}; spread: largest minus "
         f"smallest; seconds: of training one, compilation included; {machine()}.",
         "lecture: over 200 random batches; 3 to 7 as commonly reported.",
-        f"The best bigram table, counted: {counted.train:.4f} on the training split, "
-        f"{counted.val:.4f} on the validation split (counts plus one, for {counted.unseen:,} of "
-        f"its pairs never occur in training); the validation split's own best table: "
+        f"Optimal bigram table, from counts: {counted.train:.4f} on the training split, "
+        f"{counted.val:.4f} on the validation split (add-one smoothing, because {counted.unseen:,} "
+        f"of its pairs never occur in training); table fitted to the validation split itself: "
         f"{counted.floor:.4f}.",
     ]
 
 
 def bigram_rows(stages: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the bigram's evaluations, as the lecture prints them; the first seed's."""
+    """Header and rows of the bigram's evaluations with the first seed, beside the lecture's."""
     head = ["step", "train, lecture", "train, ours", "val, lecture", "val, ours"]
     body = []
     for record in itertools.chain.from_iterable(stages[0].histories[:1]):
@@ -225,7 +225,7 @@ BIGRAM_RUN = {
 
 
 def machine() -> str:
-    """The processor, or the accelerator, and how many."""
+    """Name and number of the devices."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"
@@ -233,7 +233,7 @@ def machine() -> str:
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:
-    """A table in Markdown, its first column to the left."""
+    """A Markdown table, its first column left-aligned."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -248,12 +248,12 @@ def _tell(console: Console, title: str, head: list[str], body: list[list[str]]) 
 
 
 def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
-    """Draw validation loss over steps: a line for each stage, shaded as far as its seeds differ.
+    """Plot validation loss over steps: a line for each stage, shaded over the range of its seeds.
 
     Raises:
-        UserError: a picture that cannot be written.
+        UserError: the plot cannot be written.
     """
-    from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures go on as they were
+    from matplotlib.figure import Figure  # not pyplot, which changes a notebook's global state
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -268,7 +268,7 @@ def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
         ends.append(losses[:, -1].mean())
     axes.axhline(counted.val, color="black", linestyle=":", label=f"counted, {counted.val:.3f}")
     axes.set(xlabel="step", ylabel="validation loss (nats per character)")
-    axes.set_ylim(min(ends) - 0.1, max(ends) + 0.6)  # the first steps would flatten the rest
+    axes.set_ylim(min(ends) - 0.1, max(ends) + 0.6)  # clips the first steps
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center")
     try:
@@ -278,19 +278,21 @@ def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
 
 
 def write_page(text: str, page: Path = PAGE) -> None:
-    """Put the text between the page's markers.
+    """Replace the text between the page's markers.
 
     Raises:
-        UserError: no such page, or no markers in it.
+        UserError: the page or its markers are missing.
     """
     start, end = MARKERS
     try:
         before, found, rest = page.read_text(encoding="utf-8").partition(start)
     except OSError as error:
-        raise UserError(f"cannot read {page}: {error.strerror}; run it where it is") from None
+        raise UserError(
+            f"cannot read {page}: {error.strerror}; run this from the repository's root"
+        ) from None
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise UserError(f"{page} lacks the lines {start} and {end}, between which the table goes")
+        raise UserError(f"{page} lacks the lines {start} and {end}; add them around the table")
     files.write_atomically(page, f"{before}{start}\n{text}{end}{after}")
 
 

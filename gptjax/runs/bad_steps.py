@@ -1,7 +1,7 @@
 """States and batches of steps that were skipped, kept to be looked at (`tools/replay.py`).
 
-    runs/NAME/bad/N             the state after N updates, as in checkpoints/
-                  step-N+1.json the batch of the step that was not finite
+runs/NAME/bad/N             the state after N updates, as in checkpoints/
+              step-N+1.json the batch of the step that was not finite
 """
 
 import json

@@ -36,6 +36,7 @@ from gptjax.runs.files import Damaged
 from gptjax.runs.records import Record, as_record
 from gptjax.step import TrainState
 
+
 class Checkpoints:
     """The checkpoints of a run.
 

@@ -7,7 +7,6 @@ config's, and whose; loading the run then takes that part from the caller, or re
 import dataclasses
 import re
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -119,5 +118,3 @@ def _name(value: Any) -> str:
     name = getattr(value, "__qualname__", None)
     name = repr(value) if name is None else name.rpartition("<locals>.")[2]
     return re.sub(r" at 0x[0-9a-f]+", "", name)
-
-

@@ -14,14 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from gptjax.runs import config_json
 from gptjax.config import Config, differences
 from gptjax.errors import UserError
-from gptjax.runs import files
-from gptjax.runs import records
+from gptjax.runs import config_json, files, records
 from gptjax.runs.files import Damaged
 from gptjax.runs.folders import CONFIG, METRICS, TEXT, TOKENIZER, copies, taken, unwritable
-
 from gptjax.runs.records import Record
 from gptjax.text import tokenizers as tokenizer_module
 from gptjax.text.tokenizers import Tokenizer
