@@ -163,7 +163,7 @@ class Clock:
 def before(
     setup: Setup, tokenizer: Tokenizer, dataset: Dataset | None, start: int
 ) -> dict[str, str]:
-    """The run that is about to go on from step `start`, in a few rows."""
+    """A summary of the run that starts, or continues at step `start`."""
     config, mesh, layout = setup.config, setup.mesh, setup.layout
     trained = count_params(layout.params)
     count = trained + count_params(layout.frozen)
@@ -200,7 +200,7 @@ def _shape(setup: Setup) -> str:
 
 
 def warning(setup: Setup, dataset: Dataset | None) -> str | None:
-    """What to know before the run starts, if anything."""
+    """A warning before the run starts, if there is one."""
     if dataset is None:
         return None
     config, layout = setup.config, setup.layout

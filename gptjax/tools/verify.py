@@ -28,7 +28,7 @@ TOLERANCE = 1e-4  # nats: another machine or device count rounds otherwise
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, what was found; `sound` is None where it could not be told."""
+    """One check and its result; `sound` is None where it could not be decided."""
 
     name: str
     sound: bool | None
