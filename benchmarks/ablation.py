@@ -1,12 +1,14 @@
 """Ablation of the model and optimizer options: `python -m benchmarks.ablation [--seeds 2]`.
 
-One option at a time is added to the classic recipe, or removed from the modern one, that of the
-preset `fast`. All runs make the same number of updates on the same number of tokens, and are
-evaluated on the whole validation split.
+One option at a time is added to the classic recipe, or removed from the modern one, that of
+examples/speedrun/fast.py. All runs make the same number of updates on the same number of tokens,
+and are evaluated on the whole validation split.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ CLASSIC = replace(
     time_to_loss.NANOGPT,
     optim=replace(time_to_loss.NANOGPT.optim, learning_rate=6e-3, warmup_steps=30),
 )
-# Fields that each option changes, of the model and of the optimizer.
+# Fields that each option changes, of the model's config and of the optimizer's.
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rotary": ({"position": "rotary", "rope_base": 1000.0}, {}),
     "rms": ({"norm": "rms"}, {}),
@@ -28,9 +30,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "relu2": ({"activation": "relu2"}, {}),
     "untied": ({"tie_head": False}, {}),
     "zero": ({"init": "zero"}, {}),
-    "ngram": ({"ngram": 3}, {}),
-    "pairs": ({"pair_rows": 65 * 65}, {}),
-    "recall": ({"recall": 4}, {}),
+    "ngram": ({}, {}),
+    "pairs": ({}, {}),
+    "recall": ({}, {}),
     "muon": ({}, {"kind": "muon", "muon_learning_rate": 0.03, "muon_weight_decay": 0.05}),
     "wsd": ({}, {"schedule": "wsd", "final_lr_ratio": 0.0}),
     "swiglu": ({"activation": "swiglu", "n_inner": 344}, {}),
@@ -40,6 +42,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "context": ({"block_size": 256}, {}),
     "ema": ({}, {"ema": 0.98}),
 }
+# Fields of an `NGramGPT`, the model of the runs that have one of these.
+TABLES = {"ngram": {"ngram": 3}, "pairs": {"pair_rows": 65 * 65}, "recall": {"recall": 4}}
 MODERN = (
     *("rotary", "rms", "qk_norm", "relu2", "untied", "zero", "context", "window", "pairs"),
     *("recall", "muon", "wsd"),
@@ -80,6 +84,18 @@ def with_options(names: tuple[str, ...], steps: int, text: str) -> Config:
     )
 
 
+def tables(names: tuple[str, ...]) -> dict[str, int]:
+    """Fields of an `NGramGPT` that the options set; empty for a GPT."""
+    return {key: n for name in names if name in TABLES for key, n in TABLES[name].items()}
+
+
+def train(config: Config, tables: dict[str, int]) -> Callable[[int], list[dict[str, float]]]:
+    """A side that trains one run."""
+    from examples.speedrun.ngrams import NGramGPT
+
+    return time_to_loss.train_ours(config, partial(NGramGPT, **tables) if tables else None)
+
+
 def recipes(options: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """Options of each recipe, by row name.
 
@@ -108,7 +124,7 @@ def main(argv: list[str]) -> None:
         config = with_options(options, command.steps, command.text)
         last = []
         for seed in range(1337, 1337 + command.seeds):
-            with measure.sides({name: (time_to_loss.train_ours, config)}) as sides:
+            with measure.sides({name: (train, config, tables(options))}) as sides:
                 *_, end = sides[name](seed)
             last.append(end)
         rows.append({"recipe": name, "options": options, "ends": last})

@@ -16,8 +16,7 @@ from typing import Any
 from benchmarks import measure
 from gptjax import cli
 from gptjax.config import DataConfig
-from gptjax.errors import UserError, one_line_errors
-from gptjax.presets import PRESETS
+from gptjax.errors import one_line_errors
 
 SIDES = {
     "on the device": DataConfig(),
@@ -31,7 +30,7 @@ class FeedCommand:
     """Time a train step and its wait for a batch, with tokens on the device and on disk."""
 
     preset: str = "small"
-    """Preset to train."""
+    """Preset or config file to train."""
     tokens: int = 100_000_000
     """Tokens in the file, two bytes each; it is read from the page cache."""
     rounds: int = 9
@@ -46,23 +45,28 @@ def trainer(preset: str, data: DataConfig) -> Callable[[float], tuple[measure.Vi
     """A side that trains as `gptjax.training` does; returns a Visit and its seconds in the feed."""
     import jax
 
-    from gptjax.programs import Programs
+    from gptjax import assembly
+    from gptjax.batches import Prefetched
     from gptjax.text.dataset import open_dataset
     from gptjax.text.tokenizers import ByteTokenizer
 
     tokenizer = ByteTokenizer()
-    config = replace(PRESETS[preset], data=data, steps=10**6)
-    programs, n = Programs(config, tokenizer.vocab_size), config.steps_per_dispatch
-    feed = programs.training(open_dataset(config, tokenizer))
-    state, before, step, stalled = programs.start(), None, 0, 0.0
+    recipe = measure.recipe(preset)
+    config = replace(recipe.config, data=data, steps=10**6)
+    dataset = open_dataset(config.data, config.model.block_size, tokenizer)
+    batch_at = Prefetched.at if assembly.streams(config, dataset) else None
+    setup = assembly.assemble(config, tokenizer.vocab_size, model=recipe.model, batch_at=batch_at)
+    key, n = setup.seed_key(), config.steps_per_dispatch
+    source = assembly.make_source(config, dataset, setup.mesh, key)
+    state, before, step, stalled = setup.start(), None, 0, 0.0
 
     def call() -> int:
         """One call; as in `train`, its metrics are read while the next one runs."""
         nonlocal state, before, step, stalled
         began = time.perf_counter()
-        tokens = feed(step, then=step + n)
+        data = source.data(step, then=step + n)
         stalled += time.perf_counter() - began
-        state, out = programs.train_steps(state, tokens, programs.seed_key, n)
+        state, out = setup.steps(state, data, key, step, n)
         jax.device_get(before)
         before, step = out, step + n
         return n
@@ -100,8 +104,7 @@ def main(argv: list[str]) -> None:
     """Time all sides in turns and print the table."""
     command = cli.parse(FeedCommand, FeedCommand(), argv, "benchmarks.feed", "")
     measure.at_least(rounds=command.rounds, seconds=command.seconds, tokens=command.tokens)
-    if command.preset not in PRESETS:
-        raise UserError(f"unknown preset {command.preset!r}; presets: {', '.join(PRESETS)}")
+    measure.recipe(command.preset)
     here = measure.begin(f"batches of {command.preset} from {command.tokens:,} tokens")
     rows, table = compare(command), []
     for row in rows:

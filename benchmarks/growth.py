@@ -77,7 +77,7 @@ def point(config: Config, characters: int) -> Callable[..., Any]:
                 file.write(ALPHABET[drawn].tobytes())
         config = replace(config, data=DataConfig(text=str(text)))
         before = time.perf_counter()
-        dataset = open_dataset(config)
+        dataset = open_dataset(config.data, config.model.block_size)
         seconds = time.perf_counter() - before
     ask = jax_gpt.training(config, dataset.tokenizer.vocab_size, dataset.train)
     return lambda what, *args: seconds if what == "reading" else ask(what, *args)

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
+from gptjax.assembly import assemble
+from gptjax.batches import Windows
 from gptjax.config import Config
+from gptjax.parallel import sharding
 from gptjax.parallel.flops import count_params, flops_per_token, matmul_peak
-from gptjax.programs import Programs
 from gptjax.sampling import Sampling, generate
-from gptjax.step import batch_at
 
 
 def flat(params: Any) -> dict[str, np.ndarray]:
@@ -41,12 +42,14 @@ def training(
         losses of the first steps, seconds of the first call (with compilation), bytes of peak
         memory, and, for gptjax only, parameters and FLOPs per step.
     """
-    programs = Programs(config, vocab_size)
-    state, on_device = programs.start(), programs.put(tokens)
-    train_steps, key, n = programs.train_steps, programs.seed_key, config.steps_per_dispatch
+    setup = assemble(config, vocab_size)
+    state, on_device = setup.start(), sharding.put(setup.mesh, tokens)
+    key, n = setup.seed_key(), config.steps_per_dispatch
     if start is not None:
-        batches = [np.asarray(batch_at(config, on_device, key, step)) for step in range(check)]
-        arrays = flat(state.params) | {"batches": np.stack(batches)}
+        source = Windows(on_device, key, config.batch_size, config.model.block_size)
+        batches = [source.batch(step) for step in range(check)]
+        rows = [np.concatenate([b.inputs, b.targets[:, -1:]], axis=1) for b in batches]
+        arrays = flat(state.params) | {"batches": np.stack(rows)}
         np.savez(start, **arrays)  # pyright: ignore[reportArgumentType]
     params = count_params(state.params)
     flops = flops_per_token(config.model, state.params)
@@ -55,25 +58,27 @@ def training(
     began, losses = time.perf_counter(), []
     while len(losses) < check:
         count = min(n, check - len(losses))
-        state, out = train_steps(state, on_device, key, count)
-        losses += [float(loss) for loss in out.loss[:count]]
+        state, out = setup.steps(state, on_device, key, len(losses), count)
+        losses += [float(loss) for loss in out["loss"][:count]]
         if len(losses) == count:
             compile_seconds = time.perf_counter() - began
     pending: Any = None
+    step = len(losses)
 
     def dispatch() -> int:
         """One call; as in `train`, the previous call's metrics are read while the device works."""
-        nonlocal state, pending
+        nonlocal state, pending, step
         before = pending
-        state, pending = train_steps(state, on_device, key, n)
+        state, pending = setup.steps(state, on_device, key, step, n)
         jax.device_get(before)
+        step += n
         return n
 
     def ask(what: str, seconds: float = 0.0) -> Any:
         if what == "work":
             return measure.work(dispatch, seconds, lambda: jax.block_until_ready(state))
         if what == "peak":
-            return matmul_peak(config.model.dtype) * programs.mesh.size
+            return matmul_peak(config.model.dtype) * setup.mesh.size
         return {
             "params": params,
             "flops": flops,
@@ -93,8 +98,8 @@ def sampling(config: Config, vocab_size: int, weights: Path) -> Callable[..., An
         counts tokens, for samples of `length` tokens after a prompt of one; `ask("greedy",
         length)`: greedy tokens after token 0; `ask("floor", batch, length)`: a Floor.
     """
-    programs = Programs(config, vocab_size)
-    model, params, key = programs.model, programs.start().params, programs.seed_key
+    setup = assemble(config, vocab_size)
+    model, params, key = setup.applied, setup.start().params, setup.seed_key()
     np.savez(weights, **flat(params))  # pyright: ignore[reportArgumentType]
     prompt = np.zeros(1, np.int32)
 

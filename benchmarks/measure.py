@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -26,8 +27,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.parallel.flops import processor
+from gptjax.presets import LECTURE_MODELS, PRESETS
 
 RESULTS = Path("benchmarks") / "results"
 BUSY = 0.25  # load average per core above which the machine counts as busy
@@ -38,6 +41,35 @@ LEGEND = (
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:  # do not wrap tables in a file or a pipe
     console.width = 140
+
+
+class Recipe(NamedTuple):
+    """What to train."""
+
+    config: Config
+    model: Any = None  # as `gptjax.train` takes it
+
+
+def recipe(name: str) -> Recipe:
+    """A preset, or a config file such as examples/speedrun/fast.py.
+
+    Raises:
+        UserError: no such preset or file.
+    """
+    if name in PRESETS:
+        if name not in LECTURE_MODELS:
+            return Recipe(PRESETS[name])
+        from gptjax.lecture import models
+
+        return Recipe(PRESETS[name], models.STAGES[LECTURE_MODELS[name]])
+    if not (name.endswith(".py") and Path(name).is_file()):
+        raise UserError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}; or a FILE.py")
+    sys.path.insert(0, str(Path(name).parent.resolve()))  # for the modules beside it
+    try:
+        found = runpy.run_path(name)
+    finally:
+        sys.path.pop(0)
+    return Recipe(found["config"], found.get("model"))
 
 
 # ---------------------------------------------------------------------------------------------

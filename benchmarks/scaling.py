@@ -107,10 +107,10 @@ def point_of(model: str, name: str, count: int, axes: str, config: Config, cost:
 
 def shapes(model: str) -> Any:
     """Shapes of the train state."""
-    from gptjax.programs import Programs
+    from gptjax.assembly import assemble
 
     config = replace(config_of(model), mesh=MeshConfig(1))
-    return Programs(replace(config, model=replace(config.model, attention="plain")), 1).abstract
+    return assemble(replace(config, model=replace(config.model, attention="plain")), 1).layout
 
 
 def grow(command: ScalingCommand) -> list[Point]:

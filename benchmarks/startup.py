@@ -130,7 +130,7 @@ def traced(started: float, argv: list[str], cache: str) -> Callable[[], dict[str
     import jax
 
     marks.mark("import jax")
-    from gptjax.cache import use_compilation_cache
+    from gptjax.cli.compilation_cache import use_compilation_cache
     from gptjax.training import train
 
     marks.mark("import flax, optax, orbax")

@@ -19,7 +19,6 @@ from gptjax import cli
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError, one_line_errors
-from gptjax.presets import PRESETS
 from gptjax.runs.run import Run
 
 LEADERBOARD = Path("docs") / "leaderboard.md"
@@ -39,7 +38,7 @@ class TimeToLossCommand:
     """Train a preset with several seeds; report the time to a target loss and the final loss."""
 
     config: str = "small"
-    """Preset to train."""
+    """Preset or config file to train."""
     target: float = 1.8857
     """Target validation loss (default: nanoGPT's CPU figure; 1.4697 is its A100 figure)."""
     seeds: int = 3
@@ -64,11 +63,9 @@ def configs(command: TimeToLossCommand) -> dict[str, Config]:
     """Configs to train, by recipe name.
 
     Raises:
-        UserError: an unknown preset.
+        UserError: an unknown preset or file.
     """
-    if command.config not in PRESETS:
-        raise UserError(f"unknown preset {command.config!r}; presets: {', '.join(PRESETS)}")
-    preset = PRESETS[command.config]
+    preset = measure.recipe(command.config).config
     steps = command.steps or preset.steps
     ours = replace(
         preset,
@@ -78,7 +75,8 @@ def configs(command: TimeToLossCommand) -> dict[str, Config]:
         optim=replace(preset.optim, warmup_steps=min(preset.optim.warmup_steps, steps)),
         data=replace(preset.data, text=command.text or preset.data.text),
     )
-    recipe = command.config + (f", {steps} steps" if steps != preset.steps else "")
+    recipe = Path(command.config).stem if command.config.endswith(".py") else command.config
+    recipe += f", {steps} steps" if steps != preset.steps else ""
     if not command.baseline:
         return {recipe: ours}
     steps = command.baseline_steps
@@ -92,8 +90,13 @@ def configs(command: TimeToLossCommand) -> dict[str, Config]:
     return {recipe: ours, name: theirs}
 
 
-def train_ours(config: Config) -> Callable[[int], list[dict[str, float]]]:
-    """The gptjax side: trains with a seed and returns the evaluation records."""
+def train_recipe(config: Config, name: str) -> Callable[[int], list[dict[str, float]]]:
+    """`train_ours`, with the model of a preset or config file."""
+    return train_ours(config, measure.recipe(name).model)
+
+
+def train_ours(config: Config, model: Any = None) -> Callable[[int], list[dict[str, float]]]:
+    """Our side, in its process: from a seed to the records with an evaluation."""
     import jax
 
     from gptjax.training import train
@@ -103,7 +106,8 @@ def train_ours(config: Config) -> Callable[[int], list[dict[str, float]]]:
     def run(seed: int) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "run"
-            train(replace(config, seed=seed), directory, report=Report(quiet=True))
+            report = Report(quiet=True)
+            train(replace(config, seed=seed), directory, model=model, report=report)
             records = Run(directory).metrics()
         return _evaluations(records, config.steps_per_dispatch)
 
@@ -221,8 +225,9 @@ def main(argv: list[str]) -> None:
     histories: dict[str, list[list[dict[str, float]]]] = {recipe: [] for recipe in recipes}
     for seed in range(1337, 1337 + command.seeds):
         for recipe, config in recipes.items():  # each run in a fresh process, one after the other
-            side = train_theirs if recipe.startswith(BASELINE) else train_ours
-            with measure.sides({recipe: (side, config)}) as sides:
+            theirs = recipe.startswith(BASELINE)
+            side = (train_theirs, config) if theirs else (train_recipe, config, command.config)
+            with measure.sides({recipe: side}) as sides:
                 history = sides[recipe](seed)
             histories[recipe].append(history)
             reached = seconds_to(history, command.target)

@@ -1,4 +1,4 @@
-"""Profile of a train step by model part: `python -m benchmarks.where [--presets small record]`.
+"""Where the time of a train step goes: `python -m benchmarks.where [--presets small]`.
 
 A few steps are traced with JAX's profiler; each operation is looked up in the compiled program,
 whose metadata names the part of the model that it belongs to. Operations may run in parallel, so
@@ -18,7 +18,6 @@ from benchmarks import measure
 from gptjax import cli
 from gptjax.errors import UserError, one_line_errors
 from gptjax.plan.hlo import Program
-from gptjax.presets import PRESETS
 
 VOCABULARY = 65
 CONTAINERS = {"while", "conditional", "call"}  # their time is that of their bodies
@@ -41,7 +40,7 @@ class WhereCommand:
     """Trace a train step and print the time of each part of the model."""
 
     presets: tuple[str, ...] = ("small",)
-    """Presets to train."""
+    """Presets or config files to train."""
     steps: int = 5
     """Number of steps to trace."""
     out: Path | None = None
@@ -91,19 +90,21 @@ def trace(preset: str, steps: int) -> dict[str, Any]:
     """Milliseconds per step, in total and by part."""
     import jax
 
-    from gptjax.programs import Programs
+    from gptjax.assembly import assemble
+    from gptjax.parallel import sharding
 
-    config = replace(PRESETS[preset], steps=10**6, steps_per_dispatch=steps)
-    programs = Programs(config, VOCABULARY)
-    tokens = programs.put(measure.random_tokens(VOCABULARY))
-    state = programs.start()
-    program = programs.train_steps.lower(state, tokens, programs.seed_key, steps).compile()
+    recipe = measure.recipe(preset)
+    config = replace(recipe.config, steps=10**6, steps_per_dispatch=steps)
+    setup = assemble(config, VOCABULARY, model=recipe.model)
+    tokens = sharding.put(setup.mesh, measure.random_tokens(VOCABULARY))
+    state, key = setup.start(), setup.seed_key()
+    program = setup.steps.lower(state, tokens, key, 0, steps).compile()
     of = instructions(program.as_text() or "")
-    state, log = program(state, tokens, programs.seed_key, steps)
+    state, log = program(state, tokens, key, 0, steps)
     jax.block_until_ready(log)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            state, log = program(state, tokens, programs.seed_key, steps)
+            state, log = program(state, tokens, key, steps, steps)
             jax.block_until_ready(log)
         [file] = Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(file)).planes
@@ -135,8 +136,8 @@ def main(argv: list[str]) -> None:
     """Trace all presets and print the tables."""
     command = cli.parse(WhereCommand, WhereCommand(), argv, "benchmarks.where", "")
     measure.at_least(steps=command.steps)
-    if unknown := set(command.presets) - set(PRESETS):
-        raise UserError(f"unknown preset {min(unknown)!r}; presets: {', '.join(PRESETS)}")
+    for preset in command.presets:
+        measure.recipe(preset)
     here = measure.begin("where the time of a train step goes")
     rows = [trace(preset, command.steps) for preset in command.presets]
     for row in rows:

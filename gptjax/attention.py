@@ -1,49 +1,72 @@
-"""Attention: who looks at whom, and what they take from there. Letters as in `model.py`."""
+"""Scaled dot-product attention: causal, windowed, biased. Letters as in `model.py`."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-QUERY_BLOCKS = 4  # more gain no time on CPU, and compile longer
+QUERY_BLOCKS = 4  # more save no time on CPU, and compile longer
 BLOCKS_FROM = 128  # positions; shorter contexts gain little
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q, k, v to y, causal
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, drop: Any = None
+@dataclass(frozen=True)
+class Kernel:
+    """A faster `causal_attention` that gives the same result; `parallel/kernels.py` makes them.
+
+    An attention of your own is no kernel: give `GPT(attention=...)`, which decoding honours too.
+    """
+
+    run: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """(B, T, H, D) queries, (B, T, G, D) keys and values to (B, T, H, D)."""
+        return self.run(q, k, v)
+
+
+def attention_weights(
+    q: jax.Array, k: jax.Array, mask: jax.Array | None = None, bias: jax.Array | None = None
 ) -> jax.Array:
-    """Scaled dot-product attention: each query takes the mean of the values it finds relevant.
+    """softmax(q k^T / sqrt(D) + bias): how much each query takes from each key.
 
     Args:
         q: (B, T, H, D) queries.
-        k: (B, S, G, D) keys; each serves H / G heads of queries (Ainslie et al. 2023).
-        v: (B, S, G, D) values.
+        k: (B, S, G, D) keys; each serves H / G query heads (Ainslie et al. 2023).
         mask: (1, 1, T, S) bool, true where a query may look; None: everywhere.
-        drop: dropout for the weights, a function of (B, H, T, S); None: none.
+        bias: added to the scores, broadcast to (B, H, T, S), such as ALiBi's; None: nothing.
 
     Returns:
-        (B, T, H, D), in v's dtype; the softmax is float32.
+        (B, H, T, S) float32; rows sum to 1.
 
     Source: Vaswani et al. 2017, equation 1; lecture, "self-attention".
     """
     if (share := q.shape[2] // k.shape[2]) > 1:
-        k, v = jnp.repeat(k, share, axis=2), jnp.repeat(v, share, axis=2)
+        k = jnp.repeat(k, share, axis=2)
     scores = jnp.einsum("BTHD,BSHD->BHTS", q, k, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(q.shape[-1])
+    if bias is not None:
+        scores = scores + jnp.broadcast_to(bias, scores.shape)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if drop is not None:
-        weights = drop(weights)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def weighted_values(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """The (B, T, H, D) weighted sums, by (B, H, T, S) weights, of (B, S, G, D) values."""
+    if (share := weights.shape[1] // v.shape[2]) > 1:
+        v = jnp.repeat(v, share, axis=2)
     return jnp.einsum("BHTS,BSHD->BTHD", weights.astype(v.dtype), v)
 
 
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`weighted_values` by `attention_weights`: (B, T, H, D), in v's dtype."""
+    return weighted_values(attention_weights(q, k, mask), v)
+
+
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention` of (B, T, H, D) queries to the past of as many (B, T, G, D) keys and values. Long
-    contexts in blocks of queries: keys after a block's end, 3/8 of all, need not be asked.
+    """Causal `attention` of T queries to T keys and values. Long contexts go block by block of
+    queries, which skips 3/8 of the score matrix.
     """
     T = q.shape[1]
     n = QUERY_BLOCKS if T >= BLOCKS_FROM and T % QUERY_BLOCKS == 0 else 1
@@ -57,8 +80,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def window_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    """`causal_attention` to the last `window` positions alone. Where it divides T, each block of as
-    many queries asks its own keys and those of the block before.
+    """Causal attention in a sliding window of `window` positions. Where the window divides T, each
+    block of that many queries reads its own keys and those of the block before.
 
     Source: Beltagy et al. 2020 (Longformer); Jiang et al. 2023 (Mistral 7B).
     """
@@ -70,18 +93,12 @@ def window_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> j
     exists = ~first | (jnp.arange(2 * window) >= window)[None, None, None, None]
     mask = causal_mask(window, 2 * window, window, window)[None] & exists  # of each block
 
-    def with_last(x: jax.Array) -> jax.Array:
-        last = jnp.pad(x, [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])[:, :-1]
-        return jnp.concatenate([last, x], axis=2)
+    def with_previous(x: jax.Array) -> jax.Array:
+        previous = jnp.pad(x, [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])[:, :-1]
+        return jnp.concatenate([previous, x], axis=2)
 
-    y = jax.vmap(attention, (1, 1, 1, 0), 1)(q, with_last(k), with_last(v), mask)
+    y = jax.vmap(attention, (1, 1, 1, 0), 1)(q, with_previous(k), with_previous(v), mask)
     return y.reshape(y.shape[0], T, *y.shape[3:])
-
-
-def add_to(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
-    """(B, G, S, D) keys or values with `new` ones, (B, T, G, D), from position `start` on."""
-    new = new.swapaxes(1, 2).astype(cache.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, start, 2)
 
 
 def causal_mask(T: int, S: int, start: jax.Array | int = 0, window: int | None = None) -> jax.Array:

@@ -1,99 +1,90 @@
-"""What a run is: frozen dataclasses; `config_json.py` has their JSON form.
+"""The description of a run: frozen dataclasses, whose strings are the text of `--help`.
 
-Standard library only, so that `train.py --help` answers at once. One field has one reader; `None`
-means off; a new field's default must reproduce what was done before it existed, so that the
-`config.json` of an old run keeps its meaning. The strings below the fields are the `--help` text.
+Standard library only, so that `--help` answers at once. `None` means off. A new field's default
+must reproduce what was done before it existed, so that the `config.json` of an old run keeps its
+meaning (`runs/config_json.py` reads and writes it).
 """
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from gptjax.errors import UserError
-from gptjax.limits import above_zero, multiple, not_negative, pattern, positive, within
 
 # The fields of a model that do not come with its weights.
 OF_A_LOADED_MODEL = (
     *("block_size", "dropout", "attn_dropout", "attention", "dtype", "remat", "remat_saves"),
 )
+LARGEST = 2**31 - 1  # sizes and steps are int32 on the devices
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network: GPT-2's names, GPT-2's meaning."""
+    """The network, with GPT-2's names for its sizes."""
 
-    kind: Literal["gpt", "bigram", "averaging", "attention", "feedforward"] = "gpt"
-    """gpt: the transformer. bigram: the lecture's (V, V) table, which reads only block_size.
-    averaging, attention, feedforward: the lecture's steps between the two, of one layer."""
     n_layer: int = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     n_head: int = 4
-    """Attention heads; n_embd must be a multiple."""
+    """Number of attention heads; n_embd must be a multiple."""
     n_kv_head: int | None = None
-    """Heads of keys and values, each shared by as many queries; None: n_head (no sharing)."""
+    """Number of key and value heads, each shared by several query heads (grouped-query attention).
+    None means n_head: no sharing."""
     n_embd: int = 128
     """Width of the residual stream."""
     n_inner: int | None = None
-    """Width of the MLP; None: 4 n_embd."""
+    """Width of the MLP. None means 4 n_embd."""
     block_size: int = 64
-    """Longest context in tokens."""
+    """Context length in tokens."""
     vocab_size: int | None = None
-    """Rows of the embedding table; None: as many as the tokenizer has tokens."""
+    """Rows of the embedding table. None means the tokenizer's vocabulary size."""
     dropout: float = 0.0
-    """Share of activations dropped (attention weights, both projections) while training."""
+    """Dropout rate in training, on attention weights and on the outputs of attention and MLP."""
     attn_dropout: float | None = None
-    """Share of attention weights dropped; None: as dropout."""
+    """Dropout rate of the attention weights. None means the value of dropout."""
     bias: bool = True
-    """Biases in linear layers and layer norms, as GPT-2."""
-    qkv_bias: bool = True
-    """Biases on queries, keys and values too (the lecture has none there)."""
-    norm: Literal["layer", "rms", "none"] = "layer"
-    """Before attention, before the MLP and at the end; none: nothing there. rms is Llama's."""
+    """Use biases in linear layers and layer norms, as GPT-2 does."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Normalisation before attention, before the MLP and at the end: layer is GPT-2's layer norm,
+    rms is Llama's."""
     norm_eps: float = 1e-5
-    """Added to the variance or mean square in every norm."""
+    """Constant added to the variance or the mean square in every norm."""
     qk_norm: bool = False
-    """Divide each head's queries and keys by their root mean square."""
+    """Divide each head's queries and keys by their root mean square (QK-norm)."""
     position: Literal["learned", "rotary", "none"] = "learned"
-    """A table added to the embeddings (GPT-2), or queries and keys turned by position (Llama)."""
+    """Position encoding: learned is a table added to the embeddings (GPT-2), rotary turns queries
+    and keys by their position (RoPE, Llama)."""
     rope_base: float = 10_000.0
-    """Rotary positions: longest wavelength / 2 pi, in tokens."""
+    """Base of the rotary frequencies: the longest wavelength over 2 pi, in tokens."""
     window: int | None = None
-    """Positions that each one sees, itself and those right before it; None: all before it."""
-    ngram: int = 1
-    """Tokens that a position sees at once: 1: its own (GPT-2); n: n - 1 before it too, their
-    embeddings added from tables of their own."""
-    pair_rows: int | None = None
-    """Rows of a table for pairs of a token and the one before it, whose embeddings are added; pairs
-    with the same number modulo this share a row. None: no such table."""
-    recall: int | None = None
-    """n: a position sees what followed the last n tokens when they stood in the context before,
-    embedded in a table of its own (an n-gram head); None: it does not."""
+    """Sliding-window size in tokens. None means full causal attention."""
     activation: Literal["gelu", "gelu_erf", "relu", "relu2", "swiglu"] = "gelu"
-    """The MLP's non-linearity; gelu is GPT-2's tanh form, gelu_erf the exact one, relu2 a squared
-    relu, swiglu Llama's gate (a third matrix: n_inner of 8/3 n_embd has as many parameters)."""
+    """Activation of the MLP. gelu is GPT-2's tanh form, gelu_erf the exact one, relu2 is squared
+    ReLU, swiglu is Llama's gate (it adds a third matrix; an n_inner of 8/3 n_embd keeps the
+    parameter count)."""
     tie_head: bool = True
-    """Read logits off the embedding table (GPT-2) instead of a matrix of their own (lecture)."""
+    """Use the embedding table as output head (GPT-2) instead of a matrix of its own."""
     softcap: float | None = None
-    """Squash logits smoothly into +-softcap; None: leave them."""
-    init: Literal["gpt2", "torch", "zero"] = "gpt2"
-    """gpt2: normal 0.02, residual projections / sqrt(2 n_layer). torch: PyTorch's layer defaults,
-    which the recorded lecture uses. zero: gpt2, residual projections and an untied head at 0."""
+    """Squash logits smoothly into +-softcap, as Gemma 2 does. None means no soft-capping."""
+    init: Literal["gpt2", "zero"] = "gpt2"
+    """Initialisation. gpt2 is normal with std 0.02, residual projections / sqrt(2 n_layer); zero
+    is the same with residual projections and an untied head at 0."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matmuls and activations; parameters, softmax, norms and loss are always float32."""
+    """Compute dtype; parameters, softmax, norms and loss stay float32."""
     attention: Literal["plain", "auto", "cudnn", "splash"] = "plain"
-    """Of training and evaluation. plain: as the lecture writes it, compiled by XLA. cudnn: flash
-    attention on NVIDIA GPUs. splash: Pallas' kernel on TPUs. auto: the one for the devices, or
-    plain where none fits (on a CPU; with attention weights dropped)."""
+    """Attention kernel for training and evaluation. plain is compiled by XLA; cudnn is flash
+    attention on NVIDIA GPUs; splash is Pallas' kernel on TPUs; auto picks by the device, and plain
+    where no kernel fits (on a CPU, or with attention dropout)."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     remat_saves: Literal["nothing", "dots"] = "nothing"
-    """With remat, what a block keeps all the same: nothing but its input; or what its linear
-    layers gave, which are the dear part (attention's weights are made again)."""
+    """What remat keeps of a block: nothing but its input, or also the outputs of its linear layers
+    (then only attention and elementwise work is recomputed)."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "ngram"):
+        for name in ("n_layer", "n_head", "n_embd", "block_size"):
             positive(f"model.{name}", getattr(self, name))
         within("model.dropout", self.dropout, 0.0, 1.0)
-        for name in ("vocab_size", "n_kv_head", "n_inner", "window", "pair_rows", "recall"):
+        for name in ("vocab_size", "n_kv_head", "n_inner", "window"):
             if getattr(self, name) is not None:
                 positive(f"model.{name}", getattr(self, name))
         if self.attn_dropout is not None:
@@ -105,16 +96,16 @@ class ModelConfig:
         shared = " (heads share the width equally)"
         multiple("model.n_embd", self.n_embd, "model.n_head", self.n_head, shared)
         if (G := self.n_kv_head) is not None:
-            served = " (each serves as many queries)"
+            served = " (each serves the same number of query heads)"
             multiple("model.n_head", self.n_head, "model.n_kv_head", G, served)
         if self.remat_saves != "nothing" and not self.remat:
             raise UserError(
-                f"model.remat_saves={self.remat_saves} says what rematerialisation keeps, and "
-                f"model.remat is off; add --model.remat"
+                f"model.remat_saves={self.remat_saves} needs model.remat, which is off; add "
+                f"--model.remat"
             )
         if self.position == "rotary" and self.head_size % 2:
             raise UserError(
-                f"rotary positions turn pairs, and a head's size n_embd / n_head = "
+                f"rotary positions need an even head size, and n_embd / n_head = "
                 f"{self.head_size} is odd; change model.n_embd or model.n_head"
             )
 
@@ -124,12 +115,8 @@ class ModelConfig:
 
     @property
     def dropped_attention(self) -> float:
+        """Dropout rate of the attention weights."""
         return self.dropout if self.attn_dropout is None else self.attn_dropout
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether embeddings depend on the tokens before."""
-        return self.ngram > 1 or self.pair_rows is not None or self.recall is not None
 
 
 @dataclass(frozen=True)
@@ -137,27 +124,27 @@ class DataConfig:
     """The text and how it becomes tokens."""
 
     text: str = "tiny_shakespeare"
-    """A corpus named in data/; a file, folder or glob of texts (.gz, .zst, .jsonl too); token files
-    (.bin); or several with their weights: a.txt=0.7,b.txt=0.3."""
+    """Text to train on: a corpus by name; a file, folder or glob (.gz, .zst and .jsonl too); token
+    files (.bin); or several with their weights: a.txt=0.7,b.txt=0.3."""
     encoding: str = "utf-8"
-    """Of the texts."""
+    """Text encoding of the files."""
     field: str = "text"
-    """Of a JSONL line, that holds its text."""
+    """JSONL field that contains the text."""
     tokenizer: str = "auto"
-    """auto (by size and alphabet, and says why), char, byte, bpe (trained on the text), gpt2, or
-    the path of a tokenizer.json or of a SentencePiece model."""
+    """Tokenizer: auto (chosen by the text's size and alphabet), char, byte, bpe (trained on the
+    text), gpt2, or the path of a tokenizer.json or of a SentencePiece model."""
     bpe_vocab_size: int = 4096
-    """Tokens of a BPE that is trained."""
+    """Vocabulary size of a BPE that is trained."""
     val_fraction: float = 0.1
-    """The last part of a text, or whole documents of many, held out for validation."""
+    """Share held out for validation: the end of a text, or whole documents of several."""
     val_limit: int | None = None
-    """Most characters held out (of token files: tokens); None: no limit."""
+    """Most characters held out (tokens, for token files). None means no limit."""
     order: Literal["random", "shuffled"] = "random"
-    """random: windows begin anywhere. shuffled: each window once in a pass, in another order each
-    time (needs grain); several texts need this."""
+    """Order of the windows: random draws their starts uniformly; shuffled reads consecutive windows
+    in a new order every epoch (needs grain; several texts need it)."""
     resident_tokens: int = 2**28
-    """A longer training split stays on disk, and batches are read from there: less memory, the
-    same numbers. (As many take 512 MB of each device.)"""
+    """Longest training split, in tokens, that is kept on the device (2 bytes each); a longer one is
+    streamed from disk. It changes memory and speed, never the numbers."""
 
     def __post_init__(self) -> None:
         within("data.val_fraction", self.val_fraction, 0.0, 1.0)
@@ -173,54 +160,54 @@ class DataConfig:
             "".encode(self.encoding)
         except LookupError:
             raise UserError(
-                f"data.encoding={self.encoding!r} is no text encoding that Python knows; give e.g. "
-                f"utf-8, latin-1, cp1252, utf-16"
+                f"data.encoding={self.encoding!r} is not a text encoding that Python knows; give "
+                f"e.g. utf-8, latin-1, cp1252, utf-16"
             ) from None
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its schedule."""
+    """The optimizer, its schedule, and which parameters it trains."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the blocks' matrices, AdamW for the rest."""
+    """Optimizer; muon uses Muon for the matrices of the blocks and AdamW for the rest."""
     learning_rate: float = 1e-3
-    """Peak of AdamW's rate, after warm-up."""
+    """Peak learning rate of AdamW, after warm-up."""
     muon_learning_rate: float = 0.02
-    """Peak of Muon's rate, on the same schedule."""
+    """Peak learning rate of Muon, on the same schedule."""
     muon_momentum: float = 0.95
-    """Decay of Muon's running mean of the gradient."""
+    """Momentum of Muon."""
     muon_weight_decay: float = 0.0
-    """Muon's own; multiplied by its rate."""
+    """Weight decay of Muon, multiplied by its learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: a cosine decay over the rest of the steps; or constant, then a linear
-    decay over the last decay_share of them; or constant."""
+    """Learning rate after the warm-up: cosine decay to the last step; wsd is constant, then decays
+    linearly over the last decay_share of the steps; or constant."""
     warmup_steps: int = 0
-    """Steps of linear rise from 0."""
+    """Steps of linear warm-up."""
     decay_share: float = 0.5
-    """wsd: share of all steps in which the rate decays."""
+    """Share of all steps in which wsd decays."""
     final_lr_ratio: float = 0.1
-    """What the decay ends at, as a share of the peak."""
+    """Learning rate at the end of the decay, as a share of the peak."""
     weight_decay: float = 0.1
-    """Applied to matrices and embeddings, not to biases and norms; multiplied by the rate."""
+    """Weight decay of matrices and embeddings (not of biases and norms), multiplied by the learning
+    rate."""
     beta1: float = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.99
-    """Decay of its running square."""
+    """Decay rate of AdamW's second moment."""
     ema: float | None = None
-    """Decay of a running mean of the parameters, which is then evaluated, saved and sampled; None:
-    the last parameters are."""
+    """EMA decay; the averaged weights are evaluated, saved and sampled. None means no EMA."""
     grad_clip: float | None = 1.0
-    """Largest global norm of a gradient; None: no clipping."""
+    """Clip gradients to this global norm. None means no clipping."""
     accumulate: int = 1
-    """Micro-batches that a batch is cut into, to fit memory; the update is the same."""
+    """Micro-batches per batch (gradient accumulation), to save memory; the update is the same."""
     freeze: str | None = None
-    """Parameters that are not trained: a regular expression of names in their paths, such as
-    "wte|wpe|h/attn" (paths as in gptjax/model.py)."""
+    """Parameters to keep fixed: a regular expression of names in their paths, such as
+    "wte|wpe|h/attn" (the paths of gptjax/model.py)."""
     lora_rank: int | None = None
-    """Train only low-rank updates of the blocks' matrices, of this rank; None: train them whole."""
+    """Train only low-rank updates (LoRA) of this rank. None means full training."""
     lora_targets: str = "attn|mlp"
-    """The matrices that have such an update, as freeze names them."""
+    """Matrices that get a low-rank update, named as in freeze."""
 
     def __post_init__(self) -> None:
         above_zero("optim.learning_rate", self.learning_rate)
@@ -245,20 +232,22 @@ class OptimConfig:
             if self.freeze is not None:
                 raise UserError(
                     f"optim.freeze={self.freeze!r} and optim.lora_rank={self.lora_rank} exclude "
-                    f"each other (LoRA freezes all but its updates); leave one of them out"
+                    f"each other (LoRA freezes everything but its updates); leave one of them out"
                 )
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices along each axis."""
+    """How many devices lie along each axis of the mesh."""
 
     data: int | None = None
-    """Copies of the model, each with its share of the batch; None: as many as fit."""
+    """Data parallelism: copies of the model, each with its share of the batch. None means as many
+    as the devices and the batch allow."""
     fsdp: int = 1
-    """Shards of parameters and optimizer state; these share the batch too."""
+    """Fully sharded data parallelism: shards of parameters and optimizer state, which split the
+    batch too."""
     tensor: int = 1
-    """Shards of heads and of the MLP's width."""
+    """Tensor parallelism: shards of the heads and of the MLP's width."""
 
     def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor"):
@@ -268,35 +257,35 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides a run's numbers."""
+    """A training run."""
 
     seed: int = 1337
-    """Of parameters, batches, dropout; the same seed gives the same run."""
+    """Random seed of initialisation, batches and dropout; the same seed gives the same run."""
     init: str | None = None
-    """Weights to start from, with their tokenizer: gpt2, gpt2-medium, gpt2-large or gpt2-xl, from
+    """Weights to start from, with their tokenizer: gpt2, gpt2-medium, gpt2-large or gpt2-xl from
     the Hugging Face hub; hf:OWNER/NAME; a folder with model.safetensors; a .gguf file; nanoGPT's
-    ckpt.pt; a run. The model is then that one; of its fields here, those that weights do not
-    decide are kept (block_size, dropout, dtype, ...). None: drawn from the seed."""
+    ckpt.pt; or a run. The model's shape then comes with the weights. None means random
+    initialisation."""
     steps: int = 1000
     """Optimizer updates."""
     batch_size: int = 32
-    """Windows of block_size tokens in one update."""
+    """Sequences of block_size tokens in one update."""
     eval_every: int = 250
-    """Steps between evaluations (and one at the end)."""
+    """Steps between evaluations; the last step is evaluated too."""
     eval_batches: int | None = None
-    """None: the whole validation split. N: the mean of N random batches of each split, which the
-    lecture prints; the last evaluation is always of the whole split."""
+    """Random batches per split in an evaluation, as in the lecture; the last evaluation always
+    reads the whole validation split. None means the whole validation split every time."""
     save_every: int = 250
-    """Steps between checkpoints (and one at the end)."""
+    """Steps between checkpoints; the last step is saved too."""
     keep_last: int = 2
-    """Newest checkpoints kept, besides the best."""
+    """Newest checkpoints to keep, besides the best one."""
     stop_after_skips: int = 3
-    """A step whose loss or gradient is not finite is skipped; so many in a row end the run."""
+    """Stop after this many consecutive non-finite steps (each is skipped)."""
     steps_per_dispatch: int = 8
-    """Updates that the device runs per call from the host; changes speed, never the numbers."""
+    """Updates per call of the device; it changes speed, never the numbers."""
     loss_chunk: int | None = None
-    """Positions of a window whose logits exist at once, a divisor of block_size: a large vocabulary
-    then takes little memory, and the head is computed once more; None: all positions."""
+    """Chunk size, in positions, of the chunked cross-entropy: the full logits never exist at once,
+    and the head is computed once more. It must divide block_size. None means no chunking."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -314,11 +303,6 @@ class Config:
             positive("eval_batches", self.eval_batches)
         if self.loss_chunk is not None:
             positive("loss_chunk", self.loss_chunk)
-            if self.model.kind != "gpt":
-                raise UserError(
-                    f"loss_chunk={self.loss_chunk} needs model.kind=gpt, and it is "
-                    f"{self.model.kind}; leave --loss-chunk out"
-                )
             block = self.model.block_size
             multiple("model.block_size", block, "loss_chunk", self.loss_chunk)
         multiple("batch_size", self.batch_size, "optim.accumulate", self.optim.accumulate)
@@ -327,6 +311,11 @@ class Config:
                 f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}; "
                 f"lower --optim.warmup-steps"
             )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences that go through the model at once."""
+        return self.batch_size // self.optim.accumulate
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -339,3 +328,50 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
         elif before != after:
             changed[prefix + name] = (before, after)
     return changed
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks; each raises a `UserError` that names the field
+
+
+def positive(name: str, value: int) -> None:
+    """1 or more."""
+    if value < 1:
+        raise UserError(f"{name}={value} is too small; give 1 or more")
+    if value > LARGEST:
+        raise UserError(f"{name}={value} is too large; give {LARGEST} or less")
+
+
+def not_negative(name: str, value: float) -> None:
+    """0 or more, and finite."""
+    if not 0 <= value < float("inf"):
+        raise UserError(f"{name}={value} is out of range; give 0 or more")
+
+
+def above_zero(name: str, value: float) -> None:
+    """Above 0, and finite."""
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name}={value} is out of range; give a number above 0")
+
+
+def multiple(name: str, value: int, of: str, divisor: int, why: str = "") -> None:
+    """Divisible by the value of the field `of`."""
+    if value % divisor:
+        raise UserError(
+            f"{name}={value} is not divisible by {of}={divisor}; change one of them{why}"
+        )
+
+
+def pattern(name: str, value: str | None) -> None:
+    """A regular expression, or None."""
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise UserError(f"{name}={value!r} is not a regular expression: {error}") from None
+
+
+def within(name: str, value: float, low: float, high: float, closed: bool = False) -> None:
+    """low <= value < high, or up to high too if closed."""
+    if not (low <= value < high or (closed and value == high)):
+        bound = "<=" if closed else "<"
+        raise UserError(f"{name}={value} is out of range; give {low} <= {name} {bound} {high}")

@@ -1,10 +1,11 @@
-"""What a person sees of a run. Bars and tables on a terminal, plain lines elsewhere."""
+"""The console output of a run: progress bars and tables on a terminal, plain lines elsewhere."""
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -19,15 +20,22 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from gptjax import optim
+from gptjax.assembly import Setup
 from gptjax.config import Config
+from gptjax.parallel.flops import count_params, flops_per_token, matmul_peak, will_memorise
+from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import Record
+from gptjax.runs.run import Run
+from gptjax.text.dataset import Dataset
+from gptjax.text.tokenizers import Tokenizer
 
 ESTIMATE_AFTER = 3.0  # seconds of steps that are enough to tell the whole run's time
 PLAIN_EVERY = 15.0  # seconds between progress lines where there is no terminal
 
 
 class Report:
-    """Prints the story of a training run.
+    """Prints the progress of a training run.
 
     Args:
         console: where to; None: standard output.
@@ -150,3 +158,93 @@ class Clock:
         self._seconds = self.read()
         yield
         self.start()
+
+
+def before(
+    setup: Setup, tokenizer: Tokenizer, dataset: Dataset | None, start: int
+) -> dict[str, str]:
+    """The run that is about to go on from step `start`, in a few rows."""
+    config, mesh, layout = setup.config, setup.mesh, setup.layout
+    trained = count_params(layout.params)
+    count = trained + count_params(layout.frozen)
+    some = f" ({trained:,} of them trained)" if trained < count else ""
+    tokens = config.steps * config.batch_size * config.model.block_size
+    leaves = jax.tree.leaves((layout, layout.params))  # the gradient is as large as these
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    size = f"{config.batch_size} x {config.model.block_size} tokens"
+    rows = {
+        "model": f"{_shape(setup)}: {count:,} parameters{some}",
+        "training": f"{config.steps - start:,} steps of {size}",
+        "memory": f"{state / 2**20:,.0f} MB for parameters, gradients and optimizer state; "
+        f"activations come on top",
+        "devices": f"{mesh.size} of {jax.device_count()} {jax.devices()[0].device_kind}"
+        + (f" ({axes})" if axes else ""),
+    }
+    if dataset is None:
+        return rows
+    n_train = dataset.n_train
+    rows["model"] += f", {n_train / count:,.2f} tokens per parameter"
+    rows["training"] += f": {tokens / n_train:.1f} epochs"
+    text = (
+        f"{config.data.text}: {n_train:,} training and {len(dataset.val):,} validation tokens, "
+        f"vocabulary size {tokenizer.vocab_size}"
+    )
+    return {"text": text, **dataset.notes, **rows}
+
+
+def _shape(setup: Setup) -> str:
+    m, name = setup.config.model, type(setup.model).__name__
+    sizes = f"{m.n_layer} layers, {m.n_head} heads, width {m.n_embd}, context {m.block_size}"
+    return sizes if name == "GPT" else f"{name} ({sizes})"
+
+
+def warning(setup: Setup, dataset: Dataset | None) -> str | None:
+    """What to know before the run starts, if anything."""
+    if dataset is None:
+        return None
+    config, layout = setup.config, setup.layout
+    count = count_params((layout.params, layout.frozen))
+    epochs = config.steps * config.batch_size * config.model.block_size / dataset.n_train
+    if not will_memorise(dataset.n_train, count, epochs):
+        return None
+    return (
+        f"this model will memorise its text: it has more parameters than the text has tokens and "
+        f"trains for {epochs:.0f} epochs (rule of thumb: over 16); the best checkpoint is kept; "
+        f"more text, a smaller model, fewer --steps or more --model.dropout help"
+    )
+
+
+def after(setup: Setup, run: Run, record: Record) -> dict[str, str]:
+    """The results of a finished run, with its model FLOPs utilisation (MFU) for a `GPT`.
+
+    Args:
+        setup: of the run.
+        run: its folder.
+        record: of its last step.
+    """
+    config, seconds = setup.config, record["seconds"]
+    tokens_per_second = config.steps * config.batch_size * config.model.block_size / seconds
+    best = run.best_step(Checkpoints(run.checkpoints_path).steps())
+    rows = {}
+    if "val_bits_per_byte" in record:
+        rows["validation loss"] = (
+            f"{record['val_loss']:.4f} over the whole split, "
+            f"{record['val_bits_per_byte']:.4f} bits per byte"
+        )
+    rows["training"] = (
+        f"{seconds / 60:.2f} minutes, {seconds / config.steps * 1e3:.3g} ms a step, "
+        f"{tokens_per_second:,.0f} tokens/s, compilation included"
+    )
+    rows["kept"] = f"{run.directory}" + (
+        "" if best is None else f", best checkpoint at step {best}"
+    )
+    if "model" not in run.parts:
+        params = optim.unite(setup.layout.params, setup.layout.frozen)
+        rate = flops_per_token(config.model, params) * tokens_per_second
+        peak = matmul_peak(config.model.dtype) * setup.mesh.size
+        rows["arithmetic"] = (
+            f"{rate / 1e9:,.0f} GFLOP/s, an MFU of {rate / peak:.0%} of the {peak / 1e9:,.0f} that "
+            f"a large matmul reaches here"
+        )
+    return rows

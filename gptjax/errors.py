@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 LONGEST = 1500  # characters of a message
 
@@ -18,6 +20,25 @@ class UserError(ValueError):
     def __init__(self, message: str):
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:LONGEST])
         super().__init__(line + "..." * (len(message) > LONGEST))
+
+
+def optional_import(package: str, extra: str = "text") -> Any:
+    """Import a package that an optional extra of gptjax installs.
+
+    Args:
+        package: dotted name of the module to import.
+        extra: the extra that installs it, named in the error.
+
+    Raises:
+        UserError: it is not installed; says which extra to install.
+    """
+    try:
+        return import_module(package)
+    except ImportError:
+        raise UserError(
+            f"this needs the package {package.partition('.')[0]}: pip install 'gptjax[{extra}]', "
+            f"or from a checkout pip install -e '.[{extra}]'"
+        ) from None
 
 
 @contextmanager

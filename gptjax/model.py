@@ -1,8 +1,8 @@
-"""The networks: tokens to logits, with or without a KV cache.
+"""The GPT: tokens to logits, with or without a KV cache.
 
-    B  batch      T  positions asked about    S  positions looked at (keys and values)
+    B  batch      T  query positions          S  key and value positions
     C  n_embd     H  heads    D  head size    G  heads of keys and values (H, or fewer)
-    L  layers     F  width of the MLP         V  vocabulary
+    L  layers     F  width of the MLP         V  vocabulary size
 
 Flax Linen, pure `init`/`apply`. Every model has one contract, so that the train step, the
 sampler and your own module fit together:
@@ -11,14 +11,18 @@ sampler and your own module fit together:
     logits, cache = model.apply({"params": params}, tokens, cache=None, train=False)
     cache = model.init_cache(batch)                      # None: the model has no use for one
 
-The GPT comes apart as `features`, (B, T, C), and `head`, logits of them, so that a loss need not
-hold all logits at once.
+A GPT is `head(norm(blocks(embed(tokens))))`; each of these methods, the block and its attention
+can be replaced. Parameter names are GPT-2's (`wte wpe h/{ln_1, attn/{c_attn, c_proj}, ln_2,
+mlp/{c_fc, c_proj}} ln_f`); the leaves below `h` have a leading L axis, for the blocks are one
+scanned module. The modern family (rotary positions, RMS norm, SwiGLU, grouped queries, sliding
+windows) is fields of the config.
 
-Parameter names are GPT-2's (`wte wpe h/{ln_1, attn/{c_attn, c_proj}, ln_2, mlp/{c_fc, c_proj}}
-ln_f`); the leaves below `h` have a leading L axis, for the blocks are one scanned module. Options
-of the modern family (rotary positions, RMS norm, SwiGLU, grouped queries) are fields of the config.
+`apply(..., mutable=["intermediates"], capture_intermediates=True)` returns the activations of
+every module, those of the blocks stacked over L; `mutable=["attention"]` returns the (L, B, H, T,
+S) attention weights.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,42 +31,40 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.attention import (
-    Attend,
-    add_to,
-    attention,
+    Kernel,
+    attention_weights,
     causal_attention,
     causal_mask,
+    weighted_values,
     window_attention,
 )
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.layers import INIT_STD, Linear, activate, init_stds, look_back, norm, rms, rotate
+from gptjax.layers import INIT_STD, Linear, activate, norm, residual_std, rms, rotate
+
+Model = nn.Module | Callable[[ModelConfig, int], nn.Module]  # or a function that makes one
 
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
 
 
 class KVCache(NamedTuple):
-    """Of the `length` positions read so far: k, v are (L, B, G, S, D), as attention reads them."""
+    """Keys and values of the `length` positions read so far: each (L, B, G, S, D)."""
 
     k: jax.Array
     v: jax.Array
     length: jax.Array  # () int32
-    tokens: Any = None  # (B, S) int32, of models that look at n-grams
 
 
 class CausalSelfAttention(nn.Module):
-    """Heads of attention side by side, and the projection that mixes what they found.
+    """Heads of attention side by side, and the projection that mixes their outputs.
 
-    `causal=False` deletes the triangular mask (an encoder); `context` gives keys and values
-    another source than the queries (cross-attention, which is never masked); `project=False`
-    leaves what the heads found side by side, as the lecture's first heads do.
+    For an attention of your own override `attend`, which serves training, evaluation and cached
+    decoding, and give the class to the model: `GPT(config, vocab_size, attention=MyAttention)`.
     """
 
     config: ModelConfig
     train: bool = False
-    causal: bool = True
-    project: bool = True
-    attend: Attend | None = None  # a faster kernel (`kernels.py`), where its work is the same
+    kernel: Kernel | None = None
 
     @nn.compact
     def __call__(
@@ -70,45 +72,72 @@ class CausalSelfAttention(nn.Module):
         x: jax.Array,  # (B, T, C)
         cache: tuple[jax.Array, jax.Array] | None = None,  # k, v: (B, G, S, D)
         start: jax.Array | int = 0,  # position of x's first token
-        context: jax.Array | None = None,  # (B, S, C)
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
         H, G, D = c.n_head, c.n_kv_head or c.n_head, c.head_size
-        std, residual_std = init_stds(c)
-        linear = {"dtype": c.dtype, "std": std, "bias": c.bias and c.qkv_bias}
-        if context is None and G == H:
-            qkv = Linear((3, H, D), name="c_attn", **linear)(x)
+        linear = partial(Linear, bias=c.bias, dtype=c.dtype)
+        if G == H:
+            qkv = linear((3, H, D), name="c_attn")(x)
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         else:
-            q = Linear((H, D), name="c_q", **linear)(x)
-            kv = Linear((2, G, D), name="c_kv", **linear)(x if context is None else context)
+            q, kv = linear((H, D), name="c_q")(x), linear((2, G, D), name="c_kv")(x)
             k, v = kv[:, :, 0], kv[:, :, 1]
         if c.qk_norm:
             q, k = rms(q, c.norm_eps), rms(k, c.norm_eps)
-        if c.position == "rotary" and context is None:
+        if c.position == "rotary":
             q, k = rotate(q, start, c.rope_base), rotate(k, start, c.rope_base)
-        if cache is not None:
-            cache = add_to(cache[0], k, start), add_to(cache[1], v, start)
-            k, v = cache[0].swapaxes(1, 2), cache[1].swapaxes(1, 2)
-        share = c.dropped_attention
-        masked = self.causal and context is None
-        if masked and cache is None and not share:
-            windowed = None if c.window is None else partial(window_attention, window=c.window)
-            y = (self.attend or windowed or causal_attention)(q, k, v)
+        if cache is None:
+            y = self.attend(q, k, v, 0)
         else:
-            mask = causal_mask(x.shape[1], k.shape[1], start, c.window) if masked else None
-            drop = nn.Dropout(share, deterministic=not self.train)
-            y = attention(q, k, v, mask, drop if share else None)
-        if not self.project:
-            return y.reshape(x.shape), cache
-        y = Linear(
-            (c.n_embd,), contract=2, bias=c.bias, std=residual_std, dtype=c.dtype, name="c_proj"
-        )(y)
+            cache = _write(cache[0], k, start), _write(cache[1], v, start)
+            y = self.attend(q, cache[0].swapaxes(1, 2), cache[1].swapaxes(1, 2), start)
+        y = linear((c.n_embd,), contract=2, std=residual_std(c), name="c_proj")(y)
         return nn.Dropout(c.dropout, deterministic=not self.train)(y), cache
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int) -> jax.Array:
+        """What each head reads.
+
+        Args:
+            q: (B, T, H, D) queries, of positions start .. start + T - 1.
+            k: (B, S, G, D) keys of positions 0 .. S - 1; beyond start + T - 1 they are padding.
+            v: (B, S, G, D) values, likewise.
+            start: 0 without a cache (then S = T); with one, a traced position.
+
+        Returns:
+            (B, T, H, D).
+        """
+        c = self.config
+        cached = not isinstance(start, int)
+        if cached or c.dropped_attention or self._keeps_weights():
+            return self.weigh(q, k, v, start)
+        if c.window is not None:
+            return window_attention(q, k, v, c.window)
+        return (self.kernel or causal_attention)(q, k, v)
+
+    def weigh(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        start: jax.Array | int,
+        bias: jax.Array | None = None,
+    ) -> jax.Array:
+        """`attend`, the general way: holds all (B, H, T, S) weights, drops some of them while
+        training, and adds a bias, broadcast to them, to the scores."""
+        c = self.config
+        mask = causal_mask(q.shape[1], k.shape[1], start, c.window)
+        weights = attention_weights(q, k, mask, bias)
+        if self._keeps_weights():
+            self.sow("attention", "weights", weights)
+        weights = nn.Dropout(c.dropped_attention, deterministic=not self.train)(weights)
+        return weighted_values(weights, v)
+
+    def _keeps_weights(self) -> bool:
+        return self.is_mutable_collection("attention") and not self.is_initializing()
 
 
 class MLP(nn.Module):
-    """Each position thinks on its own about what attention brought it."""
+    """Position-wise feed-forward network."""
 
     config: ModelConfig
     train: bool = False
@@ -116,12 +145,11 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        std, residual_std = init_stds(c)
         F = c.n_inner or 4 * c.n_embd
         features = (2, F) if c.activation == "swiglu" else (F,)
-        x = Linear(features, bias=c.bias, std=std, dtype=c.dtype, name="c_fc")(x)
+        x = Linear(features, bias=c.bias, dtype=c.dtype, name="c_fc")(x)
         x = activate(c, x)
-        x = Linear((c.n_embd,), bias=c.bias, std=residual_std, dtype=c.dtype, name="c_proj")(x)
+        x = Linear((c.n_embd,), bias=c.bias, std=residual_std(c), dtype=c.dtype, name="c_proj")(x)
         return nn.Dropout(c.dropout, deterministic=not self.train)(x)
 
 
@@ -130,14 +158,18 @@ class Block(nn.Module):
 
     config: ModelConfig
     train: bool = False
-    attend: Attend | None = None
+    attention: type[nn.Module] = CausalSelfAttention
+    kernel: Kernel | None = None
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: tuple[jax.Array, jax.Array] | None, start: jax.Array | int
+        self,
+        x: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None = None,
+        start: jax.Array | int = 0,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
-        attn = CausalSelfAttention(c, train=self.train, attend=self.attend, name="attn")
+        attn: Any = self.attention(c, train=self.train, kernel=self.kernel, name="attn")
         y, cache = attn(norm(c, "ln_1")(x), cache, start)
         x = x + y
         x = x + MLP(c, train=self.train, name="mlp")(norm(c, "ln_2")(x))
@@ -145,19 +177,38 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder-only transformer: embeddings, L blocks, a last norm, logits."""
+    """The decoder-only transformer: embeddings, L blocks, a last norm, logits.
+
+    Args:
+        config: its sizes and options.
+        vocab_size: V, rows of the embedding table.
+        block: the module to stack, called as `Block` is.
+        attention: the module each block attends with, called as `CausalSelfAttention` is.
+        kernel: a faster form of plain causal attention, from `parallel/kernels.py`.
+
+    Raises:
+        UserError: a kernel that is a function of your own, which decoding would not use.
+    """
 
     config: ModelConfig
     vocab_size: int
-    attend: Attend | None = None  # None: `causal_attention`, which all others must equal
+    block: type[nn.Module] = Block
+    attention: type[nn.Module] = CausalSelfAttention
+    kernel: Kernel | None = None
 
     def setup(self) -> None:
         c = self.config
-        # The lecture's PyTorch draws embeddings from N(0, 1).
-        self.normal = nn.initializers.normal(1.0 if c.init == "torch" else INIT_STD)
-        self.wte = nn.Embed(self.vocab_size, c.n_embd, embedding_init=self.normal)
+        if self.kernel is not None and not isinstance(self.kernel, Kernel):
+            raise UserError(
+                f"GPT(kernel={self.kernel!r}) is not a gptjax.attention.Kernel; for an attention "
+                f"of your own give GPT(attention=...), a subclass of CausalSelfAttention"
+            )
+        normal = nn.initializers.normal(INIT_STD)
+        self.wte = nn.Embed(self.vocab_size, c.n_embd, embedding_init=normal)
+        if c.position == "learned":
+            self.wpe = self.param("wpe", normal, (c.block_size, c.n_embd))
         if not c.tie_head:
-            std = 0.0 if c.init == "zero" else init_stds(c)[0]
+            std = 0.0 if c.init == "zero" else INIT_STD
             self.lm_head = Linear((self.vocab_size,), bias=c.bias, std=std, dtype=c.dtype)
 
     def __call__(
@@ -167,7 +218,7 @@ class GPT(nn.Module):
 
         Args:
             tokens: (B, T) int32 ids, at positions cache.length .. cache.length + T - 1.
-            cache: what came before; None: nothing did, and nothing is kept.
+            cache: keys and values of the tokens before; None: there are none, and none are kept.
             train: apply dropout (then `apply` needs `rngs={"dropout": key}`).
 
         Returns:
@@ -183,24 +234,45 @@ class GPT(nn.Module):
     def features(
         self, tokens: jax.Array, cache: KVCache | None = None, train: bool = False
     ) -> tuple[jax.Array, KVCache | None]:
-        """What the head reads logits off: (B, T, C) in the config's dtype, and the cache."""
+        """The (B, T, C) input of the head, in the compute dtype, and the cache."""
         c = self.config
-        T = tokens.shape[1]
-        if T > c.block_size:
+        if (T := tokens.shape[1]) > c.block_size:
             raise UserError(f"T={T} tokens exceed model.block_size={c.block_size}; give fewer")
-        x = self.wte(tokens)  # (B, T, C)
-        start = 0 if cache is None else cache.length
-        if c.position == "learned":
-            wpe = self.param("wpe", self.normal, (c.block_size, c.n_embd))
-            x = x + jax.lax.dynamic_slice_in_dim(wpe, start, T)[None]
-        if c.looks_back:
-            read = tokens
-            if cache is not None:
-                read = jax.lax.dynamic_update_slice_in_dim(cache.tokens, tokens, start, 1)
-                cache = cache._replace(tokens=read)
-            x = x + look_back(c, self.vocab_size, read, start, T)
+        x, cache = self.embed(tokens, cache)
         x, cache = self.blocks(x.astype(c.dtype), cache, train)
         return norm(c, "ln_f")(x).astype(c.dtype), cache
+
+    def embed(self, tokens: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
+        """(B, T, C) float32 embeddings of tokens and their positions; the cache as it was."""
+        x = self.wte(tokens)
+        if self.config.position == "learned":
+            start = 0 if cache is None else cache.length
+            x = x + jax.lax.dynamic_slice_in_dim(self.wpe, start, tokens.shape[1])[None]
+        return x, cache
+
+    def blocks(
+        self, x: jax.Array, cache: KVCache | None, train: bool
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The stack of blocks: (B, T, C) to (B, T, C), and the cache with the new positions."""
+        c = self.config
+        block: Any = self.block
+        if c.remat:
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = keep if c.remat_saves == "dots" else None
+            block = nn.remat(block, prevent_cse=False, policy=policy)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0, "attention": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            length=c.n_layer,
+            unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
+        )(c, train=train, attention=self.attention, kernel=self.kernel, name="h")
+        kv: Any = None if cache is None else (cache.k, cache.v)
+        x, kv = blocks(x, kv, 0 if cache is None else cache.length)
+        if cache is not None:
+            cache = cache._replace(k=kv[0], v=kv[1], length=cache.length + x.shape[1])
+        return x, cache
 
     def head(self, x: jax.Array) -> jax.Array:
         """(B, T, V) float32 logits of (B, T, C) features."""
@@ -215,56 +287,37 @@ class GPT(nn.Module):
             logits = c.softcap * jnp.tanh(logits / c.softcap)
         return logits
 
-    def blocks(
-        self, x: jax.Array, cache: KVCache | None, train: bool
-    ) -> tuple[jax.Array, KVCache | None]:
-        """What stands between embeddings and logits: (B, T, C) to (B, T, C), and the cache."""
-        c = self.config
-        block = Block
-        if c.remat:
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            policy = keep if c.remat_saves == "dots" else None
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=c.n_layer,
-            unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
-        )(c, train=train, attend=self.attend, name="h")
-        kv: Any = None if cache is None else (cache.k, cache.v)
-        x, kv = blocks(x, kv, 0 if cache is None else cache.length)
-        if cache is not None:
-            cache = cache._replace(k=kv[0], v=kv[1], length=cache.length + x.shape[1])
-        return x, cache
-
     @nn.nowrap
     def init_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` streams of up to block_size tokens."""
         c = self.config
-        heads = c.n_kv_head or c.n_head
-        empty = jnp.zeros((c.n_layer, batch, heads, c.block_size, c.head_size), c.dtype)
-        tokens = jnp.zeros((batch, c.block_size), jnp.int32) if c.looks_back else None
-        return KVCache(empty, empty, jnp.zeros((), jnp.int32), tokens)
+        shape = (c.n_layer, batch, c.n_kv_head or c.n_head, c.block_size, c.head_size)
+        empty = jnp.zeros(shape, c.dtype)
+        return KVCache(empty, empty, jnp.zeros((), jnp.int32))
 
 
-class Bigram(nn.Module):
-    """The lecture's first model: a (V, V) table; the row of a token is the logits of the next."""
+def _write(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
+    """(B, G, S, D) keys or values with `new` ones, (B, T, G, D), from position `start` on."""
+    new = new.swapaxes(1, 2).astype(cache.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, start, 2)
 
-    config: ModelConfig
-    vocab_size: int
 
-    @nn.compact
-    def __call__(
-        self, tokens: jax.Array, cache: None = None, train: bool = False
-    ) -> tuple[jax.Array, None]:
-        """(B, T) int32 ids to (B, T, V) float32 logits; T has no limit."""
-        normal = nn.initializers.normal(1.0)
-        wte = nn.Embed(self.vocab_size, self.vocab_size, embedding_init=normal, name="wte")
-        return wte(tokens), None
+def unstack(tree: Any) -> Any:
+    """Parameters or a cache of a GPT, its stacks of layers (`h`, `k` and `v`) taken apart to lists.
 
-    @nn.nowrap
-    def init_cache(self, batch: int) -> None:
-        """None: the last token is all it reads."""
-        return None
+    A loop that takes layers out of a stack copies them in every iteration. A stack made within the
+    iteration, by `restack`, costs nothing: XLA sees each layer of an unrolled model.
+    """
+
+    def layers(path: Any, leaf: jax.Array) -> Any:
+        names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
+        stacked = leaf.ndim and names & {"h", "k", "v"}
+        return list(leaf) if stacked and len(leaf) <= UNROLL_UP_TO else leaf
+
+    return jax.tree_util.tree_map_with_path(layers, tree)
+
+
+def restack(tree: Any) -> Any:
+    """Undo `unstack`."""
+    is_list = lambda x: isinstance(x, list)
+    return jax.tree.map(lambda x: jnp.stack(x) if is_list(x) else x, tree, is_leaf=is_list)

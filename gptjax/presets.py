@@ -1,15 +1,16 @@
-"""The configs that have names.
+"""Configs by name.
 
 Each comment: command, hardware, time, loss; "cited" is somebody else's figure, not ours.
 """
 
 from dataclasses import replace
 
-from gptjax.config import Config, ModelConfig, OptimConfig
+from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
 
 # ---------------------------------------------------------------------------------------------
-# The lecture, stage by stage: each is the one before and one thing more. Losses are of python -m
-# gptjax.lecture.ladder: whole validation split, mean of three seeds; times on 2 cores (AMD EPYC).
+# The lecture, stage by stage: each is the one before and one thing more (gptjax/lecture/models.py).
+# Losses are of gptjax ladder: whole validation split, mean of three seeds; times on 2 cores (AMD
+# EPYC).
 
 # python train.py --config lecture/1-bigram: the lecture's first model. 1 s, val 2.489.
 BIGRAM = Config(
@@ -18,17 +19,7 @@ BIGRAM = Config(
     eval_every=300,
     eval_batches=200,
     save_every=1000,
-    model=ModelConfig(
-        kind="bigram",
-        n_layer=1,
-        n_head=1,
-        block_size=8,
-        qkv_bias=False,
-        norm="none",
-        activation="relu",
-        tie_head=False,
-        init="torch",
-    ),
+    model=ModelConfig(n_layer=1, n_head=1, block_size=8),
     # torch.optim.AdamW as the lecture calls it: its default decay and betas, no clipping.
     optim=OptimConfig(
         learning_rate=1e-2, schedule="constant", weight_decay=0.01, beta2=0.999, grad_clip=None
@@ -42,38 +33,52 @@ AVERAGING = replace(
     steps=5000,
     eval_every=500,
     save_every=500,
-    model=replace(BIGRAM.model, kind="averaging", n_embd=32),
+    model=replace(BIGRAM.model, n_embd=32),
     optim=replace(BIGRAM.optim, learning_rate=1e-3),
 )
 
-# python train.py --config lecture/3-head: the mean gets weights that depend on the data.
+# python train.py --config lecture/3-head: the mean gets data-dependent weights.
 # 3 s, val 2.403.
-HEAD = replace(AVERAGING, model=replace(AVERAGING.model, kind="attention"))
+HEAD = AVERAGING
 
 # python train.py --config lecture/4-heads: four heads of 8 instead of one of 32.
 # 4 s, val 2.279.
 HEADS = replace(HEAD, model=replace(HEAD.model, n_head=4))
 
-# python train.py --config lecture/5-feedforward: then each position thinks on its own.
+# python train.py --config lecture/5-feedforward: then each position computes on its own.
 # 4 s, val 2.247.
-FEEDFORWARD = replace(HEADS, model=replace(HEADS.model, kind="feedforward"))
+FEEDFORWARD = HEADS
 
 # python train.py --config lecture/6-residual: both as a block with residual connections, thrice.
 # 11 s, val 2.084.
-RESIDUAL = replace(FEEDFORWARD, model=replace(FEEDFORWARD.model, kind="gpt", n_layer=3))
+RESIDUAL = replace(FEEDFORWARD, model=replace(FEEDFORWARD.model, n_layer=3))
 
 # python train.py --config lecture/7-layernorm: layer norms, and the transformer is complete.
 # 15 s, val 2.070.
-LAYERNORM = replace(RESIDUAL, model=replace(RESIDUAL.model, norm="layer"))
+LAYERNORM = RESIDUAL
 
 # python train.py --config lecture, or lecture/8-scale: the same, scaled up, with dropout.
 # Cited: val 1.4873, from 500-step estimates on random windows; hours on 2 cores, so not run here.
 LECTURE = replace(
     LAYERNORM,
     batch_size=64,
-    model=replace(LAYERNORM.model, n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2),
+    model=ModelConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2),
     optim=replace(LAYERNORM.optim, learning_rate=3e-4),
 )
+
+# The class in gptjax/lecture/models.py that a preset trains; all others train a GPT.
+LECTURE_MODELS = {
+    "bigram": "Bigram",
+    "lecture": "Transformer",
+    "lecture/1-bigram": "Bigram",
+    "lecture/2-averaging": "Averaging",
+    "lecture/3-head": "Attention",
+    "lecture/4-heads": "Attention",
+    "lecture/5-feedforward": "FeedForward",
+    "lecture/6-residual": "Residual",
+    "lecture/7-layernorm": "Transformer",
+    "lecture/8-scale": "Transformer",
+}
 
 # ---------------------------------------------------------------------------------------------
 # Beyond the lecture
@@ -102,69 +107,6 @@ SMALL = Config(
     optim=OptimConfig(learning_rate=6e-3, warmup_steps=50),
 )
 
-# The modern family: rotary positions, RMS norms, squared ReLU, a head of its own, Muon. What each
-# is worth here: docs/speed.md.
-_MODERN = ModelConfig(
-    bias=False,
-    norm="rms",
-    qk_norm=True,
-    position="rotary",
-    rope_base=1000.0,
-    activation="relu2",
-    tie_head=False,
-    init="zero",
-)
-_MUON = OptimConfig(
-    kind="muon",
-    muon_learning_rate=0.03,
-    muon_weight_decay=0.05,
-    learning_rate=2e-2,
-    schedule="wsd",
-    warmup_steps=10,
-    decay_share=0.8,
-    final_lr_ratio=0.0,
-)
-
-# python train.py --config fast: the loss of nanoGPT's CPU setting (1.8857), as soon as possible.
-# 6 s of training on 2 cores (AMD EPYC), 3.5 of them compiling; val 1.820 (1.796 to 1.840, 3 seeds).
-FAST = Config(
-    steps=60,
-    batch_size=2,
-    eval_every=30,
-    save_every=60,
-    # Long windows, for the more there is to recall; a row for each pair of Tiny Shakespeare's
-    # characters.
-    model=replace(_MODERN, n_layer=1, block_size=1024, window=4, pair_rows=65 * 65, recall=4),
-    optim=_MUON,
-)
-
-# python train.py --config record: a low loss in a quarter of an hour, 3.2 M parameters. 904 to
-# 951 s of training on 2 cores (AMD EPYC); val 1.365 (1.358 to 1.370, 3 seeds). Without a table of
-# pairs, for in several passes over the text such learn it by heart.
-RECORD = Config(
-    steps=1060,
-    batch_size=2,
-    eval_every=100,
-    save_every=530,
-    model=replace(
-        _MODERN,
-        n_embd=256,
-        block_size=2048,
-        window=64,
-        recall=4,
-        dropout=0.1,
-        attn_dropout=0.0,
-    ),
-    optim=replace(
-        _MUON,
-        learning_rate=1e-2,
-        weight_decay=0.2,
-        muon_weight_decay=0.2,
-        warmup_steps=20,
-        decay_share=0.7,
-    ),
-)
-
 # python train.py --config shakespeare: nanoGPT's character model.
 # Cited: val 1.4697 on random windows, about 3 minutes on one A100 (nanoGPT's README).
 SHAKESPEARE = Config(
@@ -179,7 +121,7 @@ SHAKESPEARE = Config(
 
 # python train.py --config gpt2: GPT-2's four shapes with nanoGPT's recipe (batch of 0.5 M tokens).
 # Cited: nanoGPT reaches 2.85 on OpenWebText in 4 days on 8 A100s. Not run here: no accelerator. The
-# shapes are GPT-2's, but text and tokenizer are the default ones until other tokenizers are here.
+# text must be prepared and given as --data.text FOLDER, with nanoGPT's train.bin and val.bin.
 GPT2 = Config(
     steps=600_000,
     batch_size=480,
@@ -188,6 +130,7 @@ GPT2 = Config(
     save_every=1000,
     steps_per_dispatch=1,
     loss_chunk=256,
+    data=DataConfig(text="openwebtext", tokenizer="gpt2"),
     model=ModelConfig(
         n_layer=12,
         n_head=12,
@@ -250,15 +193,13 @@ LLAMA_7B = Config(
 )
 
 
-# An evaluation of more characters than this takes long and tells nothing more.
+# Validating on more characters than this takes long and adds no information.
 VAL_LIMIT = 1_000_000
 
 _PRESETS: dict[str, Config] = {
     "bigram": BIGRAM,
     "tiny": TINY,
     "small": SMALL,
-    "fast": FAST,
-    "record": RECORD,
     "lecture": LECTURE,
     "shakespeare": SHAKESPEARE,
     "gpt2": GPT2,

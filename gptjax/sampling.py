@@ -1,6 +1,6 @@
 """Sampling: token ids in, token ids out; nothing here knows about text or files.
 
-Two programs serve a whole session: `_read` takes in a context, `_write` draws tokens one
+Two programs serve a whole session: `prefill` takes in a context, `decode` draws tokens one
 after the other inside a device loop and returns to the host once per chunk. Past block_size a
 model with a KV cache reads the last half of its window anew and goes on, so its context varies
 between half a window and a whole one; a model without a cache looks at the last block_size tokens
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.model import UNROLL_UP_TO
+from gptjax.model import restack, unstack
 
 CHUNK = 16  # tokens per return to the host: what a terminal shows at a time
 
@@ -97,7 +97,7 @@ def generate(
     S = model.config.block_size
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_samples))
     text = np.tile(np.asarray(prompt, np.int32)[-S:], (num_samples, 1))
-    drawn, state = _take_in(model, params, text, keys, 0, sampling)
+    drawn, state = _start(model, params, text, keys, 0, sampling)
     made, new = 1, np.asarray(drawn)[:, None]
     while True:
         yield new
@@ -106,11 +106,11 @@ def generate(
             return
         room = CHUNK if isinstance(state, Window) else S - int(state.length)
         if room == 0:  # the cache is full: its positions cannot move, so read half of them anew
-            drawn, state = _take_in(model, params, text[:, -max(1, S // 2) :], keys, made, sampling)
+            drawn, state = _start(model, params, text[:, -max(1, S // 2) :], keys, made, sampling)
             made, new = made + 1, np.asarray(drawn)[:, None]
         else:
             n = min(CHUNK, max_new_tokens - made, room)
-            drawn, state, chunk = _write(model, params, drawn, state, keys, made, n, sampling)
+            drawn, state, chunk = decode(model, params, drawn, state, keys, made, n, sampling)
             made, new = made + n, np.asarray(chunk)[:, :n]
 
 
@@ -121,7 +121,7 @@ class Window(NamedTuple):
     length: jax.Array
 
 
-def _take_in(
+def _start(
     model: nn.Module,
     params: Any,
     text: np.ndarray,
@@ -135,11 +135,11 @@ def _take_in(
     while T <= width // 2 and (width == model.config.block_size or width > 256):
         width //= 2
     padded = np.pad(text, ((0, 0), (0, width - T)))
-    return _read(model, params, padded, T, keys, made, sampling)
+    return prefill(model, params, padded, T, keys, made, sampling)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(
+def prefill(
     model: nn.Module,
     params: Any,
     text: jax.Array,
@@ -157,12 +157,12 @@ def _read(
         state = Window(tokens, length)
     else:
         # What the padding left in the cache is masked until real tokens overwrite it.
-        state = _apart(cache._replace(length=length))
+        state = unstack(cache._replace(length=length))
     return _draw_at(logits, length - 1, keys, made, sampling), state
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _write(
+def decode(
     model: nn.Module,
     params: Any,
     token: jax.Array,
@@ -173,11 +173,11 @@ def _write(
     sampling: Sampling,
 ) -> tuple[jax.Array, Any, jax.Array]:
     """Draw n <= CHUNK tokens after `token` (B,): the last, the state, and all as (B, CHUNK)."""
-    layers = _apart(params)
+    layers = unstack(params)
 
     def body(i: jax.Array, carry: tuple[jax.Array, Any, jax.Array]):
         token, state, drawn = carry
-        params, state = _together(layers), _together(state)
+        params, state = restack(layers), restack(state)
         if isinstance(state, Window):
             S = state.tokens.shape[1]
             full = state.length == S
@@ -190,31 +190,10 @@ def _write(
             logits, state = model.apply({"params": params}, token[:, None], state)
             at = 0
         token = _draw_at(logits, at, keys, made + i, sampling)
-        return token, _apart(state), drawn.at[:, i].set(token)
+        return token, unstack(state), drawn.at[:, i].set(token)
 
     drawn = jnp.zeros((len(token), CHUNK), jnp.int32)
     return jax.lax.fori_loop(0, n, body, (token, state, drawn))
-
-
-def _apart(tree: Any) -> Any:
-    """Parameters or a cache of a GPT, its stacks of layers (`h`, `k` and `v`) taken apart to lists.
-
-    A loop that takes layers out of a stack copies them in every turn. A stack made in the turn
-    itself, `_together`, costs nothing: XLA sees what each layer of an unrolled model is.
-    """
-
-    def layers(path: Any, leaf: jax.Array) -> Any:
-        names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
-        stacked = leaf.ndim and names & {"h", "k", "v"}
-        return list(leaf) if stacked and len(leaf) <= UNROLL_UP_TO else leaf
-
-    return jax.tree_util.tree_map_with_path(layers, tree)
-
-
-def _together(tree: Any) -> Any:
-    """What `_apart` took apart, stacked again."""
-    apart = lambda x: isinstance(x, list)
-    return jax.tree.map(lambda x: jnp.stack(x) if apart(x) else x, tree, is_leaf=apart)
 
 
 def _draw_at(

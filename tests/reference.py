@@ -1,7 +1,7 @@
-"""A second GPT to compare with: plain numpy, float64, one example and one head at a time.
+"""Reference GPT for parity tests: plain numpy, float64, one example and one head at a time.
 
-Written from the definitions of GPT-2 and Llama and not from `gptjax.model`; it shares the layout
-of the parameters with it, nothing else.
+Written from the definitions of GPT-2 and Llama, independently of `gptjax.model`; they share only
+the parameter layout.
 """
 
 import math
@@ -16,7 +16,7 @@ from gptjax.config import ModelConfig
 
 
 def gpt(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """(B, T, V) logits of (B, T) ids; a bias, table or head that `params` lacks is not applied."""
+    """(B, T, V) logits for (B, T) ids; biases, tables and heads not in `params` are skipped."""
     params = float64(params)
     return np.stack([_one(params, row, config) for row in np.asarray(tokens)])
 
@@ -58,7 +58,7 @@ def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def _queries_keys_values(x: np.ndarray, layer: Any, config: ModelConfig) -> list[np.ndarray]:
-    """Three (T, C), each group of queries with a copy of the keys and values that it shares."""
+    """Queries, keys and values, each (T, C); shared key/value heads are repeated per query head."""
     H, G = config.n_head, config.n_kv_head or config.n_head
     if "c_attn" in layer:
         q, k, v = np.split(linear(x, layer["c_attn"]), 3, axis=-1)  # GPT-2's fused weight
@@ -75,7 +75,7 @@ def _queries_keys_values(x: np.ndarray, layer: Any, config: ModelConfig) -> list
 
 
 def rotate(x: np.ndarray, base: float) -> np.ndarray:
-    """(T, D): the pair (i, i + D/2) as a complex number, turned by t / base^(2i/D) radians."""
+    """Rotary positions, (T, D): rotate the pair (i, i + D/2) by t / base^(2i/D) radians."""
     T, D = x.shape
     z = x[:, : D // 2] + 1j * x[:, D // 2 :]
     for t in range(T):
@@ -87,7 +87,7 @@ def rotate(x: np.ndarray, base: float) -> np.ndarray:
 def heads_side_by_side(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, visible: np.ndarray
 ) -> np.ndarray:
-    """(T, C) queries on (S, C) keys and values, head by head; `visible` is (T, S) bool."""
+    """Multi-head attention: (T, C) queries, (S, C) keys and values, `visible` (T, S) bool."""
     qs, ks, vs = (np.split(x, n_head, axis=-1) for x in (q, k, v))
     heads = [_head(*qkv, visible) for qkv in zip(qs, ks, vs, strict=True)]
     return np.concatenate(heads, axis=-1)
@@ -103,38 +103,39 @@ def _head(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> n
 
 
 def float64(tree: Any) -> Any:
-    """The same tree in numpy and double precision."""
+    """The tree as numpy float64."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
 def linear(x: np.ndarray, layer: Any) -> np.ndarray:
-    """`x @ W + b`, the head axes of W and b flattened away."""
+    """`x @ W + b`, with the head axes of W and b flattened."""
     weight = layer["kernel"].reshape(x.shape[-1], -1)
     return x @ weight + (layer["bias"].reshape(-1) if "bias" in layer else 0.0)
 
 
 def layer_norm(x: np.ndarray, layer: Any, config: ModelConfig) -> np.ndarray:
-    """GPT-2's."""
+    """LayerNorm, as in GPT-2."""
     centred = x - x.mean(axis=-1, keepdims=True)
     return over_rms(centred, config.norm_eps) * layer["scale"] + layer.get("bias", 0.0)
 
 
 def rms_norm(x: np.ndarray, layer: Any, config: ModelConfig) -> np.ndarray:
-    """Llama's."""
+    """RMSNorm, as in Llama."""
     return over_rms(x, config.norm_eps) * layer["scale"]
 
 
 def over_rms(x: np.ndarray, eps: float) -> np.ndarray:
+    """Divide by the root mean square over the last axis."""
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """The tanh form, which GPT-2 uses."""
+    """GELU in the tanh approximation, as in GPT-2."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def gated(x: np.ndarray) -> np.ndarray:
-    """SwiGLU: the first half, through silu, opens the second."""
+    """SwiGLU: silu of the first half times the second half."""
     gate, up = np.split(x, 2, axis=-1)
     return gate / (1 + np.exp(-gate)) * up
 
@@ -149,13 +150,13 @@ ACTIVATIONS = {
 
 
 def random_params(model: nn.Module, seed: int = 0, *inputs: Any, **kwargs: Any) -> Any:
-    """Random values in every leaf, biases and norms too, so that no term hides at its init.
+    """Randomise every leaf, biases and norms included, so that no term keeps a neutral init.
 
     Args:
-        model: what to make parameters for.
-        seed: of the values.
-        *inputs: what `init` is called with; none: two token ids.
-        **kwargs: likewise.
+        model: the module whose parameters to make.
+        seed: random seed.
+        *inputs: arguments of `model.init`; default: two token ids.
+        **kwargs: keyword arguments of `model.init`.
     """
     inputs = inputs or (jnp.zeros((1, min(2, block_size(model))), jnp.int32),)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs, **kwargs)["params"]
@@ -170,7 +171,7 @@ def random_params(model: nn.Module, seed: int = 0, *inputs: Any, **kwargs: Any) 
                 noise *= 0.5
             case "scale":
                 noise = 1 + 0.3 * noise
-            case "embedding" | "wpe":  # small beside the norm's epsilon, so that it counts
+            case "embedding" | "wpe":  # small, so that the norm's epsilon matters
                 noise *= 0.05
         return jnp.asarray(noise, leaf.dtype)
 
@@ -178,5 +179,5 @@ def random_params(model: nn.Module, seed: int = 0, *inputs: Any, **kwargs: Any) 
 
 
 def block_size(model: Any) -> int:
-    """Longest context of any model of the contract."""
+    """The model's context length."""
     return model.config.block_size

@@ -25,12 +25,14 @@ from benchmarks import (
     time_to_loss,
     where,
 )
-from gptjax.build import build_model
+from gptjax.assembly import assemble, evaluate_split
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
+from gptjax.model import GPT
+from gptjax.parallel import sharding
 from gptjax.plan import aot
-from gptjax.presets import PRESETS
-from gptjax.programs import Programs
+
+SPEEDRUN = Path(__file__).resolve().parents[1] / "examples" / "speedrun"
 
 
 def results(path: Path, name: str) -> Any:
@@ -130,7 +132,7 @@ def test_the_sampling_roofline():
     """A token needs each weight and each cached vector once."""
     model = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=8, block_size=16, bias=False)
     tokens = jax.numpy.zeros((1, 1), int)
-    params = jax.eval_shape(build_model(model, 5).init, jax.random.key(0), tokens)["params"]
+    params = jax.eval_shape(GPT(model, 5).init, jax.random.key(0), tokens)["params"]
     floor = jax_gpt.floor(Config(model=model), params, 3, 100, peak=1e9)
     norms = 2 * 8  # per layer
     matrices = 2 * (8 * 8 + 8 * 2 * 4 + 8 * 8 + 2 * 8 * 32 + norms) + 5 * 8
@@ -228,13 +230,13 @@ def test_pytorch_models_compute_the_same_loss(kind: str):
     pytest.importorskip("transformers")
     torch_gpt = pytest.importorskip("benchmarks.torch_gpt", reason="needs torch")
     config = Config(batch_size=4, model=step.SIZES["tiny"].config.model)
-    programs = Programs(replace(config, mesh=MeshConfig(data=1)), 65)
-    params = programs.start().params
+    setup = assemble(replace(config, mesh=MeshConfig(data=1)), 65)
+    params = setup.start().params
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
     val = measure.random_tokens(65, 333)
     theirs, forward = torch_gpt.build(kind, config.model, 65)
     torch_gpt.load(theirs, jax_gpt.flat(params))
-    ours = programs.mean_loss(params, programs.put(val), 0, whole=True)
+    ours = evaluate_split(setup, params, sharding.put(setup.mesh, val))["loss"]
     loss = torch_gpt.whole_split_loss(theirs, forward, val, config.model.block_size)
     assert loss == pytest.approx(ours, rel=1e-6)
 
@@ -318,30 +320,47 @@ def test_feed(tmp_path: Path):
 
 def test_unchecked_removes_the_checks():
     """Otherwise the two sides would be the same program."""
-    x, branches = jax.numpy.zeros(3), []
+
+    def program() -> str:
+        setup = assemble(replace(step.SIZES["tiny"].config, mesh=MeshConfig(data=1)), 65)
+        tokens = jax.ShapeDtypeStruct((1000,), np.uint16)
+        return str(setup.steps.trace(setup.layout, tokens, setup.seed_key(), 0, 1).jaxpr)
+
+    assert "is_finite" in program()
     with checks.unchecked():
-        jax.lax.cond(False, lambda x: branches.append(x), lambda x: x, x)
-        assert optax.tree.norm(x + 1) == 0
-    assert len(branches) == 1
+        assert "is_finite" not in program()
+        assert optax.tree.norm(jax.numpy.ones(3)) == 0
 
 
 def test_ablation(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "ablation.json"
-    ablation.main(f"--options muon --steps 2 --seeds 1 --text {text} --out {out}".split())
+    ablation.main(f"--options recall --steps 2 --seeds 1 --text {text} --out {out}".split())
     rows = results(out, "ablation")
     assert [row["recipe"] for row in rows] == [
-        *("classic", "classic + muon", "modern", "modern - muon"),
+        *("classic", "classic + recall", "modern", "modern - recall"),
     ]
     assert len({row["ends"][0]["val_loss"] for row in rows}) == 4
     assert "mean of 1 seeds" in capsys.readouterr().out
 
 
 def test_every_option_of_an_ablation_changes_the_recipe():
+    plain = ablation.with_options((), 300, "x")
     for name in ablation.OPTIONS:
-        assert ablation.with_options((name,), 300, "x") != ablation.with_options((), 300, "x")
+        assert ablation.with_options((name,), 300, "x") != plain or ablation.tables((name,))
     modern = ablation.with_options(ablation.MODERN, 5, "x")
     assert modern.optim.kind == "muon" and modern.optim.warmup_steps == 5
-    assert replace(modern.model, n_layer=1, block_size=1024) == PRESETS["fast"].model
+    fast = measure.recipe(str(SPEEDRUN / "fast.py"))
+    assert replace(modern.model, n_layer=1, block_size=1024) == fast.config.model
+    assert ablation.tables(ablation.MODERN) == fast.model.keywords
+    assert ablation.tables(("muon", "ngram")) == {"ngram": 3}
+
+
+def test_recipes_are_presets_or_config_files():
+    assert measure.recipe("small").model is None
+    assert measure.recipe("bigram").model.__name__ == "Bigram"
+    for name in ("fast", "record"):
+        config, model = measure.recipe(str(SPEEDRUN / f"{name}.py"))
+        assert type(model(config.model, 65)).__name__ == "NGramGPT"
 
 
 def test_where(tmp_path: Path):

@@ -44,6 +44,8 @@ def test_every_command_of_a_page_is_understood(page, at_least, monkeypatch, tmp_
         if words[:2] == ["python", "sample.py"]:
             cli.parse_sample(words[2:])
             seen += 1
+        if words[0] == "gptjax":
+            seen += 1
         if words[:2] == ["python", "-m"]:
             assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file()
             seen += 1

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptjax.cli import ladder as command
 from gptjax.config import MeshConfig
 from gptjax.errors import UserError
 from gptjax.lecture import ladder
@@ -33,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, play: str) -> Path:
 
 
 def climb(*argv: str) -> None:
-    ladder.main([*FAST, "--text", "play.txt", *argv])
+    command.main([*FAST, "--text", "play.txt", *argv], "gptjax ladder")
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -87,29 +88,29 @@ def test_the_command_trains_prints_and_reuses_runs(
 
     # Runs with other settings are refused.
     with pytest.raises(UserError, match="steps=10, not 20; remove it"):
-        ladder.main(["--stages", "3-head", "--steps", "20", "--text", "play.txt"])
+        ladder.climb(ladder.Console(quiet=True), stages=["3-head"], steps=20, text="play.txt")
 
 
 def test_a_stopped_run_is_resumed(here: Path, monkeypatch: pytest.MonkeyPatch):
-    command = ladder.LadderCommand(seeds=1, stages=("3-head",), steps=10, text="play.txt")
+    some = {"seeds": 1, "stages": ("3-head",), "steps": 10, "text": "play.txt"}
     console = ladder.Console(quiet=True)
-    stages, _ = ladder.climb(command, console)
+    stages, _ = ladder.climb(console, **some)
     run = Run(here / "runs/ladder/3-head-1337")
     run.rewind_metrics(5)  # as if killed after its last checkpoint
-    again, _ = ladder.climb(command, console)
+    again, _ = ladder.climb(console, **some)
     assert again[2].losses == stages[2].losses
 
     monkeypatch.setattr(ladder, "train", lambda *args, **kwargs: None)  # Ctrl-C at once
     run.rewind_metrics(5)
     with pytest.raises(UserError, match="was stopped"):
-        ladder.climb(command, console)
+        ladder.climb(console, **some)
 
 
 def test_the_largest_stage_runs_only_on_request():
-    wanted = ladder._wanted(ladder.LadderCommand())
+    wanted = ladder._wanted((), scale=False)
     assert wanted == ladder.FIGURES.keys() - {"8-scale"}
-    assert ladder._wanted(ladder.LadderCommand(scale=True)) == ladder.FIGURES.keys()
-    assert ladder._wanted(ladder.LadderCommand(stages=("8-scale",))) == {"8-scale"}
+    assert ladder._wanted((), scale=True) == ladder.FIGURES.keys()
+    assert ladder._wanted(("8-scale",), scale=False) == {"8-scale"}
 
 
 @pytest.mark.parametrize(
@@ -118,13 +119,13 @@ def test_the_largest_stage_runs_only_on_request():
         (["--stages", "nope"], "unknown stage 'nope'; stages: 1-bigram, 2-averaging"),
         (["--seeds", "0"], "--seeds 0 is too small; give 1 or more"),
         (["--steps", "0"], "--steps 0 is too small; give 1 or more"),
-        (["--sed", "1"], "--help"),
+        (["--sed", "1"], "gptjax ladder --help"),
         (["--text", "missing.txt"], "text not found: missing.txt"),
     ],
 )
 def test_bad_arguments(here: Path, argv: list[str], message: str):
     with pytest.raises(UserError) as caught:
-        ladder.main(argv)
+        command.main(argv, "gptjax ladder")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -161,8 +162,7 @@ def test_each_stage_beats_the_one_before(
     monkeypatch.chdir(tmp_path)
     one_device = {n: replace(c, mesh=MeshConfig(data=1)) for n, c in PRESETS.items()}
     monkeypatch.setattr(ladder, "PRESETS", one_device)
-    command = ladder.LadderCommand(seeds=3, text="text.txt")
-    stages, counted = ladder.climb(command, ladder.Console(quiet=True))
+    stages, counted = ladder.climb(ladder.Console(quiet=True), seeds=3, text="text.txt")
     found = {stage.name: stage.losses for stage in stages if stage.losses}
 
     # The plain average is worse than the bigram, because it dilutes the last character.

@@ -338,7 +338,7 @@ def test_counted_bigram_of_tiny_shakespeare(shakespeare: str, tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(shakespeare.encode())
     config = replace(PRESETS["bigram"], data=replace(PRESETS["bigram"].data, text=str(path)))
-    dataset = open_dataset(config)
+    dataset = open_dataset(config.data, config.model.block_size)
     assert (len(dataset.train), len(dataset.val)) == (1_003_854, 111_540)
     found = lecture.counted_bigram(dataset.train, dataset.val, dataset.tokenizer.vocab_size)
     assert found == pytest.approx((2.45191342, 2.48188943, 2.37348605, 187), abs=1e-8)

@@ -127,9 +127,9 @@ def check_run(path: Path, cwd: Path, **environment: str) -> str:
 @pytest.mark.shared
 def test_lets_build_gpt(shakespeare: str):
     """As a reader runs it, in its own folder, asserting the lecture's exact figures."""
-    local = corpora.DATA_DIR / "texts" / "tiny_shakespeare.txt"  # where the notebook looks first
+    local = corpora.local_copy("tiny_shakespeare")  # where the notebook looks first
     if not local.exists():
-        local.parent.mkdir(exist_ok=True)
+        local.parent.mkdir(parents=True, exist_ok=True)
         local.write_bytes(shakespeare.encode("ascii"))
     output = check_run(REPO / "notebooks" / "lets_build_gpt.ipynb", REPO / "notebooks")
     assert "characters: 1115394\n" in output

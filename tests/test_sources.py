@@ -1,4 +1,4 @@
-"""Tests of the texts on disk: every way to pack one reads the same, every damage has its line."""
+"""Tests of streaming text from disk: formats, encodings, and one-line errors on corruption."""
 
 import gzip
 import json
@@ -14,13 +14,8 @@ from gptjax.text.sources import Piece
 TEXT = "a\r\nb\rc\n\u00e9\u2028 \U0001f600 e\u0301\n" * 9
 
 
-@pytest.fixture
-def told() -> list[str]:
-    return []
-
-
 def documents(name: Path | str, encoding: str = "utf-8", field: str = "text") -> list[str]:
-    """The documents that a name stands for, whole."""
+    """The documents that a name refers to, each in one string."""
     found, parts = [], []
     for piece in sources.read(sources.find(str(name), [].append), encoding, field):
         assert piece.text
@@ -45,18 +40,20 @@ def zstd(raw: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 2**20])
-@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
-def test_however_it_is_packed_and_read(tmp_path, monkeypatch, packed: str, block: int):
-    """Newlines stay as they are, and no cut falls into a character."""
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_compression_and_block_size_do_not_change_the_text(
+    tmp_path, monkeypatch, suffix: str, block: int
+):
+    """Newlines are kept, and no block boundary splits a character."""
     monkeypatch.setattr(sources, "BLOCK", block)
-    path = tmp_path / f"own.txt{packed}"
+    path = tmp_path / f"own.txt{suffix}"
     raw = TEXT.encode()
-    path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstd}[packed](raw))
+    path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstd}[suffix](raw))
     assert documents(path) == [TEXT]
     assert sources.read_text(str(path)) == TEXT
 
 
-def test_frames_one_after_the_other(tmp_path):
+def test_concatenated_frames(tmp_path):
     path = tmp_path / "own.zst"
     path.write_bytes(zstd(b"one ") + zstd(b"") + zstd(b"two"))
     assert documents(path) == ["one two"]
@@ -65,14 +62,14 @@ def test_frames_one_after_the_other(tmp_path):
     assert documents(path) == ["one two"]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+def test_a_byte_order_mark_is_dropped(tmp_path):
     path = tmp_path / "own.txt"
     path.write_bytes(b"\xef\xbb\xbfab\xef\xbb\xbf")
     assert documents(path) == ["ab\ufeff"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1", "cp1252"])
-def test_another_encoding_is_read_if_it_is_named(tmp_path, encoding: str):
+def test_other_encodings(tmp_path, encoding: str):
     path = tmp_path / "own.txt"
     path.write_bytes("na\u00efve caf\u00e9\n".encode(encoding))
     assert documents(path, encoding) == ["na\u00efve caf\u00e9\n"]
@@ -84,15 +81,17 @@ def test_another_encoding_is_read_if_it_is_named(tmp_path, encoding: str):
         (
             "Le caf\u00e9 na\u00eff est ferm\u00e9.".encode("utf-16"),
             0,
-            "it begins like UTF-16: give --data.encoding utf-16",
+            "--data.encoding utf-16",
         ),
-        (b"\x7fELF\x02\x00\x00\xff\xfe", 7, "it looks like a binary file"),
+        (b"\x7fELF\x02\x00\x00\xff\xfe", 7, "binary file"),
     ],
 )
-def test_what_is_not_utf8(tmp_path, raw: bytes, offset: int, advice: str):
+def test_text_that_is_not_utf8(tmp_path, raw: bytes, offset: int, advice: str):
     path = tmp_path / "own.txt"
     path.write_bytes(raw)
-    assert message(path) == f"text is not UTF-8: {path}, byte offset {offset}; {advice}"
+    error = message(path)
+    assert error.startswith(f"text is not UTF-8: {path}, byte offset {offset}; ")
+    assert error.endswith(advice)
 
 
 FRENCH = (
@@ -103,7 +102,7 @@ FRENCH = (
 
 
 @pytest.mark.parametrize("block", [5, 2**20])
-def test_the_encoding_is_guessed_for_the_message_only(tmp_path, monkeypatch, block: int):
+def test_the_encoding_is_guessed_only_for_the_message(tmp_path, monkeypatch, block: int):
     pytest.importorskip("charset_normalizer", reason="needs the extra text")
     monkeypatch.setattr(sources, "BLOCK", block)
     path = tmp_path / "own.txt"
@@ -112,46 +111,44 @@ def test_the_encoding_is_guessed_for_the_message_only(tmp_path, monkeypatch, blo
     start = f"text is not UTF-8: {path}, byte offset 67; "
     assert error.startswith(start)
     if block > 5:  # enough to tell by
-        guess = error.removeprefix(start + "it is probably ").partition(":")[0]
+        advice, _, guess = error.rpartition(" --data.encoding ")
         assert FRENCH.encode("latin-1").decode(guess) == FRENCH
-        assert error == f"{start}it is probably {guess}: give --data.encoding {guess}"
+        assert guess in advice
 
 
-def test_without_the_library_that_guesses(tmp_path, monkeypatch):
+def test_without_charset_normalizer(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "charset_normalizer", None)
     path = tmp_path / "own.txt"
     path.write_bytes(b"caf\xe9")
-    assert message(path) == (
-        f"text is not UTF-8: {path}, byte offset 3; name its encoding, e.g. --data.encoding latin-1"
-    )
+    error = message(path)
+    assert error.startswith(f"text is not UTF-8: {path}, byte offset 3; ")
+    assert "--data.encoding" in error
 
 
-def test_a_text_that_ends_in_a_character(tmp_path):
+def test_a_text_that_ends_inside_a_character(tmp_path):
     path = tmp_path / "own.txt"
     path.write_bytes("caf\u00e9".encode()[:-1])
     assert message(path).startswith(f"text is not UTF-8: {path}, byte offset 3; ")
 
 
-@pytest.mark.parametrize("packed", [".gz", ".zst"])
-def test_a_packed_file_that_is_cut_or_damaged(tmp_path, packed: str):
-    raw = {".gz": gzip.compress, ".zst": zstd}[packed](TEXT.encode())
-    path = tmp_path / f"own.txt{packed}"
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_truncated_or_corrupt_archive(tmp_path, suffix: str):
+    raw = {".gz": gzip.compress, ".zst": zstd}[suffix](TEXT.encode())
+    path = tmp_path / f"own.txt{suffix}"
     for damaged in (raw[:-5], raw[:12], b"plain text"):
         path.write_bytes(damaged)
         error = message(path)
-        assert error.startswith(f"{path} is damaged or was cut short (")
-        assert error.endswith("); get it again")
+        assert error.startswith(f"{path} is corrupt or truncated (")
 
 
-@pytest.mark.parametrize("packed", [".gz", ".zst"])
-def test_a_bomb(tmp_path, monkeypatch, packed: str):
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_decompression_bomb(tmp_path, monkeypatch, suffix: str):
     monkeypatch.setattr(sources, "BOMB_FROM", 2**20)
-    path = tmp_path / f"own.txt{packed}"
-    path.write_bytes({".gz": gzip.compress, ".zst": zstd}[packed](b"\0" * 2**22))
-    assert message(path) == (
-        f"{path} unpacks to over 200 times its size, which no text does; if it is meant so, "
-        f"unpack it yourself"
-    )
+    path = tmp_path / f"own.txt{suffix}"
+    path.write_bytes({".gz": gzip.compress, ".zst": zstd}[suffix](b"\0" * 2**22))
+    error = message(path)
+    assert error.startswith(f"{path} decompresses to over 200 times its size")
+    assert error.endswith("decompress it yourself")
 
 
 def test_without_zstandard(tmp_path, monkeypatch):
@@ -167,7 +164,7 @@ def test_without_zstandard(tmp_path, monkeypatch):
 # Folders, globs, names
 
 
-def test_a_folder(tmp_path, told):
+def test_a_folder(tmp_path):
     for name in ("b.txt", "a.md", "sub/c.txt.gz", "sub/.hidden.txt", ".git/d.txt", "e.png", "f"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -175,31 +172,29 @@ def test_a_folder(tmp_path, told):
         path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
     (tmp_path / "empty.txt").touch()
     assert documents(tmp_path) == ["a", "b", "c.txt"]
-    sources.find(str(tmp_path), told.append)
-    assert told == [f"{tmp_path}: 2 other files left out (.png, f)"]
+    notices: list[str] = []
+    sources.find(str(tmp_path), notices.append)
+    assert notices == [f"{tmp_path}: 2 other files skipped (.png, f)"]
     assert documents(f"{tmp_path}/**/[bc]*") == ["b", "c.txt"]
     assert documents(tmp_path / "*.png") == ["e"]
 
 
 @pytest.mark.parametrize(
-    ("names", "found"), [(["x.py", "y.py", "z.json"], ".json, .py"), ([], "nothing")]
+    ("names", "found"), [(["x.py", "y.py", "z.json"], ".json, .py"), ([], "no files")]
 )
 def test_a_folder_without_text(tmp_path, names: list[str], found: str):
     for name in names:
         (tmp_path / name).touch()
-    assert message(tmp_path) == (
-        f"no text in the folder {tmp_path}: looked for .txt, .text, .md, .jsonl, .ndjson (.gz or "
-        f".zst too), found {found}; name other files with a glob, such as '{tmp_path}/**/*.py'"
-    )
+    error = message(tmp_path)
+    assert error.startswith(f"no text in the folder {tmp_path}: expected .txt, .text, .md, .jsonl,")
+    assert f"found {found};" in error and error.endswith(f"'{tmp_path}/**/*.py'")
 
 
-def test_a_glob_without_files(tmp_path):
-    assert message(f"{tmp_path}/*.txt") == (
-        f"no file matches {tmp_path}/*.txt; mind the quotes around a glob"
-    )
+def test_a_glob_without_matches(tmp_path):
+    assert message(f"{tmp_path}/*.txt").startswith(f"no file matches {tmp_path}/*.txt; ")
 
 
-def test_a_name_that_only_looks_like_a_glob(tmp_path):
+def test_a_file_name_that_looks_like_a_glob(tmp_path):
     path = tmp_path / "act [1].txt"
     path.write_text("x")
     assert documents(path) == ["x"]
@@ -207,18 +202,17 @@ def test_a_name_that_only_looks_like_a_glob(tmp_path):
 
 @pytest.mark.parametrize("name", ["absent", "own.txt/x", "../texts/tiny_shakespeare", "./enwik8"])
 def test_a_missing_file(tmp_path, monkeypatch, name: str):
-    """Nor does a name lead out of the folder of the corpora."""
+    """The name of a corpus cannot lead out of the corpora folder either."""
     (tmp_path / "own.txt").touch()
     monkeypatch.chdir(tmp_path)
-    assert message(name) == (
-        f"text not found: {Path(name)} is neither a file, a folder, a glob nor one of the corpora "
-        f"({', '.join(corpora.names())})"
-    )
+    error = message(name)
+    assert error.startswith(f"text not found: {Path(name)}; ")
+    assert error.endswith(f"({', '.join(corpora.names())})")
 
 
 def test_an_unreadable_path(tmp_path):
     path = tmp_path / ("x" * 300)
-    assert message(path) == f"text cannot be read: {path}: File name too long"
+    assert message(path) == f"cannot read the text {path}: File name too long"
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xef\xbb\xbf"])
@@ -235,7 +229,7 @@ def test_an_empty_file(tmp_path, raw: bytes):
 
 @pytest.mark.parametrize("block", [3, 2**20])
 def test_json_lines(tmp_path, monkeypatch, block: int):
-    """Each line is a document; what else ends lines elsewhere does not here."""
+    """Each line is a document; only a newline ends it, not other line separators."""
     monkeypatch.setattr(sources, "BLOCK", block)
     rows = ["one\ntwo", "\u2028\x0b\x85", "", TEXT]
     lines = [json.dumps({"text": row, "n": 1}, ensure_ascii=False) for row in rows]
@@ -257,26 +251,26 @@ def test_json_lines(tmp_path, monkeypatch, block: int):
         ),
         (
             '{"content": "x", "id": 1}',
-            "has no text in a field 'text' (it has: 'content', 'id'); name it with --data.field",
+            "has no text field 'text' (found: 'content', 'id'); set --data.field",
         ),
         (
             '{"text": 1}',
-            "has no text in a field 'text' (it has: 'text'); name it with --data.field",
+            "has no text field 'text' (found: 'text'); set --data.field",
         ),
-        ("[]", "has no text in a field 'text' (it has: list); name it with --data.field"),
+        ("[]", "has no text field 'text' (found: list); set --data.field"),
     ],
 )
-def test_a_line_without_text(tmp_path, line: str, reason: str):
+def test_a_jsonl_line_without_text(tmp_path, line: str, reason: str):
     path = tmp_path / "own.jsonl"
     path.write_text(f'{{"text": "x"}}\n\n{line}\n')
     assert message(path) == f"line 3 of {path} {reason}"
 
 
-def test_a_line_without_end(tmp_path, monkeypatch):
+def test_a_jsonl_line_that_is_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LONGEST_LINE", 10)
     path = tmp_path / "own.jsonl"
     path.write_text('{"text": "x"}\n' + "x" * 11)
-    assert message(path) == f"line 2 of {path} has over 10 characters; is it JSONL?"
+    assert message(path).startswith(f"line 2 of {path} is longer than 10 characters; ")
 
 
 def test_pieces_are_bounded(tmp_path, monkeypatch):

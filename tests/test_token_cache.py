@@ -1,4 +1,4 @@
-"""Tests of splits, of encoding piece by piece, and of the files that keep the ids."""
+"""Tests of splits, of encoding in chunks, and of the token cache."""
 
 import json
 import os
@@ -11,24 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptjax.config import Config, DataConfig, ModelConfig
+from gptjax.config import DataConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
 from gptjax.text import choose, split, token_cache
-from gptjax.text import choose as choose_module
 from gptjax.text import dataset as data
-from gptjax.text.dataset import open_dataset
+from gptjax.text.dataset import Dataset
 from gptjax.text.sources import Piece
 from gptjax.text.split import LEFT_OUT, TRAIN, VAL, Part, Split
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
-CONFIG = Config(model=ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=8))
-QUIET = Report(quiet=True)
+BLOCK = 8  # block_size
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """The user's cache folder, for a test."""
+    """Point the user's cache directory into tmp_path."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "gptjax" / "tokens"
 
@@ -39,13 +37,17 @@ def bpe(play: str) -> Tokenizer:
     return choose.train_bpe([play], 300)
 
 
-def config_of(text: Any, **options: Any) -> Config:
-    return replace(CONFIG, data=DataConfig(text=str(text), **options))
+def config_of(text: Any, **options: Any) -> DataConfig:
+    return DataConfig(text=str(text), **options)
 
 
-def message(config: Config, tokenizer: Tokenizer | None = None) -> str:
+def opened(config: DataConfig, tokenizer: Tokenizer | None = None) -> Dataset:
+    return data.open_dataset(config, BLOCK, tokenizer)
+
+
+def message(config: DataConfig, tokenizer: Tokenizer | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        open_dataset(config, tokenizer)
+        opened(config, tokenizer)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -59,7 +61,7 @@ def pieces(documents: list[str], size: int) -> Iterator[Piece]:
 # Splits
 
 
-def test_a_survey():
+def test_survey():
     found = split.survey(pieces(["ab\u00e9", "b", "ab\u00e9"], 2), (0, 1, 4, 5))
     assert (found.characters, found.alphabet) == (7, "ab\u00e9")
     assert found.lengths.tolist() == [3, 1, 3]
@@ -82,7 +84,7 @@ def test_parts_by_position(bounds: tuple[int, int], size: int):
 @pytest.mark.parametrize(
     ("fraction", "limit"), [(0.1, None), (0.5, None), (0.5, 300), (0.001, None)]
 )
-def test_documents_are_held_out_whole(fraction: float, limit: int | None):
+def test_whole_documents_are_held_out(fraction: float, limit: int | None):
     documents = [f"document {i} of them " * (1 + i % 7) for i in [*range(50), *range(50)]]
     found = split.survey(pieces(documents, 1000))
     how = split.split(found, fraction, limit)
@@ -98,23 +100,21 @@ def test_documents_are_held_out_whole(fraction: float, limit: int | None):
     assert not train & val, "the same document on both sides"
     held = sum(map(len, sides[VAL]))
     target = min(fraction * found.characters, limit or 10**9)
-    longest = 2 * max(map(len, documents))  # twice the same
+    longest = 2 * max(map(len, documents))  # each document is there twice
     assert 0 < held <= max(target, longest) and held > min(target - longest, target / 2)
     n = int((how.sides == VAL).sum())
-    assert how.told == f"by document, {n} of 100 held out, each whole on one side"
-    # Their order changes nothing.
+    assert f"{n} of 100 documents" in how.description
+    # The order of the documents does not matter.
     other = split.split(split.survey(pieces(documents[::-1], 1000)), fraction, limit)
     assert other.sides is not None and (other.sides[::-1] == how.sides).all()
 
 
-def test_two_documents_and_none(tmp_path):
+def test_two_documents_and_identical_documents(tmp_path):
     how = split.split(split.survey(pieces(["aaaa", "b"], 9)), 0.1, None)
     assert how.sides is not None and how.sides.tolist() == [TRAIN, VAL]  # the smaller one
     (tmp_path / "a.txt").write_text("x" * 99)
     (tmp_path / "b.txt").write_text("x" * 99)
-    assert message(config_of(tmp_path)) == (
-        "all 2 documents begin alike, so none can be held out; give one text, or other documents"
-    )
+    assert message(config_of(tmp_path)).startswith("all 2 documents start alike")
 
 
 # Encoding
@@ -122,8 +122,10 @@ def test_two_documents_and_none(tmp_path):
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 @pytest.mark.parametrize("size", [1, 13, 1000, 10**6])
-def test_pieces_change_no_id(monkeypatch, play: str, bpe: Tokenizer, kind: str, size: int):
-    """The ids are those of the whole text, encoded at once."""
+def test_encoding_in_pieces_gives_the_same_ids(
+    monkeypatch, play: str, bpe: Tokenizer, kind: str, size: int
+):
+    """The ids equal those of the whole text encoded at once."""
     monkeypatch.setattr(token_cache, "UNIT", 50)
     monkeypatch.setattr(token_cache, "PER_CORE", 120)
     text = play[:2000] + "\u00e9\U0001f600\n\n  \n" + play[:500]
@@ -139,7 +141,7 @@ def test_pieces_change_no_id(monkeypatch, play: str, bpe: Tokenizer, kind: str, 
     assert tokens.train.tolist() == tokenizer.encode(text[:1900]).tolist()
     assert tokens.val.tolist() == tokenizer.encode(text[1900:]).tolist()
     assert tokens.n_bytes == (len(text[:1900].encode()), len(text[1900:].encode()))
-    # From any batch on, the rest is the same.
+    # Continuing after any batch gives the same remaining batches.
     done = sum(batch.characters for batch in batches[:2])
     for again, before in zip(encode(done), batches[2:], strict=True):
         assert again.ids[0].tolist() == before.ids[0].tolist()
@@ -157,11 +159,11 @@ def test_a_text_without_a_place_to_cut(monkeypatch, bpe: Tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
-def test_documents_end(bpe: Tokenizer, kind: str, tmp_path):
+def test_documents_end_with_the_end_of_text_token(bpe: Tokenizer, kind: str, tmp_path):
     for i in range(20):
         (tmp_path / f"{i:02}.txt").write_text(f"{i} the king \u00e9" * 5)
     options = {"bpe": {"bpe_vocab_size": 300}}.get(kind, {})
-    dataset = open_dataset(config_of(tmp_path, tokenizer=kind, **options))
+    dataset = opened(config_of(tmp_path, tokenizer=kind, **options))
     end = dataset.tokenizer.end_of_text
     assert end is not None
     assert (dataset.train == end).sum() + (dataset.val == end).sum() == 20
@@ -169,82 +171,82 @@ def test_documents_end(bpe: Tokenizer, kind: str, tmp_path):
     text = dataset.tokenizer.decode(np.concatenate([dataset.train, dataset.val]))
     documents = text.split("<|endoftext|>")
     assert sorted(documents) == sorted(["", *(f"{i} the king \u00e9" * 5 for i in range(20))])
-    assert dataset.told["split"].startswith("by document, ")
+    assert dataset.notes["split"].startswith("by document ")
 
 
 # Files
 
 
-def test_a_long_text_is_kept_and_found_again(tmp_path, monkeypatch, cache, play: str):
+def test_the_tokens_of_a_long_text_are_cached(tmp_path, monkeypatch, cache, play: str):
     path = tmp_path / "play.txt"
     path.write_text(play)
     config = config_of(path, tokenizer="byte")
-    small = open_dataset(config)
+    small = opened(config)
     assert not cache.exists() and not isinstance(small.train, np.memmap)
     monkeypatch.setattr(data, "LARGE", 1000)
-    first = open_dataset(config)
+    first = opened(config)
     assert isinstance(first.train, np.memmap)
     for name in ("train", "val"):
         assert getattr(first, name).tolist() == getattr(small, name).tolist()
     assert first.val_bytes == small.val_bytes
-    assert first.told["split"] == small.told["split"]
+    assert first.notes["split"] == small.notes["split"]
 
-    with monkeypatch.context() as patch:  # now nothing is read
+    with monkeypatch.context() as patch:  # the text is not read again
         patch.setattr("gptjax.text.sources.read", None)
-        again = open_dataset(config)
+        again = opened(config)
         assert again.train.tolist() == small.train.tolist()
-        assert again.told == first.told and again.val_bytes == small.val_bytes
-        # A run that goes on brings its tokenizer along.
-        assert open_dataset(config, first.tokenizer).train.tolist() == small.train.tolist()
+        assert again.notes == first.notes and again.val_bytes == small.val_bytes
+        # A resumed run passes its own tokenizer.
+        assert opened(config, first.tokenizer).train.tolist() == small.train.tolist()
 
-    # Anything else makes other tokens.
-    other = open_dataset(replace(config, data=replace(config.data, val_fraction=0.2)))
+    # Any other option or file version is another cache entry.
+    other = opened(replace(config, val_fraction=0.2))
     assert len(other.val) > len(small.val)
     os.utime(path, ns=(1, 1))
     with monkeypatch.context() as patch:
         patch.setattr("gptjax.text.sources.read", None)
         with pytest.raises(TypeError):
-            open_dataset(config)
+            opened(config)
 
 
-def test_damaged_tokens_are_made_again(tmp_path, monkeypatch, cache, play: str):
+def test_corrupt_tokens_are_encoded_again(tmp_path, monkeypatch, cache, play: str):
     monkeypatch.setattr(data, "LARGE", 1000)
     path = tmp_path / "play.txt"
     path.write_text(play)
     config = config_of(path, tokenizer="byte")
-    expected = open_dataset(config).train.tolist()
-    [kept] = cache.glob("*/train.bin")
+    expected = opened(config).train.tolist()
+    [cached] = cache.glob("*/train.bin")
     for damage in (b"\0" * 100, b""):
-        raw = bytearray(kept.read_bytes())
+        raw = bytearray(cached.read_bytes())
         raw[200:300] = damage
-        kept.write_bytes(raw)
-        assert open_dataset(config).train.tolist() == expected
-    (kept.parent / "tokens.json").write_text("{")
-    assert open_dataset(config).train.tolist() == expected
+        cached.write_bytes(raw)
+        assert opened(config).train.tolist() == expected
+    (cached.parent / "tokens.json").write_text("{")
+    assert opened(config).train.tolist() == expected
 
 
-def test_bpe_of_a_long_text_is_learnt_once(tmp_path, monkeypatch, play: str):
+def test_bpe_is_trained_once_for_a_long_text(tmp_path, monkeypatch, play: str):
     pytest.importorskip("tokenizers", reason="needs the extra text")
     monkeypatch.setattr(data, "LARGE", 1000)
     path = tmp_path / "play.txt"
     path.write_text(play)
     config = config_of(path, tokenizer="bpe", bpe_vocab_size=300)
-    first = open_dataset(config)
-    monkeypatch.setattr(choose_module, "train_bpe", None)
-    again = open_dataset(config)
-    assert again.tokenizer == first.tokenizer and again.told == first.told
+    first = opened(config)
+    monkeypatch.setattr(choose, "train_bpe", None)
+    again = opened(config)
+    assert again.tokenizer == first.tokenizer and again.notes == first.notes
     assert again.train.tolist() == first.train.tolist()
 
 
 class Killed(BaseException):
-    """Stands for a signal that ends the process."""
+    """Simulates a signal that ends the process."""
 
 
-def test_what_a_killed_process_wrote_is_gone_on_from(tmp_path, monkeypatch, play: str):
+def test_an_interrupted_encoding_is_continued(tmp_path, monkeypatch, play: str):
     monkeypatch.setattr(token_cache, "UNIT", 50)
     monkeypatch.setattr(token_cache, "PER_CORE", 300)
     monkeypatch.setattr(token_cache, "SAVE_EVERY", 0.0)
-    tokenizer, how = ByteTokenizer(), Split(None, (5000, len(play)), "told")
+    tokenizer, how = ByteTokenizer(), Split(None, (5000, len(play)), "split")
     started: list[int] = []
 
     def encode(skip: int) -> Iterator[token_cache.Batch]:
@@ -264,48 +266,46 @@ def test_what_a_killed_process_wrote_is_gone_on_from(tmp_path, monkeypatch, play
     folder = tmp_path / "tokens"
     for n in (1, 3, 2):
         with pytest.raises(Killed):
-            token_cache.keep(folder, encode, tokenizer, "told", stop_after(n))
+            token_cache.load_or_encode(folder, encode, tokenizer, "split", stop_after(n))
         with (folder / "train.bin").open("ab") as file:
-            file.write(b"\1\2\3")  # what was not yet counted
-    tokens = token_cache.keep(folder, encode, tokenizer, "told", lambda n: None)
+            file.write(b"\1\2\3")  # written, but not yet counted in progress.json
+    tokens = token_cache.load_or_encode(folder, encode, tokenizer, "split", lambda n: None)
     assert started[0] == started[1] == 0 < started[2] < started[3]
     assert tokens.train.tolist() == list(play[:5000].encode())
     assert tokens.val.tolist() == list(play[5000:].encode())
-    assert tokens.n_bytes == (5000, len(play) - 5000) and tokens.told == "told"
+    assert tokens.n_bytes == (5000, len(play) - 5000) and tokens.description == "split"
     assert sorted(p.name for p in folder.iterdir()) == [
         *(".lock", "tokenizer.json", "tokens.json", "train.bin", "val.bin"),
     ]
 
 
-def test_a_folder_that_takes_no_tokens(tmp_path, monkeypatch, cache, play: str):
+def test_an_unwritable_cache(tmp_path, monkeypatch, cache, play: str):
     monkeypatch.setattr(data, "LARGE", 1000)
     (tmp_path / "cache").touch()
     path = tmp_path / "play.txt"
     path.write_text(play)
     error = message(config_of(path, tokenizer="byte"))
-    assert error.startswith(f"cannot keep tokens in {cache}{os.sep}")
-    assert error.endswith(
-        ": Not a directory; make room there, or set XDG_CACHE_HOME to another folder"
-    )
+    assert error.startswith(f"cannot cache tokens in {cache}{os.sep}")
+    assert ": Not a directory; " in error and "XDG_CACHE_HOME" in error
 
 
-# Token files of nanoGPT's layout
+# Token files in nanoGPT's layout
 
 
 def test_token_files(tmp_path, play: str):
     ids = np.frombuffer(play.encode(), np.uint8).astype("<u2")
     (tmp_path / "train.bin").write_bytes(ids[:5000].tobytes())
     (tmp_path / "val.bin").write_bytes(ids[5000:].tobytes())
-    dataset = open_dataset(config_of(tmp_path, tokenizer="byte"))
+    dataset = opened(config_of(tmp_path, tokenizer="byte"))
     assert dataset.train.tolist() == ids[:5000].tolist()
     assert dataset.val.tolist() == ids[5000:].tolist()
     assert dataset.val_bytes == len(ids) - 5000 - 1
-    one = open_dataset(config_of(tmp_path / "train.bin", tokenizer="byte", val_limit=400))
+    one = opened(config_of(tmp_path / "train.bin", tokenizer="byte", val_limit=400))
     assert (len(one.train), len(one.val)) == (4600, 400)
-    assert one.told["split"] == "by position, the last 400 tokens"
-    # The tokenizer beside them is taken, as in a folder of ours.
+    assert "by position" in one.notes["split"] and "last 400 tokens" in one.notes["split"]
+    # A tokenizer.json next to them is used, as in a run's folder.
     (tmp_path / "tokenizer.json").write_text(CharTokenizer("".join(map(chr, range(128)))).to_json())
-    assert open_dataset(config_of(tmp_path)).tokenizer.decode(dataset.train) == play[:5000]
+    assert opened(config_of(tmp_path)).tokenizer.decode(dataset.train) == play[:5000]
 
 
 def test_token_files_of_a_large_vocabulary(tmp_path):
@@ -313,77 +313,67 @@ def test_token_files_of_a_large_vocabulary(tmp_path):
     ids = np.arange(70_000, dtype="<u4")
     path.write_bytes(ids.tobytes())
     tokenizer = CharTokenizer("".join(map(chr, range(0xE000, 0xE000 + 70_000))))
-    dataset = open_dataset(config_of(path), tokenizer)
+    dataset = opened(config_of(path), tokenizer)
     assert np.concatenate([dataset.train, dataset.val]).tolist() == ids.tolist()
 
 
 def test_bad_token_files(tmp_path):
     path = tmp_path / "own.bin"
     path.write_bytes(b"\0" * 401)
-    assert message(config_of(path, tokenizer="byte")) == (
-        f"{path} has 401 bytes, which is no whole number of 2-byte ids; it was cut short, or is no "
-        f"token file of this vocabulary"
-    )
+    error = message(config_of(path, tokenizer="byte"))
+    assert error.startswith(f"{path} has 401 bytes, not a multiple of the 2-byte ids")
     ids = np.zeros(200, "<u2")
     ids[[150, 160]] = 256, 50256
     path.write_bytes(ids.tobytes())
-    assert message(config_of(path, tokenizer="byte")) == (
-        f"{path} has the id 50256 (at 160), and the tokenizer has 256 tokens; name the one that "
-        f"made them with --data.tokenizer"
-    )
+    error = message(config_of(path, tokenizer="byte"))
+    assert error.startswith(f"{path} has the id 50256 at position 160")
+    assert "256 tokens" in error and "--data.tokenizer" in error
     for kind in ("auto", "char", "bpe"):
-        assert message(config_of(path, tokenizer=kind)) == (
-            f"{path} holds ids and no text; name the tokenizer that made them, such as "
-            f"--data.tokenizer gpt2, or put its tokenizer.json beside it"
-        )
+        error = message(config_of(path, tokenizer=kind))
+        assert error.startswith(f"{path} contains token ids, so --data.tokenizer {kind} ")
     path.write_bytes(b"")
     assert message(config_of(path, tokenizer="byte")).startswith("the training split has 0 tokens")
     missing = tmp_path / "absent.bin"
     assert message(config_of(missing, tokenizer="byte")) == (
-        f"token file cannot be read: {missing}: No such file or directory"
+        f"cannot read the token file {missing}: No such file or directory"
     )
 
 
 # Which tokenizer
 
 
-def test_the_lectures_text_stays_in_characters():
-    """However rules change: a preset's numbers hang on it."""
+def test_tiny_shakespeare_is_char_level():
+    """The presets' losses depend on it."""
     alphabet = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
     tokenizer, why = choose.choose(DataConfig(), alphabet, 1_115_394, 1, lambda: [])
     assert tokenizer == CharTokenizer(alphabet)
-    assert why == "characters, 65 kinds: few (up to 512), 1,115,394 characters in all"
+    assert why == "char-level, vocab 65 (auto: at most 512 distinct characters)"
 
 
-def test_what_suits(monkeypatch, play: str):
+def test_auto_depends_on_length_and_alphabet(monkeypatch, play: str):
     pytest.importorskip("tokenizers", reason="needs the extra text")
-    choose = lambda kinds, n, documents=1: choose.choose(
+    auto = lambda alphabet, n, documents=1: choose.choose(
         DataConfig(bpe_vocab_size=300),
-        "".join(map(chr, range(kinds))),
+        "".join(map(chr, range(alphabet))),
         n,
         documents,
         lambda: [play],
     )
-    tokenizer, why = choose(513, 10_000)
+    tokenizer, why = auto(513, 10_000)
     assert tokenizer == ByteTokenizer()
-    assert why == "bytes of UTF-8: 513 kinds of characters are many (over 512)"
-    assert choose(512, 10_000, 2)[0] == CharTokenizer("".join(map(chr, range(512))), 512)
-    assert choose(513, 10_000, 2)[0] == ByteTokenizer(256)
-    tokenizer, why = choose(65, 10_000_000)
+    assert why.startswith("byte-level, vocab 256 (auto: 513 distinct characters")
+    assert auto(512, 10_000, 2)[0] == CharTokenizer("".join(map(chr, range(512))), 512)
+    assert auto(513, 10_000, 2)[0] == ByteTokenizer(256)
+    tokenizer, why = auto(65, 10_000_000)
     assert tokenizer == choose.train_bpe([play], 300)
-    assert why == (
-        "BPE, 300 tokens, learnt from the training part: 10,000,000 characters are enough to learn "
-        "it (from 10,000,000 on)"
-    )
-    assert "learnt from 1/3 of the training part" in choose(65, 100_000_001)[1]
-    monkeypatch.setattr(choose_module, "find_spec", lambda name: None)
-    assert choose(65, 10_000_000)[1] == (
-        "characters, 65 kinds: few (up to 512), 10,000,000 characters in all; for BPE, which suits "
-        "so long a text, install the extra text"
-    )
+    assert why.startswith("BPE, vocab 300, trained on the training split (auto: ")
+    assert "trained on 1/3 of the training split" in auto(65, 100_000_001)[1]
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    why = auto(65, 10_000_000)[1]
+    assert why.startswith("char-level, vocab 65 (auto: ") and "install the extra text" in why
 
 
-def test_a_tokenizer_by_its_path(tmp_path, bpe: Tokenizer, play: str):
+def test_a_tokenizer_from_a_path(tmp_path, bpe: Tokenizer, play: str):
     text = tmp_path / "play.txt"
     text.write_text(play)
     own, foreign, folder = tmp_path / "own.json", tmp_path / "hf.json", tmp_path / "model"
@@ -392,10 +382,10 @@ def test_a_tokenizer_by_its_path(tmp_path, bpe: Tokenizer, play: str):
     folder.mkdir()
     (folder / "tokenizer.json").write_text(foreign.read_text())
     for path in (own, foreign, folder):
-        dataset = open_dataset(config_of(text, tokenizer=str(path)))
+        dataset = opened(config_of(text, tokenizer=str(path)))
         assert dataset.tokenizer == bpe
-        assert dataset.told["tokenizer"].startswith(f"{path}: as asked; ")
-    n = int(0.9 * len(play))  # of characters, whatever a token is
+        assert dataset.notes["tokenizer"].startswith(f"{path} (as configured); ")
+    n = int(0.9 * len(play))  # the split is by character for every tokenizer
     assert dataset.train.tolist() == bpe.encode(play[:n]).tolist()
 
 
@@ -405,48 +395,48 @@ def test_a_tokenizer_by_its_path(tmp_path, bpe: Tokenizer, play: str):
         (
             "absent.json",
             None,
-            "no tokenizer '{path}': give auto, char, byte, bpe, gpt2, or the path of a "
-            "tokenizer.json or of a SentencePiece model (No such file or directory)",
+            "no tokenizer '{path}': ",
         ),
         (
             "own.json",
             b'{"type": "char", "vocabulary": []}',
-            "{path}: the vocabulary must be a list of one character or more",
+            "{path}: the vocabulary must be a list",
         ),
         (
             "own.json",
             b"\xff",
-            "{path} is no tokenizer.json; a SentencePiece model ends in .model",
+            "{path} is not a tokenizer.json; ",
         ),
     ],
 )
-def test_no_tokenizer_there(tmp_path, name: str, content: bytes | None, reason: str):
+def test_unusable_tokenizer_files(tmp_path, name: str, content: bytes | None, reason: str):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as error:
         choose.named(str(path))
-    assert str(error.value) == reason.format(path=path)
+    assert str(error.value).startswith(reason.format(path=path))
+    assert content is not None or "No such file or directory" in str(error.value)
 
 
 # Bits per byte
 
 
-def test_bits_per_byte_are_of_the_text(tmp_path, bpe: Tokenizer, play: str):
-    """However it is cut into tokens: knowing nothing costs log2(V) bits for each of them."""
+def test_bits_per_byte(tmp_path, bpe: Tokenizer, play: str):
+    """A uniform prediction costs log2(V) bits per token, whatever the tokenizer."""
     path = tmp_path / "play.txt"
     path.write_text(play.replace("k", "\u00e9"))
     n_train = int(0.9 * len(play))
     val = path.read_text()[n_train:]
     for tokenizer in (CharTokenizer.fit(path.read_text()), ByteTokenizer(), bpe):
-        dataset = open_dataset(config_of(path), tokenizer)
+        dataset = opened(config_of(path), tokenizer)
         ids = tokenizer.encode(val)
         first = len(tokenizer.decode(ids[:1]).encode())
         loss = np.log(tokenizer.vocab_size)
         bits = (len(ids) - 1) * np.log2(tokenizer.vocab_size) / (len(val.encode()) - first)
         assert dataset.bits_per_byte(loss) == pytest.approx(bits, rel=1e-12)
     loss = 1.0
-    dataset = open_dataset(config_of(path), ByteTokenizer())
+    dataset = opened(config_of(path), ByteTokenizer())
     assert dataset.bits_per_byte(loss) == pytest.approx(1 / np.log(2), rel=1e-12)
 
 
@@ -466,8 +456,7 @@ def test_bits_per_byte_are_of_the_text(tmp_path, bpe: Tokenizer, play: str):
         ),
         (
             "a.txt=.5,b.txt=2",
-            "2 texts are drawn from by their weights in shuffled order; give --data.order shuffled "
-            "too",
+            "2 weighted texts need shuffled order, not random; add --data.order shuffled",
         ),
     ],
 )
@@ -479,7 +468,7 @@ def test_a_mixture_has_one_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("ab" * 100)
     Path("b.txt").write_text("xy" * 50)
-    dataset = open_dataset(config_of("a.txt=3,b.txt=1", order="shuffled"))
+    dataset = opened(config_of("a.txt=3,b.txt=1", order="shuffled"))
     assert dataset.tokenizer == CharTokenizer("abxy")
     assert [(len(tokens), weight) for tokens, weight in dataset.parts] == [(180, 3.0), (90, 1.0)]
     assert dataset.tokenizer.decode(dataset.val) == "ab" * 10 + "xy" * 5
@@ -494,13 +483,11 @@ def test_a_mixture_has_one_tokenizer(tmp_path, monkeypatch):
     [
         (
             {"encoding": "nothing"},
-            "data.encoding='nothing' is no text encoding that Python knows; give e.g. utf-8, "
-            "latin-1, cp1252, utf-16",
+            "data.encoding='nothing'",
         ),
         (
             {"bpe_vocab_size": 256},
-            "data.bpe_vocab_size=256 is too small; give 257 or more (256 bytes and the end of a "
-            "text)",
+            "data.bpe_vocab_size=256 is too small; give 257 or more",
         ),
         ({"val_limit": 0}, "data.val_limit=0 is too small; give 1 or more"),
         ({"resident_tokens": -1}, "data.resident_tokens=-1 is out of range; give 0 or more"),
@@ -509,7 +496,7 @@ def test_a_mixture_has_one_tokenizer(tmp_path, monkeypatch):
 def test_refused_options(options: dict[str, Any], reason: str):
     with pytest.raises(UserError) as error:
         DataConfig(**options)
-    assert str(error.value) == reason
+    assert str(error.value).startswith(reason)
 
 
 def test_options_reach_the_reader(tmp_path):
@@ -517,26 +504,25 @@ def test_options_reach_the_reader(tmp_path):
     rows = [{"body": f"na\u00efve {i} " * 9} for i in range(20)]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_bytes(lines.encode("latin-1"))
-    dataset = open_dataset(config_of(path, encoding="latin-1", field="body", val_limit=150))
+    dataset = opened(config_of(path, encoding="latin-1", field="body", val_limit=150))
     assert "\u00ef" in dataset.tokenizer.decode(dataset.train)
     assert 0 < dataset.val_bytes < 200
 
 
-def test_not_a_folder_of_bins_but_texts_too(tmp_path):
-    """A file that is no text in the alphabet of a given tokenizer says where."""
+def test_a_text_with_characters_that_a_given_tokenizer_lacks(tmp_path):
     path = tmp_path / "own.txt"
     path.write_text("ab" * 100 + "X")
     error = message(config_of(path), CharTokenizer("ab"))
-    assert error.startswith("1 unknown characters ('X' at 200): ")
+    assert error.startswith("1 unknown characters ('X' at 200)")
 
 
-def test_progress_is_told(tmp_path, monkeypatch, play: str):
+def test_progress_lines_without_a_terminal(tmp_path, monkeypatch, play: str):
     from rich.console import Console
 
     monkeypatch.setattr("gptjax.console.PLAIN_EVERY", 0.0)
     path = tmp_path / "play.txt"
     path.write_text(play)
-    with (tmp_path / "told").open("w+") as file:
+    with (tmp_path / "console").open("w+") as file:
         report = Report(Console(file=file, width=200))
         with report.work("reading", 100) as done:
             time.sleep(0.01)

@@ -294,7 +294,7 @@ def test_the_run_folder_is_all_the_sampler_needs(finished, tmp_path, monkeypatch
     whole, _ = finished
     shutil.copytree(whole, tmp_path / "elsewhere" / "copy")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(corpora, "DATA_DIR", tmp_path / "gone")
+    monkeypatch.setattr(corpora, "DESCRIPTIONS", tmp_path / "gone")
     command = SampleCommand(run="elsewhere/copy", max_new_tokens=40, num_samples=2)
     once = ["".join(parts) for parts in zip(*stream(command), strict=True)]
     assert [len(text) for text in once] == [40, 40]
@@ -355,8 +355,8 @@ def test_the_commands_as_typed(play, tmp_path):
     again = run_command(*words, cwd=tmp_path)
     assert again.returncode == 2
     assert again.stderr == (
-        "train.py: error: runs/mine holds another run already; go on with it (--run mine "
-        "--resume) or give another name\n"
+        "train.py: error: runs/mine already contains a run; resume it (--run mine --resume) or "
+        "choose another name\n"
     )
     resumed = run_command("train.py", "--resume", "--steps", "70", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr

@@ -6,27 +6,25 @@ split, those of the curves over random windows.
 """
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gptjax import cli
-from gptjax.build import build_model
 from gptjax.config import Config, differences
 from gptjax.console import Report
-from gptjax.errors import UserError, one_line_errors
-from gptjax.lecture.models import CountedBigram, counted_bigram
+from gptjax.errors import UserError, optional_import
+from gptjax.lecture.models import STAGES, CountedBigram, counted_bigram
 from gptjax.parallel.flops import count_params, processor
-from gptjax.presets import PRESETS
+from gptjax.presets import LECTURE_MODELS, PRESETS
 from gptjax.runs import files, folders
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run, read_config
@@ -51,26 +49,6 @@ MARKERS = "<!-- made by gptjax ladder --docs -->", "<!-- end -->"
 NOT_RUN = "not run here"
 
 
-@dataclass(frozen=True)
-class LadderCommand:
-    """Train the lecture's stages, and compare what they reach with its figures."""
-
-    seeds: int = 3
-    """Runs of each stage, with seeds 1337, 1338, ..."""
-    stages: tuple[str, ...] = ()
-    """Some of 1-bigram .. 8-scale (default: all of them up to 7-layernorm)."""
-    scale: bool = False
-    """8-scale too: minutes on an accelerator, half a day on a few cores."""
-    docs: bool = False
-    """Write the table into docs/lecture.md and the curves into docs/lecture.png."""
-    folder: str = "ladder"
-    """Where in runs/ the runs are kept."""
-    steps: int | None = None
-    """Updates of each run (default: the preset's), for a first look."""
-    text: str = "tiny_shakespeare"
-    """Another text to climb on; the lecture's figures are of this one."""
-
-
 class Stage(NamedTuple):
     """One row of the table; a stage that was not run has empty lists."""
 
@@ -84,12 +62,26 @@ class Stage(NamedTuple):
     """Records of the evaluations, for each seed."""
 
 
-def climb(command: LadderCommand, console: Console) -> tuple[list[Stage], CountedBigram]:
+def climb(
+    console: Console,
+    *,
+    stages: Sequence[str] = (),
+    scale: bool = False,
+    seeds: int = 3,
+    steps: int | None = None,
+    text: str = "tiny_shakespeare",
+    folder: Path = folders.RUNS / "ladder",
+) -> tuple[list[Stage], CountedBigram]:
     """Train the stages that are not trained yet.
 
     Args:
-        command: stages, seeds and folder.
         console: output for progress.
+        stages: names from `FIGURES`; empty: all except 8-scale.
+        scale: include 8-scale.
+        seeds: number of runs per stage.
+        steps: updates per run; None: the preset's.
+        text: text to train on.
+        folder: folder of the runs.
 
     Returns:
         All stages in order, and the best possible bigram table of the text.
@@ -97,54 +89,59 @@ def climb(command: LadderCommand, console: Console) -> tuple[list[Stage], Counte
     Raises:
         UserError: an unknown stage, or a folder with runs of other settings.
     """
-    for flag, value in (("seeds", command.seeds), ("steps", command.steps)):
+    for flag, value in (("seeds", seeds), ("steps", steps)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value} is too small; give 1 or more")
-    wanted = _wanted(command)
-    dataset = open_dataset(_config("1-bigram", 0, command))
+    wanted = _wanted(stages, scale)
+    config = _config("1-bigram", 0, steps, text)
+    dataset = open_dataset(config.data, config.model.block_size)
     counted = counted_bigram(dataset.train, dataset.val, dataset.tokenizer.vocab_size)
-    stages = []
+    found = []
     for name in FIGURES:
-        stage = Stage(name, _count_params(_config(name, 0, command), dataset), [], [], [])
-        stages.append(stage)
-        for i in range(command.seeds if name in wanted else 0):
-            config, start = _config(name, i, command), time.perf_counter()
-            directory = folders.RUNS / command.folder / f"{name}-{config.seed}"
-            history, before = _finished(config, directory)
+        params = _count_params(name, _config(name, 0, steps, text), dataset)
+        found.append(stage := Stage(name, params, [], [], []))
+        for i in range(seeds if name in wanted else 0):
+            config, start = _config(name, i, steps, text), time.perf_counter()
+            directory = folder / f"{name}-{config.seed}"
+            history, before = _finished(name, config, directory)
             stage.histories.append(history)
             stage.losses.append(history[-1]["val_loss"])
             stage.seconds.append(history[-1]["seconds"])
             took = "" if before else f", {time.perf_counter() - start:.0f} s with evaluations"
             console.print(f"{directory}: {stage.losses[-1]:.4f}{took}")
-    return stages, counted
+    return found, counted
 
 
-def _wanted(command: LadderCommand) -> set[str]:
-    if unknown := [name for name in command.stages if name not in FIGURES]:
+def _wanted(stages: Sequence[str], scale: bool) -> set[str]:
+    if unknown := [name for name in stages if name not in FIGURES]:
         raise UserError(f"unknown stage {unknown[0]!r}; stages: {', '.join(FIGURES)}")
-    return set(command.stages or FIGURES.keys() - {SCALE}) | ({SCALE} if command.scale else set())
+    return set(stages or FIGURES.keys() - {SCALE}) | ({SCALE} if scale else set())
 
 
-def _config(name: str, i: int, command: LadderCommand) -> Config:
-    """The stage's preset with the command's text and steps, and the i-th seed."""
+def _config(name: str, i: int, steps: int | None, text: str) -> Config:
+    """The stage's preset with these steps and this text, and the i-th seed."""
     preset = PRESETS[f"lecture/{name}"]
-    steps = command.steps or preset.steps
+    steps = steps or preset.steps
     return replace(
         preset,
         seed=preset.seed + i,
         steps=steps,
         eval_every=max(1, preset.eval_every * steps // preset.steps),
-        data=replace(preset.data, text=command.text),
+        data=replace(preset.data, text=text),
     )
 
 
-def _count_params(config: Config, dataset: Dataset) -> int:
-    model = build_model(config.model, dataset.tokenizer.vocab_size)
+def _count_params(name: str, config: Config, dataset: Dataset) -> int:
+    model = _model(name)(config.model, dataset.tokenizer.vocab_size)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return count_params(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
 
 
-def _finished(config: Config, directory: Path) -> tuple[list[Record], bool]:
+def _model(name: str) -> type[nn.Module]:
+    return STAGES[LECTURE_MODELS[f"lecture/{name}"]]
+
+
+def _finished(name: str, config: Config, directory: Path) -> tuple[list[Record], bool]:
     """The evaluations of a run, trained or resumed if necessary; and whether it was complete."""
     resume = (directory / "config.json").exists()
     if resume:
@@ -156,7 +153,7 @@ def _finished(config: Config, directory: Path) -> tuple[list[Record], bool]:
             )
     done = resume and _is_done(Run(directory).metrics(), config)
     if not done:
-        train(config, directory, resume=resume, report=Report(quiet=True))
+        train(config, directory, resume=resume, model=_model(name), report=Report(quiet=True))
     records = Run(directory).metrics()
     if not _is_done(records, config):
         raise UserError(f"{directory} was stopped; repeat the command to continue")
@@ -187,11 +184,11 @@ def rows(stages: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def footnotes(command: LadderCommand, counted: CountedBigram) -> list[str]:
+def footnotes(seeds: int, counted: CountedBigram) -> list[str]:
     """Footnotes of the table."""
-    seeds = "one seed" if command.seeds == 1 else f"{command.seeds} seeds"
+    how_many = "one seed" if seeds == 1 else f"{seeds} seeds"
     return [
-        f"ours: validation loss over the whole split, mean of {seeds}; spread: largest minus "
+        f"ours: validation loss over the whole split, mean of {how_many}; spread: largest minus "
         f"smallest; seconds: training time of one run, including compilation; {machine()}.",
         "lecture: over 200 random batches; 3 to 7 as commonly reported.",
         f"Optimal bigram table, from counts: {counted.train:.4f} on the training split, "
@@ -256,9 +253,10 @@ def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
     Raises:
         UserError: the plot cannot be written.
     """
-    from matplotlib.figure import Figure  # not pyplot, which changes a notebook's global state
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    # Not pyplot, which would change the state of a notebook's own figures.
+    figure = optional_import("matplotlib.figure", "plot").Figure(
+        figsize=(8, 4.5), layout="constrained"
+    )
     axes = figure.subplots()
     ends = []
     for stage in filter(lambda stage: stage.histories, stages):
@@ -299,7 +297,7 @@ def write_page(text: str, page: Path = PAGE) -> None:
     files.write_atomically(page, f"{before}{start}\n{text}{end}{after}")
 
 
-def _page_text(stages: list[Stage], notes: list[str]) -> Iterator[str]:
+def _page_text(stages: Sequence[Stage], notes: list[str]) -> Iterator[str]:
     yield f"{markdown(*rows(stages))}\n"
     yield "".join(f"- {note}\n" for note in notes)
     yield f"\n![Validation loss of each stage over its steps]({PAGE.stem}.png)\n"
@@ -307,25 +305,23 @@ def _page_text(stages: list[Stage], notes: list[str]) -> Iterator[str]:
         yield f"\nThe bigram's evaluations, seed 1337:\n\n{markdown(*evaluations)}"
 
 
-def main(argv: list[str]) -> None:
-    """Climb, and tell."""
-    command = cli.parse(LadderCommand, LadderCommand(), argv, "gptjax.lecture.ladder", "")
-    console = Console(highlight=False, soft_wrap=True)
-    stages, counted = climb(command, console)
-    notes = footnotes(command, counted)
+def show(stages: Sequence[Stage], counted: CountedBigram, seeds: int, console: Console) -> None:
+    """Print the table, its footnotes, and the bigram's evaluations."""
     _tell(console, "The lecture's stages", *rows(stages))
-    for note in notes:
+    for note in footnotes(seeds, counted):
         console.print(note)
     if (evaluations := bigram_rows(stages))[1]:
         _tell(console, "The bigram's evaluations, first seed", *evaluations)
-    out = folders.RUNS / command.folder / "ladder.png"
-    if command.docs:
-        out = PAGE.with_suffix(".png")
-        write_page("".join(_page_text(stages, notes)))
-    draw(stages, counted, out)
-    console.print(f"{out}")
 
 
-if __name__ == "__main__":
-    with one_line_errors("gptjax.lecture.ladder"):
-        main(sys.argv[1:])
+def update_page(stages: Sequence[Stage], counted: CountedBigram, seeds: int) -> Path:
+    """Write the tables into `PAGE`.
+
+    Returns:
+        The path of the page's picture.
+
+    Raises:
+        UserError: see `write_page`.
+    """
+    write_page("".join(_page_text(stages, footnotes(seeds, counted))))
+    return PAGE.with_suffix(".png")

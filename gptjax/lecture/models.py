@@ -1,27 +1,32 @@
-"""The lecture's steps from the bigram table to the GPT, one idea each.
+"""The lecture's models from the bigram table to the transformer, one idea each.
 
-The letters are those of `model.py`. First the trick: an average of the past, four ways, of which
-the fourth is attention. Then three small models of the contract in `model.py`; between the same
-embeddings and logits as the GPT's they have, in place of its blocks,
+Letters as in `gptjax/model.py`. First the trick: an average of the past, four ways, of which the
+fourth is attention. Then the stages, small models of the contract in `gptjax/model.py`, each the
+one before and one thing more:
 
-    Averaging     the mean of what came before
-    Attention     a mean with weights of its own for each position, by one head or several
-    FeedForward   the same, then each position alone
+    Bigram        a table: the row of a token is the logits of the next
+    Embedded      token and position embeddings, straight into the head
+    Averaging     the mean of the embeddings so far
+    Attention     a mean with data-dependent weights, by one head or several
+    FeedForward   the same, then a layer in which each position computes on its own
+    Residual      both as a block with residual connections, several times
+    Transformer   layer norms before attention, before the MLP and at the end
 
-and last the best bigram table there is, which needs no training.
+Linear layers start as PyTorch's do, embeddings from N(0, 1). Last comes the best bigram table there
+is, which needs no training.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.attention import attention, causal_mask
+from gptjax.attention import attention, attention_weights, causal_mask, weighted_values
+from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.layers import Linear, activate, init_stds
-from gptjax.model import GPT, CausalSelfAttention, KVCache
 
 # ---------------------------------------------------------------------------------------------
 # The trick: the same average of the past, four ways
@@ -91,41 +96,168 @@ def masked_softmax(scores: jax.Array) -> jax.Array:
 # The models
 
 
-class Averaging(GPT):
-    """Each position gets the mean of the embeddings so far: it hears the past, but not in order."""
+class Bigram(nn.Module):
+    """A (V, V) table: the row of a token is the logits of the next one."""
 
-    def blocks(
-        self, x: jax.Array, cache: KVCache | None, train: bool
-    ) -> tuple[jax.Array, KVCache | None]:
-        return average_by_softmax(x).astype(x.dtype), None
+    config: ModelConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, cache: None = None, train: bool = False
+    ) -> tuple[jax.Array, None]:
+        """(B, T) int32 ids to (B, T, V) float32 logits; T has no limit."""
+        normal = nn.initializers.normal(1.0)
+        wte = nn.Embed(self.vocab_size, self.vocab_size, embedding_init=normal, name="wte")
+        return wte(tokens), None
 
     @nn.nowrap
     def init_cache(self, batch: int) -> None:
-        """None: the window is read anew for each token, as the lecture does."""
+        """None: only the last token is read."""
         return None
 
 
-class Attention(Averaging):
+class Embedded(nn.Module):
+    """Token and position embeddings, `middle`, a linear head. Here the middle does nothing."""
+
+    config: ModelConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, cache: None = None, train: bool = False
+    ) -> tuple[jax.Array, None]:
+        """(B, T) int32 ids to (B, T, V) float32 logits.
+
+        Raises:
+            UserError: T is more than block_size.
+        """
+        c, T = self.config, tokens.shape[1]
+        if T > c.block_size:
+            raise UserError(f"T={T} tokens exceed model.block_size={c.block_size}; give fewer")
+        normal = nn.initializers.normal(1.0)
+        x = nn.Embed(self.vocab_size, c.n_embd, embedding_init=normal, name="wte")(tokens)
+        x = x + self.param("wpe", normal, (c.block_size, c.n_embd))[None, :T]
+        x = self.middle(x, train)
+        return TorchLinear(self.vocab_size, name="lm_head")(x), None
+
+    def middle(self, x: jax.Array, train: bool) -> jax.Array:
+        """(B, T, C) to (B, T, C)."""
+        return x
+
+    @nn.nowrap
+    def init_cache(self, batch: int) -> None:
+        """None: sampling reads the whole window for each token, as the lecture does."""
+        return None
+
+
+class Averaging(Embedded):
+    """Each position gets the mean of the embeddings so far: the past, without its order."""
+
+    def middle(self, x: jax.Array, train: bool) -> jax.Array:
+        return average_by_softmax(x)
+
+
+class Attention(Embedded):
     """Self-attention alone: one head, or `n_head` of them that share the width."""
 
-    def blocks(
-        self, x: jax.Array, cache: KVCache | None, train: bool
-    ) -> tuple[jax.Array, KVCache | None]:
-        attn = CausalSelfAttention(self.config, train, project=False, name="attn")
-        return attn(x)[0], None
+    def middle(self, x: jax.Array, train: bool) -> jax.Array:
+        return MultiHead(self.config, train, project=False, name="attn")(x)
 
 
 class FeedForward(Attention):
-    """Attention, then one layer in which each position thinks on its own about what it heard."""
+    """Attention, then one layer in which each position computes on what it received."""
 
-    def blocks(
-        self, x: jax.Array, cache: KVCache | None, train: bool
-    ) -> tuple[jax.Array, KVCache | None]:
+    def middle(self, x: jax.Array, train: bool) -> jax.Array:
+        x = super().middle(x, train)
+        return nn.relu(TorchLinear(self.config.n_embd, name="c_fc")(x))
+
+
+class Residual(Embedded):
+    """Blocks: attention, then an MLP, each added to its input."""
+
+    norms = False
+
+    def middle(self, x: jax.Array, train: bool) -> jax.Array:
+        c, norm = self.config, nn.LayerNorm if self.norms else lambda name: lambda x: x
+        for i in range(c.n_layer):
+            x = x + MultiHead(c, train, name=f"attn_{i}")(norm(name=f"ln_1_{i}")(x))
+            x = x + MLP(c, train, name=f"mlp_{i}")(norm(name=f"ln_2_{i}")(x))
+        return norm(name="ln_f")(x)
+
+
+class Transformer(Residual):
+    """Blocks with layer norms (pre-norm): the lecture's last model, scaled up in its last step."""
+
+    norms = True
+
+
+STAGES = {
+    model.__name__: model
+    for model in (Bigram, Averaging, Attention, FeedForward, Residual, Transformer)
+}
+
+
+class MultiHead(nn.Module):
+    """Heads of attention side by side, and the projection that mixes their outputs.
+
+    `causal=False` deletes the triangular mask, as in an encoder; `project=False` leaves the heads'
+    outputs side by side, as the lecture's first heads do.
+    """
+
+    config: ModelConfig
+    train: bool = False
+    causal: bool = True
+    project: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """Attention of (B, T, C) to itself, or to a (B, S, C) context (cross-attention, which is
+        never masked): (B, T, C)."""
         c = self.config
-        x, _ = super().blocks(x, cache, train)
-        # Four times as wide, and with a second layer, it becomes only inside the GPT's blocks.
-        layer = Linear((c.n_embd,), bias=c.bias, std=init_stds(c)[0], dtype=c.dtype, name="c_fc")
-        return activate(c, layer(x)), None
+        heads = lambda x, name: TorchLinear(c.n_embd, bias=False, name=name)(x).reshape(
+            *x.shape[:2], c.n_head, c.head_size
+        )
+        source = x if context is None else context
+        q, k, v = heads(x, "query"), heads(source, "key"), heads(source, "value")
+        mask = causal_mask(x.shape[1], x.shape[1]) if self.causal and context is None else None
+        dropout = nn.Dropout(c.dropout, deterministic=not self.train)
+        weights = dropout(attention_weights(q, k, mask))
+        y = weighted_values(weights, v).reshape(x.shape)
+        if not self.project:
+            return y
+        return dropout(TorchLinear(c.n_embd, name="proj")(y))
+
+
+class MLP(nn.Module):
+    """A layer four times as wide, a ReLU, and the projection back."""
+
+    config: ModelConfig
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = nn.relu(TorchLinear(4 * c.n_embd, name="c_fc")(x))
+        x = TorchLinear(c.n_embd, name="proj")(x)
+        return nn.Dropout(c.dropout, deterministic=not self.train)(x)
+
+
+class TorchLinear(nn.Module):
+    """A linear layer that starts as PyTorch's: uniform within +-1/sqrt(fan in)."""
+
+    features: int
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        bound = 1 / math.sqrt(x.shape[-1])
+
+        def init(key: jax.Array, shape: Any) -> jax.Array:
+            return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+        y = x @ self.param("kernel", init, (x.shape[-1], self.features))
+        return y + self.param("bias", init, (self.features,))[None, None] if self.bias else y
 
 
 # ---------------------------------------------------------------------------------------------

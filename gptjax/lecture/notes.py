@@ -1,13 +1,11 @@
 """The lecture's six notes on attention, each demonstrated with numbers: `gptjax notes`.
 
-The functions measure the attention of `model.py` itself and return numbers; the command prints
+The functions measure the attention of `lecture/models.py` and return numbers; the command prints
 them. Letters as there; x is (B, T, C), drawn from a unit normal.
 """
 
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -15,25 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from gptjax import cli
 from gptjax.attention import attention, causal_mask
 from gptjax.config import ModelConfig
-from gptjax.errors import one_line_errors
-from gptjax.model import CausalSelfAttention
+from gptjax.lecture.models import MultiHead
 
-SIZE = ModelConfig(n_head=4, n_embd=32, block_size=8, qkv_bias=False, init="torch")
+SIZE = ModelConfig(n_head=4, n_embd=32, block_size=8)
 B, T, C = 2, SIZE.block_size, SIZE.n_embd
 HEAD_SIZE = 16  # as in the lecture's note on scaling
 
 Numbers = Mapping[str, float | np.ndarray]
-
-
-@dataclass(frozen=True)
-class NotesCommand:
-    """Show the lecture's six notes on attention."""
-
-    seed: int = 1337
-    """Of the inputs and the weights."""
 
 
 def communication(seed: int = 1337) -> Numbers:
@@ -53,7 +41,7 @@ def sets(seed: int = 1337) -> Numbers:
     """Note 2. Largest difference between attention of a permuted x and permuted attention of x."""
     x, positions = _normal(seed, B, T, C), _normal(seed + 1, 1, T, C)
     order = np.random.default_rng(seed).permutation(T)
-    attend = _bind(CausalSelfAttention(SIZE, causal=False), seed, x)
+    attend = _bind(MultiHead(SIZE, causal=False), seed, x)
     place = lambda x: x + jnp.broadcast_to(positions, x.shape)
     return {
         "without positions": _distance(attend(x[:, order]), attend(x)[:, order]),
@@ -64,7 +52,7 @@ def sets(seed: int = 1337) -> Numbers:
 def batch(seed: int = 1337) -> Numbers:
     """Note 3. Change of each example's output when the second example changes."""
     x = _normal(seed, B, T, C)
-    attend = _bind(CausalSelfAttention(SIZE), seed, x)
+    attend = _bind(MultiHead(SIZE), seed, x)
     before, after = attend(x), attend(x.at[1].add(1.0))
     return {
         "first example": _distance(after[0], before[0]),
@@ -77,7 +65,7 @@ def masks(seed: int = 1337) -> Numbers:
     x = _normal(seed, B, T, C)
     changes = {}
     for name, causal in (("decoder, masked", True), ("encoder, unmasked", False)):
-        attend = _bind(CausalSelfAttention(SIZE, causal=causal), seed, x)
+        attend = _bind(MultiHead(SIZE, causal=causal), seed, x)
         changes[name] = _distance(attend(x.at[:, -1].add(1.0))[:, 0], attend(x)[:, 0])
     return changes
 
@@ -85,12 +73,13 @@ def masks(seed: int = 1337) -> Numbers:
 def cross(seed: int = 1337) -> Numbers:
     """Note 5. Queries from x, keys and values from a context of another length."""
     x, context = _normal(seed, B, 3, C), _normal(seed + 1, B, 5, C)
-    module = CausalSelfAttention(SIZE, causal=False)
-    params: Any = module.init(jax.random.key(seed), x)["params"]
-    itself, _ = module.apply({"params": params}, x)
-    kernel = params.pop("c_attn")["kernel"]  # (C, 3, H, D): the same weights for both
-    params |= {"c_q": {"kernel": kernel[:, 0]}, "c_kv": {"kernel": kernel[:, 1:]}}
-    attend = lambda x, context: module.apply({"params": params}, x, context=context)[0]
+    module = MultiHead(SIZE, causal=False)
+    params = module.init(jax.random.key(seed), x)
+    itself: Any = module.apply(params, x)
+
+    def attend(x: jax.Array, context: jax.Array) -> jax.Array:
+        return cast(jax.Array, module.apply(params, x, context))
+
     before = attend(x, context)
     return {
         "with x as its own context, difference from self-attention": _distance(
@@ -161,27 +150,21 @@ def _normal(seed: int, *shape: int) -> jax.Array:
 def _bind(module: nn.Module, seed: int, x: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """The module with parameters from the seed, as a function of its input."""
     params = module.init(jax.random.key(seed), x)
-    return lambda x: module.apply(params, x)[0]
+    return lambda x: cast(jax.Array, module.apply(params, x))
 
 
 def _distance(a: jax.Array, b: jax.Array) -> float:
     return float(jnp.abs(a - b).max())
 
 
-def main(argv: list[str]) -> None:
-    """Print each note, and what shows it."""
-    command = cli.parse(NotesCommand, NotesCommand(), argv, "gptjax.lecture.notes", "")
+def show(seed: int = 1337) -> None:
+    """Print each note and the numbers that demonstrate it."""
     console = Console(highlight=False, soft_wrap=True)
     for number, (line, demonstrations) in enumerate(NOTES, 1):
         console.print(f"[bold]{number}. {line}[/bold]")
-        for show in demonstrations:
-            numbers = show() if show is saturation else show(command.seed)
+        for demonstrate in demonstrations:
+            numbers = demonstrate() if demonstrate is saturation else demonstrate(seed)
             for name, value in numbers.items():
                 with np.printoptions(formatter={"float_kind": "{:.4f}".format}):
                     text = str(value) if isinstance(value, np.ndarray) else f"{value:.4g}"
                 console.print(f"   {name}: " + text.replace("\n", "\n      "), markup=False)
-
-
-if __name__ == "__main__":
-    with one_line_errors("gptjax.lecture.notes"):
-        main(sys.argv[1:])

@@ -26,7 +26,7 @@ def flops_per_token(config: ModelConfig, params: Any) -> int:
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
-    if config.kind != "gpt":
+    if "h" not in params:
         return 0
     kernels = count_params({"h": params["h"], "head": params.get("lm_head", {})})
     tied = params["wte"]["embedding"].size if config.tie_head else 0

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax.attention import Attend, causal_attention
+from gptjax.attention import Kernel, causal_attention
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 
@@ -21,8 +21,8 @@ BLOCKS = 512, 256, 128  # block sizes in positions; 128 is the number of a TPU's
 CUDNN_HEAD_SIZES = 128, 8  # largest head size supported on every GPU, and its required divisor
 
 
-def make_attend(config: ModelConfig, mesh: Mesh) -> Attend | None:
-    """The attention kernel selected by `config.attention`, for the devices of a mesh.
+def make_kernel(config: ModelConfig, mesh: Mesh) -> Kernel | None:
+    """The kernel that `config.attention` asks for, on the devices of a mesh.
 
     Args:
         config: the model's.
@@ -61,7 +61,7 @@ def make_attend(config: ModelConfig, mesh: Mesh) -> Attend | None:
         specs = {"in_specs": (heads, heads, heads), "out_specs": heads}
         return jax.shard_map(kernel, mesh=mesh, check_vma=False, **specs)(q, k, v)
 
-    return attend
+    return Kernel(attend)
 
 
 def _unfit(name: str, config: ModelConfig, device: Any) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,11 +24,12 @@ from gptjax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # a batch's rows are sharded over both
 BATCH = P(ROWS)
-# The tensor axis for sizes that the user does not choose freely (vocabulary size, few key and value
-# heads): where it does not divide, the leaf is replicated along it.
+EVERYWHERE = P()
+# The tensor axis for sizes that a user does not choose freely (the tokenizer's vocabulary, few
+# heads of keys and values): where it does not divide, the leaf is whole along it.
 TENSOR = "tensor, if it divides"
 
-TABLES = r"(wte|wse|wbe|wre)/embedding"  # (V, C): the token and preceding tokens
+TABLES = r"w[a-z]e/embedding"  # (V, C): wte, and tables that a model of your own adds to it
 
 # Suffix of a leaf's path -> mesh axis of each of its axes. AdamW's moments have the parameters'
 # names, so one table covers the whole train state. Scalars need no rule.
@@ -136,6 +138,15 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def layout(mesh: Mesh, tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays or shapes, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        shardings(mesh, tree),
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
@@ -146,9 +157,22 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def batches_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of n stacked batches, (n, B, T + 1)."""
-    return NamedSharding(mesh, P(None, *BATCH))
+def put(mesh: Mesh, tree: Any, spec: P = EVERYWHERE) -> Any:
+    """Arrays of this host onto the devices of a mesh; by default each device gets all of them.
+
+    The arrays must be the same in all processes.
+    """
+    place = NamedSharding(mesh, spec)
+
+    def one(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == place:
+            return x
+        if place.is_fully_addressable:
+            return jax.device_put(x, place)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
 
 
 def on_mesh(model: nn.Module, mesh: Mesh) -> nn.Module:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gptjax.assembly import assemble, trace
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.plan import chips, hlo
 from gptjax.plan.chips import Target
-from gptjax.programs import Programs
 
 CORPUS = 2**20  # tokens of the compiled step; a run also keeps its own corpus on every device
 
@@ -66,9 +66,9 @@ def compile_step(config: Config, vocab_size: int, devices: Sequence[Any]) -> Com
     plain = absent and devices[0].platform == "gpu" and config.model.attention != "plain"
     if plain:
         config = replace(config, model=replace(config.model, attention="plain"))
-    programs = Programs(config, vocab_size, devices=devices)
+    setup = assemble(config, vocab_size, devices=devices)
     start = time.perf_counter()
-    traced = programs.trace(CORPUS)
+    traced = trace(setup, CORPUS)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -86,7 +86,7 @@ def compile_step(config: Config, vocab_size: int, devices: Sequence[Any]) -> Com
         memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes,
-        count_flops(traced.jaxpr.jaxpr) / programs.mesh.size,
+        count_flops(traced.jaxpr.jaxpr) / setup.mesh.size,
         program.traffic(),
         program.collectives(),
     )

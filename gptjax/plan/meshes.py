@@ -1,27 +1,23 @@
-"""`gptjax meshes`: memory and communication of every mesh of 1 to 8 simulated devices.
+"""What each mesh keeps and moves: `gptjax meshes` trains one small GPT on 1 to 8 simulated devices,
+on every mesh of theirs, and compares with one device.
 
 Trains one small GPT on each mesh and compares it with one device. The bytes are counted in the
 compiled program and hold for real devices too; times do not, because simulated devices share a CPU.
 """
 
-import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from rich.box import MARKDOWN
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from gptjax import cli
-from gptjax.cache import use_compilation_cache
+from gptjax.assembly import assemble
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
-from gptjax.errors import one_line_errors
+from gptjax.parallel import sharding
 from gptjax.plan.hlo import Program
-from gptjax.programs import Programs
 from gptjax.step import TrainState
 
 STEPS, VOCAB = 20, 64
@@ -37,20 +33,10 @@ MODERN = replace(
     model=replace(
         PLAIN.model,
         **{"n_kv_head": 2, "norm": "rms", "position": "rotary", "activation": "swiglu"},
-        **{"ngram": 2, "tie_head": False, "dropout": 0.1},
+        **{"tie_head": False, "dropout": 0.1},
     ),
     optim=replace(PLAIN.optim, kind="muon", ema=0.9, accumulate=2),
 )
-
-
-@dataclass(frozen=True)
-class MeshesCommand:
-    """Train one small GPT on every mesh of 1, 2, 4 and 8 simulated devices; print what each device
-    keeps and moves."""
-
-    modern: bool = False
-    """With Muon, a running mean, accumulation, dropout, grouped queries, SwiGLU, n-grams and a head
-    of its own, in place of GPT-2 with AdamW."""
 
 
 class Row(NamedTuple):
@@ -78,19 +64,20 @@ def measure(config: Config) -> Row:
     Args:
         config: `steps` must not exceed `steps_per_dispatch`.
     """
-    programs = Programs(config, VOCAB)
+    setup = assemble(config, VOCAB)
     tokens = np.random.default_rng(0).integers(0, VOCAB, 2000).astype(np.uint16)
-    state, tokens = programs.start(), programs.put(tokens)
-    compiled = programs.train_steps.lower(state, tokens, programs.seed_key, config.steps).compile()
+    arguments = setup.start(), sharding.put(setup.mesh, tokens), setup.seed_key(), 0, config.steps
+    compiled = setup.steps.lower(*arguments).compile()
+    state, *rest = arguments
     kept = kept_bytes(state)
-    _, out = compiled(state, tokens, programs.seed_key, config.steps)
+    _, log = compiled(state, *rest)
     moved: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
     for c in Program(compiled.as_text() or "").collectives():
-        name = f"{c.kind} {'+'.join(c.axes(dict(programs.mesh.shape)))}"
+        name = f"{c.kind} {'+'.join(c.axes(dict(setup.mesh.shape)))}"
         times, nbytes = moved[name]
         moved[name] = times + c.times, nbytes + c.times * c.wire
     flops = (compiled.cost_analysis() or {})["flops"]
-    return Row(config.mesh, np.asarray(out.loss), kept, flops, dict(moved))
+    return Row(config.mesh, np.asarray(log["loss"]), kept, flops, dict(moved))
 
 
 def kept_bytes(state: TrainState) -> int:
@@ -121,22 +108,3 @@ def described(mesh: MeshConfig) -> str:
     """The axes with more than one device."""
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
     return ", ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
-
-
-def main(argv: list[str]) -> None:
-    """Print the table, ready for a page."""
-    command = cli.parse(MeshesCommand, MeshesCommand(), argv, "gptjax.plan.meshes", "")
-    jax.config.update("jax_num_cpu_devices", 8)
-    use_compilation_cache()
-    config: Any = MODERN if command.modern else PLAIN
-    errors = Console(stderr=True)
-    rows = [
-        measure(replace(config, mesh=mesh))
-        for mesh in track(meshes(), "training", console=errors, disable=not errors.is_terminal)
-    ]
-    Console(highlight=False, width=400).print(table(rows))
-
-
-if __name__ == "__main__":
-    with one_line_errors("gptjax.plan.meshes"):
-        main(sys.argv[1:])

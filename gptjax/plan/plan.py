@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from gptjax.assembly import assemble
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError
 from gptjax.parallel import sharding
@@ -22,7 +23,6 @@ from gptjax.parallel.flops import matmul_peak, memory_rate, processor
 from gptjax.plan import aot, chips, estimate
 from gptjax.plan.chips import GIB, Chip
 from gptjax.plan.estimate import Cost
-from gptjax.programs import Programs
 from gptjax.text.dataset import open_dataset
 
 TRIES = 3  # proposals to compile until one fits
@@ -57,10 +57,6 @@ def plan(config: Config, text: str, console: Console | None = None) -> Plan:
             (the message then gives flags of one that does).
     """
     console = console or Console(highlight=False)
-    if config.model.kind != "gpt":
-        raise UserError(
-            f"--plan needs a GPT, and model.kind is {config.model.kind}; choose another --config"
-        )
     devices: Sequence[Any] | None
     if text == "here":
         devices = jax.devices()
@@ -68,7 +64,10 @@ def plan(config: Config, text: str, console: Console | None = None) -> Plan:
     else:
         target = chips.read_target(text)
         chip, count, devices = target.chip, target.count, aot.topology(target)
-    vocab_size = config.model.vocab_size or open_dataset(config).tokenizer.vocab_size
+    vocab_size = (
+        config.model.vocab_size
+        or open_dataset(config.data, config.model.block_size).tokenizer.vocab_size
+    )
     state = _shapes(config, vocab_size)
 
     def planned(config: Config) -> Plan:
@@ -240,7 +239,7 @@ def _refusal(plan: Plan, chip: Chip) -> str:
 def _shapes(config: Config, vocab_size: int) -> Any:
     """Shapes of the train state, which do not depend on the devices."""
     one = replace(config, mesh=MeshConfig(1), model=replace(config.model, attention="plain"))
-    return Programs(one, vocab_size).abstract
+    return assemble(one, vocab_size).layout
 
 
 def _here(config: Config) -> Chip:

@@ -1,11 +1,11 @@
-"""Checkpoints: the only room that knows orbax.
+"""Checkpoints of a run. Only this module imports orbax.
 
-checkpoints/N/params, training             orbax, after N updates
-              config.json, tokenizer.json  of the run, should those be damaged one day
-              metrics.json, text.json      what metrics.jsonl and the tokens were then
-              sha256.json                  checksums, for orbax loads a flipped byte gladly
+checkpoints/N/params, training             arrays, by orbax, after N updates
+              config.json, tokenizer.json  backup copies of the run's files
+              metrics.json, text.json      fingerprints of metrics.jsonl and of the tokens
+              sha256.json                  checksums, because orbax does not detect corruption
 
-The folder gets its name N last of all, so whatever has one is whole, sealed and on the disk.
+The folder gets its name N last, so a folder with a number is complete, sealed and on the disk.
 """
 
 import errno
@@ -17,20 +17,24 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from gptjax import optim
+from gptjax.config import MeshConfig
 from gptjax.errors import UserError
-from gptjax.parallel import distributed
+from gptjax.parallel import distributed, sharding
 from gptjax.runs import files
 from gptjax.runs.files import Damaged
 from gptjax.runs.records import Record, as_record
-
-# A save that fails is one line of ours, not fifty tracebacks from orbax's threads.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+from gptjax.step import TrainState
 
 
 class Checkpoints:
@@ -52,32 +56,27 @@ class Checkpoints:
         return files.numbered(self.path)
 
     def save(
-        self,
-        step: int,
-        params: Any,
-        opt_state: Any,
-        record: Record,
-        texts: dict[str, str] | None = None,
+        self, step: int, state: TrainState, record: Record, texts: dict[str, str] | None = None
     ) -> None:
         """Start to save, in the background.
 
         Args:
             step: number of updates made.
-            params: pytree of arrays.
-            opt_state: pytree of arrays.
+            state: after it.
             record: the step's metrics, in case they are not logged before the next crash.
-            texts: small files to keep beside, by their names; None: none.
+            texts: small files to keep in the folder, by their names; None: none.
 
         Raises:
-            UserError: this save, or the one before, found no room or permission.
+            UserError: this save, or the one before, found no space or permission.
         """
         self.finish_save()
         if distributed.first_does(lambda: step in self.steps()):
             return  # it was resumed here
         # orbax refuses an item without leaves, such as the state of plain SGD; so the step is one.
-        items = {"params": params, "training": {"step": step, "opt_state": opt_state}}
-        distributed.first_does(lambda: self._check_room(step, (params, opt_state)))
-        with self._reporting(step):
+        params, rest = state.weights, training_part(state)
+        items = {"params": params, "training": {"step": step, "opt_state": rest}}
+        distributed.first_does(lambda: self._check_room(step, (params, rest)))
+        with self._reporting(step), _quiet_orbax():
             response = ocp.save_checkpointables_async(
                 str(self._unsealed(step)), items, custom_metadata={"record": {**record}}
             )
@@ -94,7 +93,8 @@ class Checkpoints:
 
     def _seal(self, step: int, response: Any, texts: dict[str, str]) -> None:
         """Once orbax has written all: add the texts and the checksums, then give the name."""
-        response.result()
+        with _quiet_orbax():
+            response.result()
         if not distributed.is_first():
             return
         folder = self._unsealed(step)
@@ -179,6 +179,37 @@ class Checkpoints:
             return step
         return None
 
+    def restore(self, step: int, layout: TrainState) -> TrainState:
+        """The train state of a checkpoint, whatever devices it was saved on.
+
+        Args:
+            step: of the checkpoint.
+            layout: `jax.ShapeDtypeStruct` leaves with the sharding to load onto.
+
+        Raises:
+            UserError: damaged, or of other shapes.
+        """
+        weights = optim.without_lora(optim.unite(layout.params, layout.frozen))
+        training = {"step": layout.step, "opt_state": training_part(layout)}
+        items = self.load(step, {"params": weights, "training": training})
+        return _from_items(items["params"], items["training"], layout)
+
+    def load_params(self, step: int, model: nn.Module, mesh: Mesh | None = None) -> Any:
+        """The parameters to sample with, of a checkpoint.
+
+        Args:
+            step: of the checkpoint.
+            model: the run's.
+            mesh: to load onto; None: one device.
+
+        Raises:
+            UserError: damaged, or of other shapes than the model's.
+        """
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+        layout = sharding.layout(mesh or sharding.mesh_of(MeshConfig()), shapes)
+        return self.load(step, {"params": layout})["params"]
+
     def load(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         """Read parts of a checkpoint onto the devices that `abstract` names.
 
@@ -207,7 +238,7 @@ class Checkpoints:
             self.verify(step)
         except Damaged as error:
             sound = self.newest_sound()
-            offer = "there is no sound one" if sound is None else f"the newest sound one is {sound}"
+            offer = "none is intact" if sound is None else f"the newest intact one is {sound}"
             raise Damaged(f"{error}; {offer}") from None
 
     def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
@@ -254,9 +285,49 @@ class Checkpoints:
             kept = [s for s in self.steps() if s != step]
             raise UserError(
                 f"the checkpoint of step {step} could not be saved in {self.path} "
-                f"({_reason(error)}); last one kept: {kept[-1] if kept else 'none'}; make room or "
-                f"mend the permissions, then go on with --resume"
+                f"({_reason(error)}); last one kept: {kept[-1] if kept else 'none'}; "
+                f"free disk space or fix the permissions, then continue with --resume"
             ) from error
+
+
+def training_part(state: TrainState) -> Any:
+    """What a checkpoint keeps besides the weights to sample with: the optimizer's state, and the
+    parameters where the weights are not those."""
+    if not state.separate_weights:
+        return state.opt_state
+    params = optim.unite(state.params, state.frozen)
+    rest = [params, state.opt_state]
+    if state.ema is not None and optim.has_lora(state.params):
+        rest.append(optim.unite(state.ema, state.frozen))
+    return rest
+
+
+def _from_items(weights: Any, training: Any, layout: TrainState) -> TrainState:
+    """Undo `training_part`."""
+    split = partial(optim.separate, trained=layout.params, frozen=layout.frozen)
+    rest, ema = training["opt_state"], None
+    if layout.separate_weights:
+        united, rest, *average = rest
+        params, frozen = split(united)
+        if layout.ema is not None:
+            ema, _ = split(average[0] if average else weights)
+    else:
+        params, frozen = split(weights)
+    return layout._replace(
+        step=training["step"], params=params, opt_state=rest, ema=ema, frozen=frozen
+    )
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """A save that fails is one line of ours, not fifty tracebacks from orbax's threads."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

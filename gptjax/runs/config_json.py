@@ -4,20 +4,44 @@ import json
 import types
 import typing
 from dataclasses import asdict, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from gptjax import __version__
 from gptjax.config import Config
 from gptjax.errors import UserError
 
-FORMAT = 1  # raised when an old program could misread a new file
+FORMAT = 2  # raised when an old program could misread a new file
+
+# Fields that format 1 (gptjax 0.1) had and this one has not, with the values that change nothing.
+REMOVED: dict[str, tuple[Any, ...]] = {
+    "kind": ("gpt",),
+    "qkv_bias": (True,),
+    "ngram": (1,),
+    "pair_rows": (None,),
+    "recall": (None,),
+}
 
 
-def to_json(config: Config) -> str:
+class Stored(NamedTuple):
+    """What `config.json` says.
+
+    Attributes:
+        config: of the run.
+        parts: its parts that are not the config's own, by name, such as {"model": "NGramHead(n=4)"}
+            (see `parts.py`); nothing of them is executed.
+    """
+
+    config: Config
+    parts: dict[str, str]
+
+
+def to_json(config: Config, parts: dict[str, str] | None = None) -> str:
     """The text of a run's `config.json`."""
-    return json.dumps({"format": FORMAT, **asdict(config)}, indent=2) + "\n"
+    values = {"format": FORMAT, "gptjax": __version__, "parts": parts or {}, **asdict(config)}
+    return json.dumps(values, indent=2) + "\n"
 
 
-def from_json(text: str) -> Config:
+def from_json(text: str) -> Stored:
     """Read a run's `config.json`; fields it lacks keep their defaults.
 
     Args:
@@ -32,12 +56,40 @@ def from_json(text: str) -> Config:
         raise UserError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"expected a JSON object, got {type(values).__name__}")
-    version = values.pop("format", None)
-    if type(version) is not int or version != FORMAT:
+    version, parts = values.pop("format", None), values.pop("parts", {})
+    values.pop("gptjax", None)
+    if type(version) is not int or version not in (1, FORMAT):
         raise UserError(
             f"format {version!r} is not the format {FORMAT} this gptjax reads; update gptjax"
         )
-    return _build(Config, values, "")
+    if version == 1 and isinstance(values.get("model"), dict):
+        values["model"], parts = _from_format_1(values["model"])
+    if not isinstance(parts, dict) or not all(isinstance(x, str) for x in parts.values()):
+        raise UserError(f"parts: expected an object of strings, got {parts!r}")
+    return Stored(_build(Config, values, ""), parts)
+
+
+def _from_format_1(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The model's fields of gptjax 0.1 as this version's, and the parts they stand for."""
+    parts = {}
+    if model.get("kind") == "bigram":  # a table, whatever its other fields say
+        model, parts = {"block_size": model.get("block_size", 64)}, {"model": "Bigram"}
+    elif model.get("bias") is False:
+        model = {**model, "qkv_bias": True}  # meant nothing without the other biases
+    for name, harmless in REMOVED.items():
+        if name in model and model[name] not in harmless:
+            raise UserError(
+                f"model.{name}={model[name]!r} is a setting of gptjax 0.1 that this version does "
+                f"not have; use the run with pip install gptjax==0.1.0, or start a new one"
+            )
+    model = {name: value for name, value in model.items() if name not in REMOVED}
+    for name, value in (("norm", "none"), ("init", "torch")):
+        if model.get(name) == value:
+            raise UserError(
+                f"model.{name}={value!r} is a setting of gptjax 0.1 that this version does not "
+                f"have; use the run with pip install gptjax==0.1.0, or start a new one"
+            )
+    return model, parts
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
@@ -57,7 +109,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
 
 
 def _check(name: str, value: Any, hint: Any) -> Any:
-    """`value` if it is of the declared type; an int counts as a float."""
+    """`value`, if it has the declared type; an int counts as a float."""
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value

@@ -1,10 +1,10 @@
 """A run's folder: the unit of exchange between training, sampling and you.
 
-    runs/NAME/config.json     what was asked for
+    runs/NAME/config.json     its settings, and which parts were the caller's own
               tokenizer.json  how text becomes ids
               metrics.jsonl   one JSON object for each step, in order
               checkpoints/    see checkpoint.py
-              bad/            states and batches of steps that were skipped, if any
+              bad/            states and batches of skipped steps, if any
 
 No pickle, and nothing outside the folder.
 """
@@ -14,14 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from gptjax.runs import config_json
 from gptjax.config import Config, differences
 from gptjax.errors import UserError
-from gptjax.runs import files
-from gptjax.runs import records
+from gptjax.runs import config_json, files, records
 from gptjax.runs.files import Damaged
 from gptjax.runs.folders import CONFIG, METRICS, TEXT, TOKENIZER, copies, taken, unwritable
-
 from gptjax.runs.records import Record
 from gptjax.text import tokenizers as tokenizer_module
 from gptjax.text.tokenizers import Tokenizer
@@ -35,11 +32,11 @@ def read_config(directory: Path) -> Config:
     Raises:
         UserError: missing or damaged.
     """
-    return _read(directory, CONFIG, config_json.from_json)
+    return _read(directory, CONFIG, config_json.from_json).config
 
 
 class Run:
-    """An open run folder: `config`, `tokenizer`, and the metrics.
+    """An open run folder: `config`, `parts`, `tokenizer`, and the metrics.
 
     Args:
         directory: that holds config.json and tokenizer.json.
@@ -54,7 +51,7 @@ class Run:
     def __init__(self, directory: Path):
         files.refuse_links(directory)
         self.directory = directory
-        self.config = read_config(directory)
+        self.config, self.parts = _read(directory, CONFIG, config_json.from_json)
         self.tokenizer: Tokenizer = _read(directory, TOKENIZER, tokenizer_module.from_json)
         self._tokenizer_text: str = _read(directory, TOKENIZER, str)
         self.changed = self._compare_with_copies()
@@ -78,7 +75,7 @@ class Run:
                 )
             break
         for place, _ in copies(self.directory, CONFIG):
-            changed = differences(files.read_file(place, config_json.from_json), self.config)
+            changed = differences(files.read_file(place, config_json.from_json).config, self.config)
             for name, (old, new) in changed.items():
                 if _is_fixed(name) and name != "data.text":  # a text may have moved
                     raise Damaged(
@@ -92,9 +89,9 @@ class Run:
     def texts(self) -> dict[str, str]:
         """What each checkpoint keeps of the run, by the files' names."""
         return {
-            CONFIG: config_json.to_json(self.config),
+            CONFIG: config_json.to_json(self.config, self.parts),
             TOKENIZER: self._tokenizer_text,
-            METRICS: records.fingerprint(self.metrics_path),
+            METRICS: records.digest_json(self.metrics_path),
             **({} if self._text is None else {TEXT: self._text}),
         }
 
@@ -114,8 +111,20 @@ class Run:
         self._text = fingerprint
 
     @classmethod
-    def create(cls, directory: Path, config: Config, tokenizer: Tokenizer) -> "Run":
+    def create(
+        cls,
+        directory: Path,
+        config: Config,
+        tokenizer: Tokenizer,
+        parts: dict[str, str] | None = None,
+    ) -> "Run":
         """Make the folder of a new run.
+
+        Args:
+            directory: new or empty.
+            config: of the run.
+            tokenizer: of the run.
+            parts: those that are the caller's own, as `parts.describe` tells.
 
         Raises:
             UserError: no permission, a disk that takes no more, or a run that is there already.
@@ -127,32 +136,35 @@ class Run:
         except OSError as error:
             raise unwritable(directory, error) from None
         files.write_atomically(directory / TOKENIZER, tokenizer.to_json())
-        files.write_atomically(directory / CONFIG, config_json.to_json(config))
+        files.write_atomically(directory / CONFIG, config_json.to_json(config, parts))
         return cls(directory)
 
-    def change_config(self, config: Config) -> dict[str, tuple[Any, Any]]:
-        """Go on with other settings.
+    def check_config(self, config: Config) -> dict[str, tuple[Any, Any]]:
+        """Compare with the settings to go on with; nothing is written.
 
         Returns:
-            What changed: {"steps": (old, new)}.
+            What would change: {"steps": (old, new)}.
 
         Raises:
             UserError: the model or the data would be others.
         """
         changed = differences(self.config, config)
         for name, (old, new) in changed.items():
-            moved = name == "data.text" and any(
-                copies(self.directory, TEXT)
-            )  # `use_text` sees to it
+            # A text may have moved, where `use_text` can tell that it is the same.
+            moved = name == "data.text" and any(copies(self.directory, TEXT))
             if _is_fixed(name) and not moved:
                 raise UserError(
                     f"cannot resume {self.directory} with {name}={new}: it was trained with "
                     f"{name}={old}; start a new run for that"
                 )
-        if changed:
-            files.write_atomically(self.directory / CONFIG, config_json.to_json(config))
-        self.config = config
         return changed
+
+    def change_config(self, config: Config) -> None:
+        """Go on with other settings, which `check_config` has let pass."""
+        if config != self.config:
+            text = config_json.to_json(config, self.parts)
+            files.write_atomically(self.directory / CONFIG, text)
+        self.config = config
 
     @property
     def checkpoints_path(self) -> Path:

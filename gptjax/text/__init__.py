@@ -1,1 +1,1 @@
-"""From a text to tokens."""
+"""Corpora, text files, tokenizers, and the token arrays made from them."""

@@ -1,4 +1,4 @@
-"""Which tokenizer: named, trained on the text, or chosen by its size and alphabet."""
+"""Choose a tokenizer for a text: load one by name, train BPE, or pick by size and alphabet."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -7,95 +7,96 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from gptjax.config import DataConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 from gptjax.runs.files import write_atomically
 from gptjax.text import tokenizers as tokenizer_module
-from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer, extra
+from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
-# Rules of thumb: an id for each of very many characters leaves most of them too rare to learn, and
-# BPE learned on less text than this keeps pieces of that text.
-MANY_KINDS = 512
-LONG = 10_000_000  # characters
-LEARN_FROM = 50_000_000  # characters; of a longer text BPE learns from pieces all over it
+# Rules of thumb. With more distinct characters than this, most are too rare to learn an embedding
+# for; BPE trained on a shorter text than this overfits to its phrases.
+MAX_CHARS = 512  # vocabulary size of a char-level tokenizer
+MIN_BPE_TEXT = 10_000_000  # characters
+BPE_SAMPLE = 50_000_000  # characters; BPE is trained on a sample, spread evenly, of a longer text
 
 
 def choose(
     config: DataConfig,
     alphabet: str,
-    characters: int,
-    documents: int,
+    n_characters: int,
+    n_documents: int,
     texts: Callable[[], Iterable[str]],
 ) -> tuple[Tokenizer, str]:
-    """The tokenizer that the config names, or that suits the text.
+    """Make the tokenizer that the config asks for, or that suits the text.
 
     Args:
-        config: what is asked for: auto, char, byte or bpe.
-        alphabet: the text's characters, sorted.
-        characters: its length.
-        documents: how many; of more than one, each is ended by a token where there can be one.
-        texts: pieces of its training part, to learn BPE from.
+        config: its `tokenizer` is auto, char, byte or bpe.
+        alphabet: the distinct characters of the text, sorted.
+        n_characters: length of the text.
+        n_documents: if more than one, the tokenizer gets an end-of-text token.
+        texts: pieces of the training split, to train BPE on.
 
     Returns:
-        The tokenizer, and why it.
+        The tokenizer, and a phrase for the console: its kind, its vocabulary size and the reason.
 
     Raises:
         UserError: a library is missing.
     """
-    kind, why = config.tokenizer, "as asked"
+    kind, why = config.tokenizer, "as configured"
     if kind == "auto":
-        kind, why = _suits(len(alphabet), characters)
-    many = documents > 1
+        kind, why = _auto(len(alphabet), n_characters)
+    separate = n_documents > 1
     if kind == "char":
-        end = len(alphabet) if many else None
-        return CharTokenizer(alphabet, end), f"characters, {len(alphabet)} kinds: {why}"
+        tokenizer = CharTokenizer(alphabet, len(alphabet) if separate else None)
+        return tokenizer, f"char-level, vocab {tokenizer.vocab_size:,} ({why})"
     if kind == "byte":
-        return ByteTokenizer(256 if many else None), f"bytes of UTF-8: {why}"
-    every = -(-characters // LEARN_FROM)
+        tokenizer = ByteTokenizer(256 if separate else None)
+        return tokenizer, f"byte-level, vocab {tokenizer.vocab_size:,} ({why})"
+    every = -(-n_characters // BPE_SAMPLE)
     tokenizer = train_bpe(islice(texts(), 0, None, every), config.bpe_vocab_size)
     share = "" if every == 1 else f"1/{every} of "
     return tokenizer, (
-        f"BPE, {tokenizer.vocab_size:,} tokens, learnt from {share}the training part: {why}"
+        f"BPE, vocab {tokenizer.vocab_size:,}, trained on {share}the training split ({why})"
     )
 
 
-def kept(path: Path, choose: Callable[[], tuple[Tokenizer, str]]) -> tuple[Tokenizer, str]:
-    """What was chosen before, or is chosen now and kept in that folder."""
+def cached(path: Path, choose: Callable[[], tuple[Tokenizer, str]]) -> tuple[Tokenizer, str]:
+    """Load the result of an earlier `choose` from a folder, or call it and cache the result."""
     try:
         values = json.loads((path / "chosen.json").read_text(encoding="utf-8"))
         return tokenizer_module.from_json(values["tokenizer"]), values["why"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not yet, or damaged
+        pass  # not cached yet, or damaged
     tokenizer, why = choose()
     try:
         path.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"tokenizer": tokenizer.to_json(), "why": why})
         write_atomically(path / "chosen.json", text)
     except (OSError, UserError):
-        pass  # it will be chosen anew
+        pass  # not cached: the next run chooses again
     return tokenizer, why
 
 
-def _suits(kinds: int, characters: int) -> tuple[str, str]:
-    """Which tokenizer, and why."""
-    long = characters >= LONG
+def _auto(n_distinct: int, n_characters: int) -> tuple[str, str]:
+    """The kind of tokenizer for a text of that many (distinct) characters, and the reason."""
+    long = n_characters >= MIN_BPE_TEXT
     if long and find_spec("tokenizers"):
-        return "bpe", f"{characters:,} characters are enough to learn it (from {LONG:,} on)"
-    hint = "; for BPE, which suits so long a text, install the extra text" if long else ""
-    if kinds <= MANY_KINDS:
-        return "char", f"few (up to {MANY_KINDS}), {characters:,} characters in all{hint}"
-    return "byte", f"{kinds:,} kinds of characters are many (over {MANY_KINDS}){hint}"
+        return "bpe", f"auto: at least {MIN_BPE_TEXT:,} characters of text"
+    hint = "; install the extra text to train BPE on a text this long" if long else ""
+    if n_distinct <= MAX_CHARS:
+        return "char", f"auto: at most {MAX_CHARS} distinct characters{hint}"
+    return "byte", f"auto: {n_distinct:,} distinct characters, more than {MAX_CHARS}{hint}"
 
 
 def named(name: str) -> Tokenizer:
-    """A tokenizer that needs no text: byte, gpt2, or the one in a file.
+    """Load a tokenizer that needs no training text: byte, gpt2, or one from a file.
 
     Args:
-        name: gpt2; or the path of a Hugging Face tokenizer.json, of a run's, of a SentencePiece
-            model, or of a folder with one of them.
+        name: byte; gpt2; or the path of a tokenizer.json (Hugging Face's or a run's), of a
+            SentencePiece model, or of a folder that contains one of them.
 
     Raises:
-        UserError: no such tokenizer, or a file that holds none.
+        UserError: no such tokenizer, or an unusable file.
     """
     if name == "byte":
         return ByteTokenizer()
@@ -116,33 +117,33 @@ def named(name: str) -> Tokenizer:
         if path.suffix == ".model":
             return SentencePieceTokenizer(raw)
         text = raw.decode("utf-8")
-        if '"type"' in text[:20]:  # as a run keeps it
+        if '"type"' in text[:20]:  # the format of a run's tokenizer.json
             return tokenizer_module.from_json(text)
         return HFTokenizer(text)
     except UnicodeDecodeError:
         raise UserError(
-            f"{path} is no tokenizer.json; a SentencePiece model ends in .model"
+            f"{path} is not a tokenizer.json; name a SentencePiece model *.model"
         ) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
-    """Byte-level BPE with GPT-2's rules, trained on texts; takes any text, exactly.
+    """Train byte-level BPE with GPT-2's pre-tokenizer; it encodes any text losslessly.
 
     Args:
-        texts: pieces that are cut between a letter and a space.
-        vocab_size: of the 256 bytes, the merges, and the end of text; a text with too few pairs
-            of tokens that come twice gives fewer.
+        texts: pieces of text, cut between a letter and a space.
+        vocab_size: the 256 bytes, the merges and the end-of-text token. The result is smaller if
+            the texts have too few token pairs that occur at least twice.
 
     Source: Sennrich et al. 2016; on bytes: Radford et al. 2019 (GPT-2).
     """
     library = _byte_level({}, [])
-    trainer = extra("tokenizers").trainers.BpeTrainer(
+    trainer = optional_import("tokenizers").trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=extra("tokenizers").pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=optional_import("tokenizers").pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
@@ -150,19 +151,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HFTokenizer:
 
 
 def gpt2() -> HFTokenizer:
-    """GPT-2's tokenizer, made from the ranks that tiktoken keeps.
+    """GPT-2's tokenizer, converted from tiktoken's merge ranks.
 
     Raises:
-        UserError: tiktoken is missing, or cannot fetch them.
+        UserError: tiktoken is missing, or cannot download the ranks.
     """
-    public = extra("tiktoken_ext.openai_public")
+    public = optional_import("tiktoken_ext.openai_public")
     try:
         encoding = public.r50k_base()
-    except Exception as error:  # requests', OSError, or a hash that does not match
+    except Exception as error:  # from requests, OSError, or a hash mismatch
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"GPT-2's tokenizer could not be fetched ({reason}); where there is no network, put "
-            f"its file into a folder that TIKTOKEN_CACHE_DIR names"
+            f"GPT-2's tokenizer could not be downloaded ({reason}); without a network, put its "
+            f"file into a folder and set TIKTOKEN_CACHE_DIR to it"
         ) from None
     ranks: dict[bytes, int] = encoding["mergeable_ranks"]
     letters = byte_letters()
@@ -179,8 +180,8 @@ def gpt2() -> HFTokenizer:
 
 
 def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]]):
-    """An HF tokenizer that cuts text as GPT-2 does."""
-    tokenizers = extra("tokenizers")
+    """A BPE tokenizer of the tokenizers library with GPT-2's pre-tokenizer."""
+    tokenizers = optional_import("tokenizers")
     library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
@@ -188,7 +189,7 @@ def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]]):
 
 
 def byte_letters() -> list[str]:
-    """The printable character that stands for each byte in GPT-2's vocabulary."""
+    """The printable character that represents each byte in GPT-2's vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     places = dict(zip([*printable, *others], [*printable, *range(0x100, 0x200)], strict=False))
@@ -196,7 +197,7 @@ def byte_letters() -> list[str]:
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that a token is made of: merge as BPE would, until two parts are left."""
+    """The two tokens whose merge gave a token: apply the earlier merges until two parts remain."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]

@@ -1,127 +1,152 @@
-"""Text to tokens, tokens to windows.
-
-A batch is a function of (key, step): nothing is consumed, so a run's position in its data is its
-step. A corpus that fits lives on the device and windows are cut there, inside the jitted step; a
-longer one stays on disk (`feed.py`).
-"""
+"""From texts to tokens: read, split, choose a tokenizer, encode."""
 
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import Config, DataConfig
-from gptjax.console import Report
+from gptjax.config import DataConfig
 from gptjax.errors import UserError
 from gptjax.text import choose, corpora, sources, split, token_cache
 from gptjax.text.token_cache import Tokens
 from gptjax.text.tokenizers import Tokenizer
 
-LARGE = 2**24  # bytes of text; from there on its tokens are kept on disk
+LARGE = 2**24  # bytes of text; from this size on, its tokens are cached on disk
 
-SAMPLED, PIECES = 2**24, 2**8  # tokens of a split that its fingerprint reads, and in how many parts
+SAMPLED, PIECES = 2**24, 2**8  # tokens of a split that its fingerprint hashes, in how many pieces
 
 
 class Dataset(NamedTuple):
-    """Texts as tokens.
+    """The tokens of one or more texts.
 
-    parts: of each text, the (N,) tokens that train, uint16 where the vocabulary allows, and how
-    often it is drawn from; val: all that validate; val_bytes: of the text that they stand for, but
-    the first; told: what to say of it all, by name.
+    Attributes:
+        tokenizer: made the tokens.
+        parts: for each text, its training split, (N,) uint16 or (for a vocabulary over 65,536)
+            uint32, and its sampling weight.
+        val: the validation split of all texts, (N,).
+        val_bytes: UTF-8 bytes of its text without the first token, which nothing predicts.
+        notes: phrases for the console, by name: tokenizer, split.
     """
 
     tokenizer: Tokenizer
     parts: tuple[tuple[np.ndarray, float], ...]
     val: np.ndarray
     val_bytes: int
-    told: dict[str, str]
+    notes: dict[str, str]
 
     @property
     def train(self) -> np.ndarray:
-        """All tokens that train."""
-        return _joined([tokens for tokens, _ in self.parts])
+        """The training split of all texts, (N,)."""
+        return _concatenate([tokens for tokens, _ in self.parts])
 
     @property
     def n_train(self) -> int:
         return sum(len(tokens) for tokens, _ in self.parts)
 
     def bits_per_byte(self, loss: float) -> float:
-        """What a loss over the whole validation split, in nats per token, is for each byte of its
-        text: so that tokenizers can be compared."""
+        """Convert a loss over the whole validation split, in nats per token, to bits per byte of
+        text, which is comparable across tokenizers."""
         return loss * (len(self.val) - 1) / max(1, self.val_bytes) / math.log(2)
 
 
+class Progress(Protocol):
+    """Where reading and encoding report; `console.Report` is one."""
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        ...
+
+    def work(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A context whose value is called with how much of `total` is done so far."""
+        ...
+
+
+class Silent:
+    """A `Progress` that shows nothing."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def work(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return nullcontext(lambda done: None)
+
+
+SILENT = Silent()
+
+
 def open_dataset(
-    config: Config, tokenizer: Tokenizer | None = None, report: Report | None = None
+    config: DataConfig,
+    block_size: int,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress = SILENT,
 ) -> Dataset:
-    """Read the configured texts, encode and split them.
+    """Read the configured texts, split them and encode them.
 
     Args:
-        config: of the run.
-        tokenizer: of a run being resumed; None: as the config says.
-        report: where to tell what takes time; None: nowhere.
+        config: which texts, tokenizer and split.
+        block_size: context length; each split must hold at least one window of block_size + 1.
+        tokenizer: use this one, as a resumed run does; None: the one that `config` names.
+        progress: shows what takes time.
 
     Raises:
-        UserError: no such text or tokenizer, something that the tokenizer lacks, or a split
+        UserError: no such text or tokenizer, a character that the tokenizer lacks, or a split
             shorter than one window.
     """
-    report = report or Report(quiet=True)
-    weights = _weights(config.data.text)
-    if len(weights) > 1 and config.data.order == "random":
+    weights = _weights(config.text)
+    if len(weights) > 1 and config.order == "random":
         raise UserError(
-            f"{len(weights)} texts are drawn from by their weights in shuffled order; give "
-            f"--data.order shuffled too"
+            f"{len(weights)} weighted texts need shuffled order, not {config.order}; add "
+            f"--data.order shuffled"
         )
-    found = [_bins(name) or _Text(name, config.data, report) for name in weights]
-    why = "the run's"
+    found = [_bins(name) or _Text(name, config, progress) for name in weights]
+    why = "from the run"
     if tokenizer is None:
-        tokenizer, why = _tokenizer(config.data, found)
+        tokenizer, why = _tokenizer(config, found)
     opened = [
-        text.tokens(tokenizer) if isinstance(text, _Text) else _read(text, tokenizer, config.data)
+        text.tokens(tokenizer) if isinstance(text, _Text) else _read(text, tokenizer, config)
         for text in found
     ]
-    val = _joined([tokens.val for tokens in opened])
-    window = config.model.block_size + 1
+    val = _concatenate([tokens.val for tokens in opened])
+    window = block_size + 1
     splits_ = [("training", tokens.train) for tokens in opened] + [("validation", val)]
     for name, tokens in splits_:
         if len(tokens) < window:
             raise UserError(
                 f"the {name} split has {len(tokens)} tokens, fewer than one window of "
                 f"block_size + 1 = {window}; give a longer text, a smaller --model.block-size, "
-                f"or another --data.val-fraction (now {config.data.val_fraction})"
+                f"or another --data.val-fraction (now {config.val_fraction})"
             )
     count = sum(len(tokens.train) + len(tokens.val) for tokens in opened)
-    in_a_token = f"{sum(sum(tokens.n_bytes) for tokens in opened) / count:.3g} bytes"
+    per_token = f"{sum(sum(tokens.n_bytes) for tokens in opened) / count:.2f} bytes"
     characters = [tokens.characters for tokens in opened if tokens.characters is not None]
     if len(characters) == len(opened):
-        in_a_token = f"{sum(characters) / count:.3g} characters, {in_a_token}"
-    told = {
-        "tokenizer": f"{why}; {in_a_token} in a token",
-        "split": "; ".join(dict.fromkeys(tokens.told for tokens in opened)),
+        per_token = f"{sum(characters) / count:.2f} characters, {per_token}"
+    notes = {
+        "tokenizer": f"{why}; {per_token} per token",
+        "split": "; ".join(dict.fromkeys(tokens.description for tokens in opened)),
     }
     return Dataset(
         tokenizer,
         tuple((tokens.train, weights[name]) for name, tokens in zip(weights, opened, strict=True)),
         val,
         sum(tokens.n_bytes[1] for tokens in opened) - tokenizer.count_bytes(val[:1]),
-        told,
+        notes,
     )
 
 
 def _weights(text: str) -> dict[str, float]:
-    """Names and weights of "a.txt=0.7,b.txt=0.3"; anything else names one text.
+    """Parse "a.txt=0.7,b.txt=0.3" into weights by name; anything else names one text.
 
     Raises:
-        UserError: a weight of 0, or a text that is named twice.
+        UserError: a weight of 0, or a text named twice.
     """
     pairs = [re.fullmatch(r"(.+)=(\d+\.?\d*|\.\d+)", part) for part in text.split(",")]
     if not all(pairs) or os.path.exists(text):
@@ -133,7 +158,7 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _bins(name: str) -> list[Path] | None:
-    """The token files that a name stands for."""
+    """The token files that a name refers to; None: it is not one or a folder of them."""
     path = Path(name)
     inside = [path / "train.bin", path / "val.bin"]
     if path.suffix == ".bin":
@@ -142,25 +167,25 @@ def _bins(name: str) -> list[Path] | None:
 
 
 def _read(paths: list[Path], tokenizer: Tokenizer, config: DataConfig) -> Tokens:
-    """Token files as they are; a single one is split by position."""
+    """Memory-map token files; a single one is split by position."""
     ids = [token_cache.read_bin(path, tokenizer.vocab_size) for path in paths]
-    told = "as in the files"
+    description = "as given by the files"
     if len(ids) == 1:
         n_train = split.training_part(len(ids[0]), config.val_fraction, config.val_limit)
         ids = [ids[0][:n_train], ids[0][n_train:]]
-        told = f"by position, the last {len(ids[1]):,} tokens"
+        description = f"by position (validation: the last {len(ids[1]):,} tokens)"
     n_bytes = tokenizer.count_bytes(ids[0]), tokenizer.count_bytes(ids[1])
-    return Tokens(ids[0], ids[1], n_bytes, None, told)
+    return Tokens(ids[0], ids[1], n_bytes, None, description)
 
 
 class _Text:
-    """One of the texts to train on, read no oftener than needed."""
+    """One of the configured texts; reading it is lazy and happens as rarely as possible."""
 
-    def __init__(self, name: str, config: DataConfig, report: Report):
-        self.name, self._config, self._report = name, config, report
-        self._sources = sources.find(name, report.say)
+    def __init__(self, name: str, config: DataConfig, progress: Progress):
+        self.name, self._config, self._progress = name, config, progress
+        self._sources = sources.find(name, progress.say)
         self.size = sum(source.size for source in self._sources)
-        # What the split depends on: of the same text, split so, the same tokens.
+        # What the split depends on. With the tokenizer, it identifies the tokens in the cache.
         options = (config.encoding, config.field, config.val_fraction, config.val_limit)
         self.key = [[source.stamp for source in self._sources], *options]
 
@@ -172,7 +197,7 @@ class _Text:
         marks = ()
         if self.name in corpora.names() and (usual := corpora.describe(self.name).split):
             marks = usual[0], usual[0] + usual[1]
-        with self._report.work(f"reading {self.name}", self.size) as done:
+        with self._progress.work(f"reading {self.name}", self.size) as done:
             found = split.survey(self.pieces(), marks, done)
         if not found.characters:
             raise UserError(f"text is empty: {self.name}")
@@ -183,46 +208,48 @@ class _Text:
         return split.split(self.survey, self._config.val_fraction, self._config.val_limit)
 
     def training_units(self) -> Iterator[str]:
-        """Pieces of what trains, cut where a tokenizer may learn from each on its own."""
+        """Pieces of the training split, cut where a tokenizer may be trained on each separately."""
         parts = split.parts(self.pieces(), self.split)
         return (unit.text for unit in token_cache.units(parts, True) if unit.side == split.TRAIN)
 
     def tokens(self, tokenizer: Tokenizer) -> Tokens:
-        """Encoded and split; those of a long text from a file, made the first time."""
+        """Encode and split the text; a long one is encoded once, to files, and memory-mapped."""
         path = None
         if self.size >= LARGE:
             made_by = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
             path = token_cache.folder("tokens", self.key, made_by)
-            if kept := token_cache.load(path):
-                return kept
+            if cached := token_cache.load(path):
+                return cached
 
         def encode(skip: int) -> Iterator[token_cache.Batch]:
             parts = split.parts(self.pieces(), self.split)
             separate = len(self.survey.lengths) > 1 and tokenizer.end_of_text is not None
             return token_cache.encode(parts, tokenizer, separate, skip)
 
-        with self._report.work(f"encoding {self.name}", self.survey.characters) as done:
+        with self._progress.work(f"encoding {self.name}", self.survey.characters) as done:
             if path is None:
-                return token_cache.in_memory(encode(0), tokenizer, self.split.told)
-            tokens = token_cache.keep(path, encode, tokenizer, self.split.told, done)
-        self._report.say(f"{self.name}: tokens kept in {path}")
+                return token_cache.in_memory(encode(0), tokenizer, self.split.description)
+            tokens = token_cache.load_or_encode(
+                path, encode, tokenizer, self.split.description, done
+            )
+        self._progress.say(f"{self.name}: tokens cached in {path}")
         return tokens
 
 
 def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tokenizer, str]:
-    """The tokenizer of new runs on these texts, and why it."""
+    """The tokenizer of a new run on these texts, and a phrase about it for the console."""
     kind = config.tokenizer
     if bins := [text for text in found if isinstance(text, list)]:
-        beside = bins[0][0].parent / "tokenizer.json"
-        if kind == "auto" and beside.exists():
-            return choose.named(str(beside)), f"{beside}: found beside the ids"
+        sibling = bins[0][0].parent / "tokenizer.json"
+        if kind == "auto" and sibling.exists():
+            return choose.named(str(sibling)), f"{sibling} (found next to the token file)"
         if kind in ("auto", "char", "bpe"):
             raise UserError(
-                f"{bins[0][0]} holds ids and no text; name the tokenizer that made them, such as "
-                f"--data.tokenizer gpt2, or put its tokenizer.json beside it"
+                f"{bins[0][0]} contains token ids, so --data.tokenizer {kind} cannot be used; name "
+                f"the tokenizer that made them (for example gpt2), or put its tokenizer.json there"
             )
     if bins or kind not in ("auto", "char", "byte", "bpe"):
-        return choose.named(kind), f"{kind}: as asked"
+        return choose.named(kind), f"{kind} (as configured)"
     known = [text for text in found if isinstance(text, _Text)]
     make = lambda: choose.choose(
         config,
@@ -234,17 +261,18 @@ def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tok
     if sum(text.size for text in known) < LARGE:
         return make()
     key = [[text.key for text in known], config.tokenizer, config.bpe_vocab_size]
-    return choose.kept(token_cache.folder("tokenizer", *key), make)
+    return choose.cached(token_cache.folder("tokenizer", *key), make)
 
 
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """JSON that tells these tokens from others: a run must not go on with another text.
+    """JSON that identifies the tokens, so that a run is not resumed on another text.
 
-    All of the tokens up to SAMPLED of each part; of more, as many in pieces from all over it.
+    Hashes the whole of a split of up to SAMPLED tokens; of a longer one, PIECES evenly spaced
+    pieces of SAMPLED tokens in total.
     """
     found = []
     for tokens in (*(tokens for tokens, _ in dataset.parts), dataset.val):
@@ -255,51 +283,3 @@ def fingerprint(dataset: Dataset) -> str:
             digest.update(tokens[start : start + SAMPLED // PIECES].tobytes())
         found.append({"tokens": len(tokens), "sha256": digest.hexdigest()})
     return json.dumps(found)
-
-
-def cut(tokens: jax.Array, starts: jax.Array, length: int) -> jax.Array:
-    """Windows of a token array.
-
-    Args:
-        tokens: (N,) integer ids.
-        starts: (B,) int32, each at most N - length (a later one is moved back to it).
-        length: of a window.
-
-    Returns:
-        (B, length) int32.
-    """
-    windows = jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(tokens, start, length))(starts)
-    return windows.astype(jnp.int32)
-
-
-def random_starts(key: jax.Array, n_tokens: int, shape: tuple[int, ...], block: int) -> jax.Array:
-    """Uniform starts of windows of block + 1 tokens, of the given shape, int32."""
-    return jax.random.randint(key, shape, 0, n_tokens - block)
-
-
-def sample_batch(tokens: jax.Array, key: jax.Array, batch: int, block: int) -> jax.Array:
-    """(batch, block + 1) int32 windows at random starts; x is all but the last token, y all but
-    the first.
-
-    Source: lecture, "data loader: batches of chunks of data".
-    """
-    return cut(tokens, random_starts(key, tokens.shape[0], (batch,), block), block + 1)
-
-
-def whole_split_starts(n_tokens: int, batch: int, block: int) -> np.ndarray:
-    """Starts of non-overlapping windows that predict each token but the first exactly once.
-
-    Args:
-        n_tokens: length of the split.
-        batch: windows in one batch.
-        block: targets in one window.
-
-    Returns:
-        (n, batch) int32; the last batch is filled up with n_tokens, where nothing is left to
-        predict.
-    """
-    starts = np.arange(0, n_tokens - 1, block)
-    missing = -len(starts) % batch
-    return (
-        np.pad(starts, (0, missing), constant_values=n_tokens).reshape(-1, batch).astype(np.int32)
-    )

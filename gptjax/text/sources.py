@@ -1,7 +1,7 @@
-"""Texts on disk: files, folders and globs, plain or compressed, read piece by piece.
+"""Stream text from files, folders and globs, plain or compressed.
 
-A file is a document; of a JSONL file every line is one. Nothing is held but the piece in hand, so
-a text may be larger than memory.
+A file is one document, except that each line of a JSONL file is one. Text is read in blocks of
+BLOCK bytes, so it may be larger than memory.
 """
 
 import codecs
@@ -18,19 +18,18 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 from gptjax.text import corpora
-from gptjax.text.subwords import extra
 
-IN_FOLDERS = (".txt", ".text", ".md", ".jsonl", ".ndjson")  # with .gz or .zst or without
+IN_FOLDERS = (".txt", ".text", ".md", ".jsonl", ".ndjson")  # optionally compressed: .gz, .zst
 BLOCK = 2**20  # bytes read at a time
-LONGEST_LINE = 2**28  # characters of one JSONL line
-BOMB_RATIO, BOMB_FROM = 200, 2**26  # a text unpacks to under 100 times its size; checked from 64 MB
-SAMPLE = 2**15  # bytes on either side of an error that an encoding is guessed from
+LONGEST_LINE = 2**28  # characters in one JSONL line
+BOMB_RATIO, BOMB_FROM = 200, 2**26  # text compresses less than 100-fold; checked from 64 MB on
+SAMPLE = 2**15  # bytes on either side of an error, used to guess the encoding
 
 
 class Piece(NamedTuple):
-    """A part of a document, in order; `last` ends it."""
+    """The next part of a document; `last` marks its end."""
 
     text: str
     last: bool
@@ -38,7 +37,14 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A file with texts: its name, how to open it, its size, and what changes when it changes."""
+    """A file with text.
+
+    Attributes:
+        name: path, or name of a corpus.
+        open: opens it for reading, still compressed.
+        size: in bytes, as stored.
+        stamp: identifies this version of the file: path, size and modification time, or a hash.
+    """
 
     name: str
     open: Callable[[], IO[bytes]]
@@ -47,14 +53,14 @@ class Source:
 
 
 def find(text: str, notice: Callable[[str], None]) -> list[Source]:
-    """The files that `--data.text` names.
+    """Find the files that `--data.text` names.
 
     Args:
-        text: a corpus of data/, a file, a folder (all of IN_FOLDERS below it) or a glob.
-        notice: told in one line what a folder holds besides.
+        text: a corpus, a file, a folder (all files below it that end in IN_FOLDERS) or a glob.
+        notice: called with one line about the files of a folder that are skipped.
 
     Raises:
-        UserError: there is none.
+        UserError: no such text.
     """
     if text in corpora.names():
         corpus = corpora.describe(text)
@@ -67,37 +73,37 @@ def find(text: str, notice: Callable[[str], None]) -> list[Source]:
         )
         found = [p for p in files if _plain_name(p).suffix.lower() in IN_FOLDERS]
         if not found:
-            kinds = _kinds(files) or "nothing"
             raise UserError(
-                f"no text in the folder {text}: looked for {', '.join(IN_FOLDERS)} (.gz or .zst "
-                f"too), found {kinds}; name other files with a glob, such as '{path}/**/*.py'"
+                f"no text in the folder {text}: expected {', '.join(IN_FOLDERS)} (or .gz, .zst of "
+                f"these), found {_suffixes(files) or 'no files'}; select other files with a glob, "
+                f"such as '{path}/**/*.py'"
             )
         if len(found) < len(files):
-            kinds = ", ".join(
-                sorted({p.suffix or p.name for p in files if p not in set(found)})[:5]
-            )
-            notice(f"{text}: {len(files) - len(found)} other files left out ({kinds})")
+            skipped = sorted(set(files) - set(found))
+            notice(f"{text}: {len(skipped)} other files skipped ({_suffixes(skipped)})")
         return [_file(p) for p in found]
     if glob.has_magic(text) and not os.path.exists(text):
         matches = (Path(match) for match in glob.glob(text, recursive=True))
         found = sorted(match for match in matches if match.is_file())
         if not found:
-            raise UserError(f"no file matches {text}; mind the quotes around a glob")
+            raise UserError(f"no file matches {text}; check the pattern, and quote it in the shell")
         return [_file(p) for p in found]
     return [_file(path)]
 
 
 def read(sources: list[Source], encoding: str, field: str) -> Iterator[Piece]:
-    """The documents of all files, in order, each of one piece or more; empty ones are left out.
+    """Stream the documents of all files, in order, each as one or more pieces.
+
+    Empty documents are skipped.
 
     Args:
         sources: see `find`.
-        encoding: of the files; UTF-8's byte order mark is dropped, newlines stay as they are.
-        field: of each JSONL line, that holds its text.
+        encoding: encoding of the files. A UTF-8 byte order mark is dropped; newlines are kept.
+        field: JSONL field that contains the text.
 
     Raises:
-        UserError: a file that cannot be read, is damaged, is in another encoding, or a line
-            without that field.
+        UserError: a file that cannot be read, is corrupt, or has another encoding; or a JSONL
+            line without that field.
     """
     for source in sources:
         is_jsonl = _plain_name(Path(source.name)).suffix.lower() in (".jsonl", ".ndjson")
@@ -110,10 +116,10 @@ def read(sources: list[Source], encoding: str, field: str) -> Iterator[Piece]:
 
 
 def read_text(text: str) -> str:
-    """All that `text` names in one string, UTF-8: for texts that are small.
+    """Read a small UTF-8 text whole; `text` as in `find`.
 
     Raises:
-        UserError: there is none, it is empty, or it cannot be read.
+        UserError: no such text, an empty one, or one that cannot be read.
     """
     whole = "".join(piece.text for piece in read(find(text, lambda line: None), "utf-8", "text"))
     if not whole:
@@ -124,21 +130,21 @@ def read_text(text: str) -> str:
 def _file(path: Path) -> Source:
     try:
         with path.open("rb"):
-            pass  # only to see that it can be read
+            pass  # check permissions now rather than after other files were read
         stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"text not found: {path} is neither a file, a folder, a glob nor one of the corpora "
+            f"text not found: {path}; give a file, a folder, a glob, or one of the corpora "
             f"({', '.join(corpora.names())})"
         ) from None
     except OSError as error:
-        raise UserError(f"text cannot be read: {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the text {path}: {error.strerror}") from None
     stamp = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
     return Source(str(path), lambda: path.open("rb"), stat.st_size, stamp)
 
 
-def _kinds(files: list[Path]) -> str:
-    """The endings of some of them."""
+def _suffixes(files: list[Path]) -> str:
+    """Up to five of their file name extensions, for a message."""
     return ", ".join(sorted({path.suffix or path.name for path in files})[:5])
 
 
@@ -147,12 +153,12 @@ def _hidden(path: Path) -> bool:
 
 
 def _plain_name(path: Path) -> Path:
-    """Without the ending that says how it is packed."""
+    """The path without a .gz or .zst extension."""
     return path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
 
 
 def _pieces(blocks: Iterator[str]) -> Iterator[Piece]:
-    """The blocks of one document, the last one marked."""
+    """The non-empty blocks of one document, the last one marked."""
     before = ""
     for block in filter(None, blocks):
         if before:
@@ -163,11 +169,11 @@ def _pieces(blocks: Iterator[str]) -> Iterator[Piece]:
 
 
 def _decoded(source: Source, encoding: str) -> Generator[str, None, None]:
-    """A file's text, a block at a time."""
+    """Decode a file, a block at a time."""
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     strips_mark = codecs.lookup(encoding).name == "utf-8"
     read = 0
-    with closing(_unpacked(source)) as unpacked:  # not when it is collected, if one ever fails
+    with closing(_unpacked(source)) as unpacked:  # close the file now, not when garbage-collected
         for raw in chain(unpacked, [b""]):
             waiting = decoder.getstate()[0]
             try:
@@ -185,7 +191,7 @@ def _decoded(source: Source, encoding: str) -> Generator[str, None, None]:
 
 
 def _unpacked(source: Source) -> Generator[bytes, None, None]:
-    """A file's bytes, a block at a time, unpacked if its name ends in .gz or .zst."""
+    """Read a file, a block at a time, decompressing .gz and .zst."""
     suffix = Path(source.name).suffix.lower()
     try:
         with source.open() as file:
@@ -198,16 +204,16 @@ def _unpacked(source: Source) -> Generator[bytes, None, None]:
                 size += len(raw)
                 if size > BOMB_FROM and size > BOMB_RATIO * source.size:
                     raise UserError(
-                        f"{source.name} unpacks to over {BOMB_RATIO} times its size, which no text "
-                        f"does; if it is meant so, unpack it yourself"
+                        f"{source.name} decompresses to over {BOMB_RATIO} times its size, more "
+                        f"than any text; if that is intended, decompress it yourself"
                     )
                 yield raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
-            f"{source.name} is damaged or was cut short ({error}); get it again"
+            f"{source.name} is corrupt or truncated ({error}); download it again"
         ) from None
     except OSError as error:
-        raise UserError(f"text cannot be read: {source.name}: {error.strerror}") from None
+        raise UserError(f"cannot read the text {source.name}: {error.strerror}") from None
 
 
 def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
@@ -217,11 +223,11 @@ def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
-    zstandard = extra("zstandard")
+    zstandard = optional_import("zstandard")
     frame = zstandard.ZstdDecompressor().decompressobj()
     try:
-        # Little at a time, for a kilobyte can hold 32 MB. The library's own reader takes a file
-        # that was cut for one that ends.
+        # Small reads, because a kilobyte can decompress to 32 MB. The library's own stream reader
+        # does not report a truncated file.
         raw, fresh = file.read(2**10), True
         while raw:
             yield frame.decompress(raw)
@@ -233,11 +239,12 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise EOFError(error) from None
     if not fresh:
-        raise EOFError("its last frame has no end")
+        raise EOFError("the last frame is incomplete")
 
 
 def _lines(source: Source, blocks: Iterator[str], field: str) -> Iterator[str]:
-    """The texts of a JSONL file's lines. Only "\\n" ends one: JSON may hold other separators."""
+    """The text of each line of a JSONL file. Only "\\n" ends a line: JSON strings may contain
+    other line separators."""
     rest, number = "", 0
     for block in chain(blocks, "\n"):
         *lines, rest = (rest + block).split("\n")
@@ -247,8 +254,8 @@ def _lines(source: Source, blocks: Iterator[str], field: str) -> Iterator[str]:
                 yield _field(f"line {number} of {source.name}", line, field)
         if len(rest) > LONGEST_LINE:
             raise UserError(
-                f"line {number + 1} of {source.name} has over {LONGEST_LINE} characters; is it "
-                f"JSONL?"
+                f"line {number + 1} of {source.name} is longer than {LONGEST_LINE} characters; "
+                f"check that it is JSONL"
             )
 
 
@@ -259,23 +266,21 @@ def _field(where: str, line: str, field: str) -> str:
         raise UserError(f"{where} is not JSON: {error}") from None
     if not isinstance(values, dict) or not isinstance(values.get(field), str):
         has = ", ".join(map(repr, values)) if isinstance(values, dict) else type(values).__name__
-        raise UserError(
-            f"{where} has no text in a field {field!r} (it has: {has}); name it with --data.field"
-        )
+        raise UserError(f"{where} has no text field {field!r} (found: {has}); set --data.field")
     return values[field]
 
 
 def _guess(raw: bytes) -> str:
-    """What bytes probably are that are not in the encoding: told, never acted upon."""
+    """Advice on the encoding of bytes that failed to decode; only shown, never acted on."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "it begins like UTF-16: give --data.encoding utf-16"
+        return "it starts with a UTF-16 byte order mark; set --data.encoding utf-16"
     if b"\0" in raw:
         return "it looks like a binary file"
-    advice = "name its encoding, e.g. --data.encoding latin-1"
+    advice = "set its encoding, for example --data.encoding latin-1"
     try:
-        best = extra("charset_normalizer").from_bytes(raw).best()
+        best = optional_import("charset_normalizer").from_bytes(raw).best()
     except UserError:
         return advice
     return (
-        f"it is probably {best.encoding}: give --data.encoding {best.encoding}" if best else advice
+        f"it is probably {best.encoding}; set --data.encoding {best.encoding}" if best else advice
     )

@@ -1,4 +1,4 @@
-"""What a text is made of, and which part of it trains and which validates."""
+"""Survey a text and split it into training and validation parts."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
@@ -13,25 +13,39 @@ TRAIN, VAL, LEFT_OUT = range(3)
 
 
 class Survey(NamedTuple):
-    """What reading a text once tells about it."""
+    """Statistics from one pass over a text.
+
+    Attributes:
+        characters: length of the text.
+        alphabet: its distinct characters, sorted.
+        lengths: (D,) characters in each document.
+        names: (D,) uint64 hash of each document's first piece, to detect near-copies.
+        marks: character offsets of the byte offsets that were asked for.
+    """
 
     characters: int
-    alphabet: str  # sorted
-    lengths: np.ndarray  # (D,) characters of each document
-    names: np.ndarray  # (D,) uint64, the same for documents that begin with the same piece
-    marks: tuple[int, ...]  # characters before each of the byte offsets that were asked for
+    alphabet: str
+    lengths: np.ndarray
+    names: np.ndarray
+    marks: tuple[int, ...]
 
 
 class Split(NamedTuple):
-    """Which documents, or which part of the only one, go to which side."""
+    """Assignment of a text to training and validation, by document or by position.
 
-    sides: np.ndarray | None  # (D,) of TRAIN, VAL; None: by position
-    bounds: tuple[int, ...]  # by position: characters before VAL, and before LEFT_OUT
-    told: str  # in words
+    Attributes:
+        sides: (D,) TRAIN or VAL for each document; None: split by position.
+        bounds: if by position, the character offsets where VAL and LEFT_OUT start.
+        description: a phrase for the console.
+    """
+
+    sides: np.ndarray | None
+    bounds: tuple[int, ...]
+    description: str
 
 
 class Part(NamedTuple):
-    """A piece of one side; `last` where its document or its side ends."""
+    """A piece of text on one side of the split; `last` marks the end of a document or side."""
 
     side: int
     text: str
@@ -43,12 +57,12 @@ def survey(
     byte_marks: tuple[int, ...] = (),
     done: Callable[[int], None] = lambda characters: None,
 ) -> Survey:
-    """Read a text once: its size, its characters, its documents.
+    """Collect the statistics of a text in one pass.
 
     Args:
-        pieces: of the text.
-        byte_marks: offsets to find in characters.
-        done: told how many characters are read, now and then.
+        pieces: the text.
+        byte_marks: ascending UTF-8 byte offsets to convert to character offsets.
+        done: called with the number of characters read so far.
     """
     seen = np.zeros(0x110000, bool)
     lengths: list[int] = []
@@ -76,35 +90,36 @@ def survey(
 
 
 def split(found: Survey, val_fraction: float, val_limit: int | None) -> Split:
-    """Hold out the end of a text, or whole documents where there are many.
+    """Hold out the end of a single document, or whole documents if there are several.
 
-    The documents held out are drawn by their content, so that their order does not matter, and
-    those that begin alike stay on one side.
+    Held-out documents are chosen by a hash of their first piece, so their order does not matter
+    and documents that start alike stay on one side.
 
     Args:
-        found: of the text.
-        val_fraction: share of the characters held out, about.
-        val_limit: most of them; None: no limit.
+        found: statistics of the text.
+        val_fraction: approximate fraction of the characters to hold out.
+        val_limit: most characters to hold out; None: no limit.
 
     Raises:
-        UserError: all documents are the same one.
+        UserError: all documents start alike.
 
-    Source: by position: lecture, "train/val split": the first 90 % trains, the rest validates.
+    Source: by position: lecture, "train/val split": train on the first 90 %, validate on the rest.
     """
     n = found.characters
-    if found.marks:  # a corpus that is always split so
-        return Split(None, found.marks, "as is usual with this corpus")
+    if found.marks:  # a corpus with a standard split
+        return Split(None, found.marks, "the standard split of this corpus")
     if len(found.lengths) < 2:
         n_train = training_part(n, val_fraction, val_limit)
-        return Split(None, (n_train, n), f"by position, the last {n - n_train:,} characters")
+        held_out = f"by position (validation: the last {n - n_train:,} characters)"
+        return Split(None, (n_train, n), held_out)
     target = min(val_fraction * n, val_limit or n)
     order = np.argsort(found.names, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(found.names[order])) + 1)
     sizes = [int(found.lengths[group].sum()) for group in groups]
     if len(groups) < 2:
         raise UserError(
-            f"all {len(order)} documents begin alike, so none can be held out; give one text, or "
-            f"other documents"
+            f"all {len(order)} documents start alike, so none can be held out; join them into one "
+            f"file, or add other documents"
         )
     sides = np.full(len(order), TRAIN)
     held = 0
@@ -112,22 +127,20 @@ def split(found: Survey, val_fraction: float, val_limit: int | None) -> Split:
         if held + size <= target:
             sides[group] = VAL
             held += size
-    if target and not held:  # every document is larger than what should be held out
+    if target and not held:  # every document is larger than the target
         sides[groups[int(np.argmin(sizes))]] = VAL
     count = int((sides == VAL).sum())
-    return Split(
-        sides, (), f"by document, {count:,} of {len(order):,} held out, each whole on one side"
-    )
+    return Split(sides, (), f"by document (validation: {count:,} of {len(order):,} documents)")
 
 
 def training_part(n: int, val_fraction: float, val_limit: int | None) -> int:
-    """How many of n train, the rest being held out."""
+    """The number of n characters (or tokens) to train on; the rest is held out."""
     n_train = int((1 - val_fraction) * n)
     return n_train if val_limit is None else max(n_train, n - val_limit)
 
 
 def parts(pieces: Iterable[Piece], how: Split) -> Iterator[Part]:
-    """The pieces of a text with the side that each goes to; LEFT_OUT is left out."""
+    """Tag the pieces of a text with their side of the split; drop those that are LEFT_OUT."""
     if how.sides is not None:
         document = 0
         for piece in pieces:
@@ -138,8 +151,8 @@ def parts(pieces: Iterable[Piece], how: Split) -> Iterator[Part]:
     for piece in pieces:
         rest = piece.text
         while rest and side != LEFT_OUT:
-            room = how.bounds[side] - at
-            text, rest = rest[:room], rest[room:]
+            left = how.bounds[side] - at
+            text, rest = rest[:left], rest[left:]
             at += len(text)
             full = at == how.bounds[side]
             if text:

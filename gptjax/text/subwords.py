@@ -1,6 +1,6 @@
-"""Tokens longer than a character, by the libraries that know them: Hugging Face's, SentencePiece.
+"""Subword tokenizers, through the Hugging Face tokenizers and SentencePiece libraries.
 
-Both come with the extra `text` and are imported when a tokenizer of theirs is made, not before.
+Both come with the extra `text` and are imported only when such a tokenizer is made.
 """
 
 import base64
@@ -8,28 +8,27 @@ import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 
 Unknown = Literal["error", "replace", "skip"]
-END_OF_TEXT = "<|endoftext|>"  # how the token that ends a document reads when it is decoded
-END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # what other tokenizers call it
+END_OF_TEXT = "<|endoftext|>"  # the end-of-text token, decoded
+END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # its name in other tokenizers
 
 
 @dataclass(frozen=True)
 class HFTokenizer:
-    """A tokenizer in Hugging Face's format: GPT-2's, one trained here, or anybody's.
+    """A tokenizer in Hugging Face's format: GPT-2's, one trained here, or any other.
 
     Args:
         source: the text of a `tokenizer.json`.
 
     Raises:
-        UserError: not such a text, a tokenizer that drops what it does not know without a word,
-            or the library is missing.
+        UserError: not a valid `tokenizer.json`, a tokenizer that silently drops unknown
+            characters, or the library is missing.
     """
 
     source: str
@@ -37,24 +36,24 @@ class HFTokenizer:
     def __post_init__(self) -> None:
         try:
             values = json.loads(self.source)
-            object.__setattr__(self, "source", json.dumps(values))  # equal if they mean the same
+            object.__setattr__(self, "source", json.dumps(values))  # normalised, for ==
             _ = self._library, values["model"]["type"]
         except UserError:
             raise
-        except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"not a tokenizer.json of Hugging Face: {_line(error)}") from None
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"not a Hugging Face tokenizer.json: {_line(error)}") from None
         if self._unknown_id is None and not self._takes_any_byte:
             raise UserError(
-                "this tokenizer.json drops characters that it does not know: it has neither an "
-                "unknown token nor a token for each byte; take another"
+                "this tokenizer.json silently drops unknown characters: it has neither an unknown "
+                "token nor a token for every byte; use another one"
             )
 
     @cached_property
     def _library(self) -> Any:
-        library = extra("tokenizers").Tokenizer.from_str(self.source)
+        library = optional_import("tokenizers").Tokenizer.from_str(self.source)
         library.no_padding()
         library.no_truncation()
-        library.encode_special_tokens = True  # in a text, <|endoftext|> is thirteen characters
+        library.encode_special_tokens = True  # encode "<|endoftext|>" in text as 13 characters
         return library
 
     @cached_property
@@ -74,7 +73,7 @@ class HFTokenizer:
 
     @cached_property
     def _takes_any_byte(self) -> bool:
-        alphabet = extra("tokenizers").pre_tokenizers.ByteLevel.alphabet()
+        alphabet = optional_import("tokenizers").pre_tokenizers.ByteLevel.alphabet()
         fallback = {f"<0x{byte:02X}>" for byte in range(256)}
         if self._values["model"].get("byte_fallback"):
             return fallback <= self._vocabulary.keys()
@@ -95,7 +94,7 @@ class HFTokenizer:
 
     @property
     def cuttable(self) -> bool:
-        """Found by trying: some tokenizers put a space first, some join words."""
+        """Tested on examples: some tokenizers prepend a space, and some merge across words."""
         words = ("word", "Wörter", "文字", "naïve", "x")
         spaces = (" ", "\n", "\n\n", "  \n\t ", "\r\n", "\u00a0")
         return all(
@@ -106,7 +105,7 @@ class HFTokenizer:
         )
 
     def _ends_at(self, place: int, text: str) -> bool:
-        """Whether no token can reach over that place."""
+        """Whether the pre-tokenizer cuts there, so that no token can cross that position."""
         cutter = self._library.pre_tokenizer
         return cutter is not None and any(
             end == place for _, (_, end) in cutter.pre_tokenize_str(text)
@@ -117,7 +116,7 @@ class HFTokenizer:
         return self.encode_batch([text], unknown)[0]
 
     def encode_batch(self, texts: list[str], unknown: Unknown = "error") -> list[np.ndarray]:
-        """See `Tokenizer`; on all cores."""
+        """See `Tokenizer`; parallel over the cores."""
         texts = [scalars(text, unknown) for text in texts]
         encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
         batch = [np.array(encoding.ids, np.int32) for encoding in encodings]
@@ -138,11 +137,11 @@ class HFTokenizer:
 
     @cached_property
     def _byte_lengths(self) -> np.ndarray:
-        """(V,) bytes of each token: in this format a token has one character for each byte."""
+        """(V,) bytes in each token: byte-level BPE spells a token with one character per byte."""
         lengths = np.zeros(self.vocab_size, np.int64)
         for token, place in self._vocabulary.items():
             lengths[place] = len(token)
-        for token in self._values.get("added_tokens") or []:  # these are written as they are
+        for token in self._values.get("added_tokens") or []:  # these are spelled literally
             lengths[token["id"]] = len(token["content"].encode("utf-8"))
         if self.end_of_text is not None:
             lengths[self.end_of_text] = 0
@@ -155,13 +154,13 @@ class HFTokenizer:
 
 @dataclass(frozen=True)
 class SentencePieceTokenizer:
-    """A SentencePiece model. Many of them change spaces, so a round trip may not be exact.
+    """A SentencePiece model. Many of them normalise spaces, so a round trip may not be exact.
 
     Args:
         model: the bytes of a `.model` file.
 
     Raises:
-        UserError: not such a file, or the library is missing.
+        UserError: not a SentencePiece model, or the library is missing.
     """
 
     model: bytes
@@ -176,7 +175,7 @@ class SentencePieceTokenizer:
 
     @cached_property
     def _library(self) -> Any:
-        library = extra("sentencepiece").SentencePieceProcessor()
+        library = optional_import("sentencepiece").SentencePieceProcessor()
         library.LoadFromSerializedProto(self.model)
         return library
 
@@ -191,14 +190,14 @@ class SentencePieceTokenizer:
 
     @property
     def cuttable(self) -> bool:
-        return False  # it puts a space before each text
+        return False  # it prepends a space to each text
 
     def encode(self, text: str, unknown: Unknown = "error") -> np.ndarray:
         """See `Tokenizer`; "replace" gives the model's own unknown token."""
         return self.encode_batch([text], unknown)[0]
 
     def encode_batch(self, texts: list[str], unknown: Unknown = "error") -> list[np.ndarray]:
-        """See `Tokenizer`; on all cores."""
+        """See `Tokenizer`; parallel over the cores."""
         texts = [scalars(text, unknown) for text in texts]
         threads = min(len(texts), os.cpu_count() or 1)
         batch = self._library.encode(texts, num_threads=threads) if texts else []
@@ -220,51 +219,37 @@ class SentencePieceTokenizer:
         return json.dumps({"type": "sentencepiece", "model": model}) + "\n"
 
 
-def extra(module: str, name: str = "text") -> Any:
-    """A library of an extra.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return import_module(module)
-    except ImportError:
-        raise UserError(
-            f"this needs the package {module.partition('.')[0]}: pip install 'gptjax[{name}]', "
-            f"or from a checkout pip install -e '.[{name}]'"
-        ) from None
-
-
 def scalars(text: str, unknown: Unknown) -> str:
-    """`text` without lone surrogates, which UTF-8 cannot hold: refused, replaced or skipped."""
+    """`text` with lone surrogates, which UTF-8 cannot encode, refused, replaced or skipped."""
     try:
         text.encode("utf-8")
         return text
     except UnicodeEncodeError as error:
         if unknown == "error":
             raise UserError(
-                f"character {error.start} is {text[error.start]!r}, half of a surrogate pair, "
-                f"which no UTF-8 text holds; remove it, or choose replace or skip"
+                f"character {error.start} is {text[error.start]!r}, a lone surrogate, which UTF-8 "
+                f"cannot encode; remove it, or choose replace or skip"
             ) from None
-    with_what = "\N{REPLACEMENT CHARACTER}" if unknown == "replace" else ""
-    return "".join(with_what if "\ud800" <= c <= "\udfff" else c for c in text)
+    replacement = "\N{REPLACEMENT CHARACTER}" if unknown == "replace" else ""
+    return "".join(replacement if "\ud800" <= c <= "\udfff" else c for c in text)
 
 
 def known(ids: np.ndarray, unknown_id: int, unknown: Unknown) -> np.ndarray:
-    """Ids with the unknown ones refused, kept as they are, or skipped."""
+    """`ids` with the unknown token refused, kept ("replace") or skipped."""
     found = ids == unknown_id
     if unknown == "replace" or not found.any():
         return ids
     if unknown == "error":
         raise UserError(
-            f"{found.sum()} of {len(ids)} tokens are unknown to the tokenizer (the first is token "
-            f"{found.argmax()}); remove what it does not know, or choose replace or skip"
+            f"{found.sum()} of {len(ids)} tokens are the unknown token (the first at position "
+            f"{found.argmax()}); remove the characters that the tokenizer lacks, or choose replace "
+            f"or skip"
         )
     return ids[~found]
 
 
 def join(ids: np.ndarray, end: int | None, decode: Any) -> str:
-    """The text of ids, with END_OF_TEXT where documents end."""
+    """Decode ids, with END_OF_TEXT for each id `end`."""
     if end is None or not len(places := np.flatnonzero(ids == end)):
         return decode(ids)
     parts = np.split(np.delete(ids, places), places - np.arange(len(places)))
@@ -272,7 +257,7 @@ def join(ids: np.ndarray, end: int | None, decode: Any) -> str:
 
 
 def _decoded_bytes(tokenizer: HFTokenizer | SentencePieceTokenizer, ids: np.ndarray) -> int:
-    """UTF-8 bytes of the text of ids, without the ends of documents."""
+    """UTF-8 bytes of the decoded text, without the end-of-text tokens."""
     ends = int((ids == tokenizer.end_of_text).sum()) if tokenizer.end_of_text is not None else 0
     return len(tokenizer.decode(ids).encode("utf-8")) - ends * len(END_OF_TEXT)
 

@@ -1,9 +1,9 @@
-"""Texts to ids, a piece at a time on all cores; and the files that keep the ids of long ones.
+"""Encode text in chunks on all cores, and cache the ids of long texts on disk.
 
-FOLDER/train.bin, val.bin  ids, uint16 or uint32, as nanoGPT's
-       tokens.json         how many, of how many bytes of text, their checksums: written last
-       tokenizer.json      what made them
-       progress.json       only while they are being made: what is on disk already
+FOLDER/train.bin, val.bin  ids, uint16 or uint32, in nanoGPT's layout
+       tokens.json         counts of tokens, bytes and characters, checksums; written last
+       tokenizer.json      the tokenizer that made them
+       progress.json       counts already on disk; exists only while encoding
 """
 
 import hashlib
@@ -24,52 +24,59 @@ from gptjax.runs.files import write_atomically
 from gptjax.text.split import Part
 from gptjax.text.tokenizers import Tokenizer
 
-FORMAT = 1  # raised when the same key would mean other ids
-UNIT = 2**16  # characters encoded at a time by one core
-LONGEST = 16 * UNIT  # characters without a place to cut, such as of base64
-PER_CORE = 2**20  # characters handed to the tokenizer at once, for each core
-SAVE_EVERY = 5.0  # seconds after which a kill loses no more
+FORMAT = 1  # raise it when the same key would give other ids
+UNIT = 2**16  # characters in a chunk, which one core encodes at a time
+LONGEST = 16 * UNIT  # characters without a place to cut (base64, for example)
+PER_CORE = 2**20  # characters passed to the tokenizer at once, per core
+SAVE_EVERY = 5.0  # seconds of work that a kill can lose
 NAMES = "train", "val"
+DESCRIPTION = "told"  # key of `Tokens.description` in tokens.json, as FORMAT 1 has it
 CUT = re.compile(r"[^\W\d_](?=[ \n\t\r])")  # a letter before a space
 
 
 class Batch(NamedTuple):
-    """The ids of some pieces, for each side, and what they were made from."""
+    """The ids of consecutive chunks, split into (training, validation)."""
 
     ids: tuple[np.ndarray, np.ndarray]
-    n_bytes: tuple[int, int]
-    characters: int
+    n_bytes: tuple[int, int]  # UTF-8 bytes of their text
+    characters: int  # in total
 
 
 class Tokens(NamedTuple):
-    """The ids of a text: train, val are (N,) arrays, perhaps on disk; n_bytes of their text, and
-    the characters of both (None: not known); told: how it was split."""
+    """The ids of a text.
+
+    Attributes:
+        train, val: (N,) uint16 or uint32, in memory or memory-mapped.
+        n_bytes: UTF-8 bytes of the text of each.
+        characters: of both together; None: unknown (token files).
+        description: how the text was split, a phrase for the console.
+    """
 
     train: np.ndarray
     val: np.ndarray
     n_bytes: tuple[int, int]
     characters: int | None
-    told: str
+    description: str
 
 
 def dtype_of(vocab_size: int) -> type[np.unsignedinteger]:
-    """The smallest type of a token file that holds the ids."""
+    """The dtype of a token file: the smaller of uint16 and uint32 that holds every id."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def encode(
     parts: Iterable[Part], tokenizer: Tokenizer, separate: bool, skip: int = 0
 ) -> Iterator[Batch]:
-    """Ids of the parts of a text, in order; the same ids however the text comes in pieces.
+    """Encode the parts of a text, in order; how it is cut into parts does not change the ids.
 
     Args:
-        parts: from `splits.parts`.
-        tokenizer: one that is not cuttable gets each document whole.
-        separate: put its end of text after each document.
-        skip: characters at the start that were encoded before, a sum of `Batch.characters`.
+        parts: from `split.parts`.
+        tokenizer: if it is not cuttable, it gets each document whole.
+        separate: append the end-of-text token to each document.
+        skip: characters to skip because they were encoded before; a sum of `Batch.characters`.
 
     Raises:
-        UserError: something that the tokenizer lacks.
+        UserError: a character that the tokenizer lacks.
     """
     end = np.array([tokenizer.end_of_text] if separate else [], np.int32)
     dtype = dtype_of(tokenizer.vocab_size)
@@ -90,8 +97,8 @@ def encode(
         yield Batch((train, val), (n_bytes[0], n_bytes[1]), characters)
 
 
-def in_memory(batches: Iterable[Batch], tokenizer: Tokenizer, told: str) -> Tokens:
-    """All batches together."""
+def in_memory(batches: Iterable[Batch], tokenizer: Tokenizer, description: str) -> Tokens:
+    """Concatenate all batches."""
     batches, dtype = list(batches), dtype_of(tokenizer.vocab_size)
     train, val = (
         np.concatenate([np.zeros(0, dtype), *(batch.ids[side] for batch in batches)])
@@ -99,47 +106,47 @@ def in_memory(batches: Iterable[Batch], tokenizer: Tokenizer, told: str) -> Toke
     )
     n_bytes = tuple(sum(batch.n_bytes[side] for batch in batches) for side in (0, 1))
     characters = sum(batch.characters for batch in batches)
-    return Tokens(train, val, (n_bytes[0], n_bytes[1]), characters, told)
+    return Tokens(train, val, (n_bytes[0], n_bytes[1]), characters, description)
 
 
 def folder(*key: Any) -> Path:
-    """Where the tokens of that key are kept, in the user's cache folder."""
+    """The folder for tokens of that key, in the user's cache directory."""
     text = json.dumps([FORMAT, *key])
     return platformdirs.user_cache_path("gptjax") / "tokens" / _sha(text.encode())[:32]
 
 
-def keep(
+def load_or_encode(
     path: Path,
     encode_from: Callable[[int], Iterator[Batch]],
     tokenizer: Tokenizer,
-    told: str,
+    description: str,
     done: Callable[[int], None],
 ) -> Tokens:
-    """Write the ids to a folder as they come; what a stopped process wrote is gone on from.
+    """Load cached ids, or encode the text to files; an interrupted encoding is continued.
 
     Args:
-        path: of the folder.
-        encode_from: the batches after so many characters.
-        tokenizer: theirs.
-        told: see `Tokens`.
-        done: told how many characters are encoded, now and then.
+        path: the cache folder, from `folder`.
+        encode_from: yields the batches after that many characters of the text.
+        tokenizer: encodes them.
+        description: see `Tokens`.
+        done: called with the number of characters encoded so far.
 
     Raises:
-        UserError: the folder cannot be written, or what `encode_from` raises.
+        UserError: the folder cannot be written, or `encode_from` raised it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path / ".lock"):
-            return load(path) or _write(path, encode_from, tokenizer, told, done)
+            return load(path) or _write(path, encode_from, tokenizer, description, done)
     except OSError as error:
         raise UserError(
-            f"cannot keep tokens in {path}: {error.strerror}; make room there, or set "
-            f"XDG_CACHE_HOME to another folder"
+            f"cannot cache tokens in {path}: {error.strerror}; free disk space or fix "
+            f"permissions there, or set XDG_CACHE_HOME to another folder"
         ) from None
 
 
 def load(path: Path) -> Tokens | None:
-    """The ids kept in a folder, mapped; None if they are not there whole and undamaged."""
+    """Memory-map the ids cached in a folder; None if they are missing, incomplete or corrupt."""
     try:
         about = json.loads((path / "tokens.json").read_text(encoding="utf-8"))
         arrays = []
@@ -147,49 +154,48 @@ def load(path: Path) -> Tokens | None:
             with (path / f"{name}.bin").open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     return None
-            arrays.append(mapped(path / f"{name}.bin", about["dtype"], count))
+            arrays.append(memory_map(path / f"{name}.bin", about["dtype"], count))
         n_bytes = about["bytes"][0], about["bytes"][1]
-        return Tokens(arrays[0], arrays[1], n_bytes, about["characters"], about["told"])
+        return Tokens(arrays[0], arrays[1], n_bytes, about["characters"], about[DESCRIPTION])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def mapped(path: Path, dtype: Any, count: int) -> np.ndarray:
-    """`count` ids of a file, read when they are used; an empty file cannot be mapped."""
+def memory_map(path: Path, dtype: Any, count: int) -> np.ndarray:
+    """Memory-map `count` ids of a file; an empty file cannot be mapped and gives an empty array."""
     return np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
 
 
 def read_bin(path: Path, vocab_size: int) -> np.ndarray:
-    """Map a token file of nanoGPT's layout: bare ids, uint16, or uint32 for larger vocabularies.
+    """Memory-map a token file in nanoGPT's layout: raw uint16 ids (uint32 for large vocabularies).
 
     Raises:
-        UserError: it cannot be read, its size is odd, or an id is not in the vocabulary.
+        UserError: it cannot be read, is truncated, or has an id outside the vocabulary.
     """
     dtype = np.dtype(dtype_of(vocab_size))
     try:
         size = path.stat().st_size
         if size % dtype.itemsize:
             raise UserError(
-                f"{path} has {size} bytes, which is no whole number of {dtype.itemsize}-byte ids; "
-                f"it was cut short, or is no token file of this vocabulary"
+                f"{path} has {size} bytes, not a multiple of the {dtype.itemsize}-byte ids of this "
+                f"vocabulary; it is truncated, or is not a token file"
             )
-        ids = mapped(path, dtype, size // dtype.itemsize)
+        ids = memory_map(path, dtype, size // dtype.itemsize)
     except OSError as error:
-        raise UserError(f"token file cannot be read: {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the token file {path}: {error.strerror}") from None
     for start in range(0, len(ids), PER_CORE):
         block = ids[start : start + PER_CORE]
         if (largest := int(block.max())) >= vocab_size:
             raise UserError(
-                f"{path} has the id {largest} (at {start + int(block.argmax())}), and the "
-                f"tokenizer has {vocab_size} tokens; name the one that made them with "
-                f"--data.tokenizer"
+                f"{path} has the id {largest} at position {start + int(block.argmax())}, but the "
+                f"tokenizer has {vocab_size} tokens; set --data.tokenizer to the one that made it"
             )
     return ids
 
 
 def units(parts: Iterable[Part], cuttable: bool) -> Iterator[Part]:
-    """The same text in units that may be encoded one by one: of about UNIT characters, cut between
-    a letter and a space, or else whole documents."""
+    """Regroup a text into chunks that can be encoded independently: about UNIT characters, cut
+    between a letter and a space; whole documents if the tokenizer is not cuttable."""
     rest: list[str] = []
     for part in parts:
         rest.append(part.text)
@@ -205,8 +211,11 @@ def units(parts: Iterable[Part], cuttable: bool) -> Iterator[Part]:
 
 
 def _cut(text: str, at: int) -> int | None:
-    """The first place where a text may be cut, a unit or more after `at`; None: more of it is
-    needed. Where there is none for long, any will do: other tokens, but of the same text."""
+    """The first place to cut, at least UNIT characters after `at`; None: more text is needed.
+
+    After LONGEST characters without one, cut anywhere: the tokens at the cut may differ from
+    those of the uncut text, but decode to the same text.
+    """
     found = CUT.search(text, at + UNIT - 1, at + LONGEST)
     if found is None and len(text) > at + LONGEST:
         return at + LONGEST
@@ -214,7 +223,7 @@ def _cut(text: str, at: int) -> int | None:
 
 
 def _groups(units: Iterable[Part], skip: int) -> Iterator[list[Part]]:
-    """Units enough for all cores."""
+    """Collect chunks until there are enough to keep all cores busy."""
     group: list[Part] = []
     size, most = 0, PER_CORE * (os.cpu_count() or 1)
     for unit in units:
@@ -234,7 +243,7 @@ def _write(
     path: Path,
     encode_from: Callable[[int], Iterator[Batch]],
     tokenizer: Tokenizer,
-    told: str,
+    description: str,
     done: Callable[[int], None],
 ) -> Tokens:
     dtype = np.dtype(dtype_of(tokenizer.vocab_size))
@@ -267,7 +276,7 @@ def _write(
     for name in NAMES:
         with (path / f"{name}.bin").open("rb") as file:
             hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    about = json.dumps({**state, "dtype": dtype.name, "sha256": hashes, "told": told})
+    about = json.dumps({**state, "dtype": dtype.name, "sha256": hashes, DESCRIPTION: description})
     write_atomically(path / "tokens.json", about)
     progress.unlink(missing_ok=True)
     tokens = load(path)

@@ -1,4 +1,4 @@
-"""Text to ids and back, and the JSON that a run keeps of it."""
+"""Tokenizers: text to ids and back, streaming decode, and their JSON in a run's folder."""
 
 import base64
 import binascii
@@ -14,57 +14,59 @@ from gptjax.text.subwords import END_OF_TEXT as END_OF_TEXT
 from gptjax.text.subwords import HFTokenizer, SentencePieceTokenizer, Unknown, join, scalars
 
 REPLACEMENTS = "\N{REPLACEMENT CHARACTER}? \n"  # the first of these that the vocabulary has
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are not UTF-8, or not yet
 
 
 class Tokenizer(Protocol):
-    """What all tokenizers can do; anything that can serves.
+    """The interface of a tokenizer; your own may implement it.
 
-    A text is taken as it is: what looks like a special token in it is encoded letter by letter.
+    Text is encoded literally: the characters of "<|endoftext|>" in it never become the special
+    token.
     """
 
     @property
     def vocab_size(self) -> int:
-        """Ids are in [0, vocab_size)."""
+        """Vocabulary size; ids are in [0, vocab_size)."""
         ...
 
     @property
     def end_of_text(self) -> int | None:
-        """Id of the token that ends a document, which no text encodes to; None: there is none."""
+        """Id of the end-of-text token, which `encode` never returns; None: it has none."""
         ...
 
     @property
     def cuttable(self) -> bool:
-        """Whether a text cut between a letter and a space encodes to the same ids, in two parts."""
+        """Whether text may be cut between a letter and a space without changing its ids."""
         ...
 
     def encode(self, text: str, unknown: Unknown = "error") -> np.ndarray:
-        """(N,) int32 ids of `text`; UserError for what it lacks, unless told to go on."""
+        """The (N,) int32 ids of `text`; `unknown` says what to do with characters it lacks."""
         ...
 
     def encode_batch(self, texts: list[str], unknown: Unknown = "error") -> list[np.ndarray]:
-        """The ids of each text."""
+        """The ids of each text, as from `encode`."""
         ...
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """The text of (N,) ids, END_OF_TEXT where documents end."""
+        """The text of (N,) ids, with END_OF_TEXT where documents end."""
         ...
 
     def count_bytes(self, ids: np.ndarray) -> int:
-        """UTF-8 bytes of the text that (N,) ids stand for; ends of documents count nothing."""
+        """Number of UTF-8 bytes in the text of (N,) ids; end-of-text tokens count as 0."""
         ...
 
     def to_json(self) -> str:
-        """The text of a run's `tokenizer.json`."""
+        """Serialise it, for a run's `tokenizer.json`; see `from_json`."""
         ...
 
 
 @dataclass(frozen=True)
 class CharTokenizer:
-    """One id per character: its place in the sorted set of the corpus's characters.
+    """Char-level: the id of a character is its index in the sorted set of the corpus's characters.
 
     Args:
-        vocabulary: the characters, sorted and without repeats.
-        end_of_text: None, or len(vocabulary): the id after them, that ends a document.
+        vocabulary: the characters, sorted, without repeats.
+        end_of_text: len(vocabulary), the id after them; None: no end-of-text token.
 
     Source: lecture, "tokenization".
     """
@@ -76,7 +78,7 @@ class CharTokenizer:
 
     @classmethod
     def fit(cls, text: str) -> "CharTokenizer":
-        """The tokenizer whose vocabulary is the sorted set of `text`'s characters."""
+        """Make the vocabulary from the characters of `text`."""
         return cls("".join(map(chr, np.unique(_code_points(text)))))
 
     @property
@@ -89,19 +91,19 @@ class CharTokenizer:
 
     @cached_property
     def _places(self) -> np.ndarray:
-        """The id of every code point there is, -1 if unknown: quicker than to search."""
+        """Lookup table from code point to id, -1 if unknown; faster than a search."""
         places = np.full(0x110000, -1, np.int32)
         places[self._codes] = np.arange(len(self._codes))
         return places
 
     def encode(self, text: str, unknown: Unknown = "error") -> np.ndarray:
-        """Ids of the characters of `text`.
+        """Encode `text`.
 
         Args:
             text: any text.
-            unknown: what to do with characters the vocabulary lacks: raise an error that lists
-                them, replace each (by U+FFFD, "?", a space or a newline, whichever the
-                vocabulary has first), or skip them.
+            unknown: what to do with characters that the vocabulary lacks: raise an error that
+                lists them, replace each (by the first of U+FFFD, "?", space and newline that is
+                in the vocabulary), or skip them.
 
         Returns:
             (N,) int32 ids in [0, vocab_size).
@@ -124,12 +126,12 @@ class CharTokenizer:
         """See `Tokenizer`."""
         if unknown != "error":
             return [self.encode(text, unknown) for text in texts]
-        # Together, so that an error counts the unknown characters of all of them.
+        # All at once, so that an error counts the unknown characters of all texts.
         places = np.cumsum([len(text) for text in texts])[:-1]
         return np.split(self.encode("".join(texts)), places)
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """The text of (N,) ids; the exact inverse of `encode`."""
+        """The text of (N,) ids, the exact inverse of `encode`."""
         return join(np.asarray(ids, np.int64), self.end_of_text, self._decode)
 
     def _decode(self, ids: np.ndarray) -> str:
@@ -139,11 +141,11 @@ class CharTokenizer:
     def count_bytes(self, ids: np.ndarray) -> int:
         """See `Tokenizer`."""
         lengths = [len(c.encode("utf-8", "surrogatepass")) for c in self.vocabulary]
-        return int(np.array([*lengths, 0])[ids].sum())  # the 0 is of the end of a text
+        return int(np.array([*lengths, 0])[ids].sum())  # 0 for the end-of-text token
 
     def to_json(self) -> str:
-        """The text of a run's `tokenizer.json`."""
-        # One string for each: two lone surrogates in one would be read back as one character.
+        """Serialise it, for a run's `tokenizer.json`; see `from_json`."""
+        # A list, not one string: JSON would join two lone surrogates into one character.
         values: dict[str, Any] = {"type": "char", "vocabulary": list(self.vocabulary)}
         if self.end_of_text is not None:
             values["end_of_text"] = self.end_of_text
@@ -167,17 +169,17 @@ class CharTokenizer:
         shown = ", ".join(f"{c!r} at {p}" for c, p in list(first.items())[:10])
         more = ", ..." if len(first) > 10 else ""
         return (
-            f"{len(positions)} unknown characters ({shown}{more}): the tokenizer has "
-            f"{self.vocab_size} characters and not these; remove them, or choose replace or skip"
+            f"{len(positions)} unknown characters ({shown}{more}), not in the tokenizer's "
+            f"vocabulary of {self.vocab_size}; remove them, or choose replace or skip"
         )
 
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """One id per byte of UTF-8: takes any text, and needs no corpus to be made.
+    """Byte-level: the ids are the bytes of UTF-8, so it encodes any text without training.
 
     Args:
-        end_of_text: None, or 256, which ends a document.
+        end_of_text: 256; None: no end-of-text token.
     """
 
     end_of_text: int | None = None
@@ -197,7 +199,7 @@ class ByteTokenizer:
         return [self.encode(text, unknown) for text in texts]
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """The text of (N,) ids; U+FFFD stands where bytes are no UTF-8."""
+        """The text of (N,) ids, with U+FFFD for bytes that are not valid UTF-8."""
         decode = lambda part: part.astype(np.uint8).tobytes().decode("utf-8", "replace")
         return join(np.asarray(ids, np.int64), self.end_of_text, decode)
 
@@ -211,12 +213,95 @@ class ByteTokenizer:
         return json.dumps({"type": "byte", **end}) + "\n"
 
 
+@dataclass(frozen=True)
+class IdTokenizer:
+    """Ids written as numbers, "12 7 3": for batches that stand for no text.
+
+    Args:
+        vocab_size: V; ids are 0 .. V - 1.
+    """
+
+    vocab_size: int
+    end_of_text: int | None = None
+    cuttable: bool = False
+
+    def encode_batch(self, texts: list[str], unknown: Unknown = "error") -> list[np.ndarray]:
+        """`encode` each text."""
+        return [self.encode(text, unknown) for text in texts]
+
+    def encode(self, text: str, unknown: Unknown = "error") -> np.ndarray:
+        """Numbers between blanks to (N,) int32 ids.
+
+        Raises:
+            UserError: something else than such numbers.
+        """
+        words = text.split()
+        good = [word for word in words if word.isdecimal() and int(word) < self.vocab_size]
+        if len(good) < len(words) and unknown != "skip":
+            raise UserError(
+                f"{text[:40]!r}: expected ids below {self.vocab_size} between blanks, as in 1 2 3"
+            )
+        return np.array([int(word) for word in good], np.int32)
+
+    def decode(self, ids: Any) -> str:
+        """(N,) ids to numbers, each followed by a blank."""
+        return "".join(f"{int(i)} " for i in ids)
+
+    def count_bytes(self, ids: Any) -> int:
+        """Bytes of the decoded text."""
+        return len(self.decode(ids))
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        return json.dumps({"type": "ids", "vocab_size": self.vocab_size})
+
+
+class StreamDecoder:
+    """Decodes generated tokens as they arrive; never splits a character.
+
+    A token may hold only some bytes of a character. Those are held back until the tokens that
+    complete the character arrive, so the pieces, joined, are the text of all the tokens.
+
+    Args:
+        tokenizer: decodes the ids.
+        prompt: (N,) ids before the stream. Some tokenizers need the last one to decode the next
+            (whether it starts with a space); its text is not returned again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray):
+        self._tokenizer = tokenizer
+        self._start_window(prompt[-1:].tolist())
+
+    def _start_window(self, context: list[int]) -> None:
+        """Decode from `context` on, ids whose text has been returned, instead of from the start
+        of the stream: the cost of a token does not grow with the length of the text."""
+        self._ids, self._n_context = context, len(context)
+        self._n_returned = len(self._tokenizer.decode(context))  # characters
+
+    def add(self, ids: np.ndarray) -> str:
+        """The text that (N,) more ids complete; may be empty."""
+        pieces = []
+        for token in ids.tolist():
+            self._ids.append(token)
+            text = self._tokenizer.decode(self._ids)
+            # At most three of a character's four bytes can be waiting for the last one.
+            complete = max(len(text.rstrip(INCOMPLETE)), len(text) - 3)
+            pieces.append(text[self._n_returned : complete])
+            self._n_returned = max(self._n_returned, complete)
+            if complete == len(text):
+                self._start_window(self._ids[self._n_context :])
+        return "".join(pieces)
+
+    def end(self) -> str:
+        """The text of incomplete bytes at the end of the stream: U+FFFD for each."""
+        return self._tokenizer.decode(self._ids)[self._n_returned :]
+
+
 def from_json(text: str) -> Tokenizer:
-    """Read a run's `tokenizer.json`.
+    """Make a tokenizer from the text of a run's `tokenizer.json`.
 
     Raises:
-        UserError: not JSON, another kind of tokenizer, an unusable vocabulary, or a library that
-            is missing.
+        UserError: not JSON, an unknown type, an unusable vocabulary, or a missing library.
     """
     try:
         values = json.loads(text)
@@ -230,20 +315,25 @@ def from_json(text: str) -> Tokenizer:
             return SentencePieceTokenizer(base64.b64decode(values["model"], validate=True))
         except (KeyError, TypeError, binascii.Error):
             raise UserError("the SentencePiece model must be in base64") from None
+    if kind == "ids":
+        size = values.get("vocab_size")
+        if type(size) is not int or not 0 < size < 2**31:
+            raise UserError(f"vocab_size must be a number above 0, got {size!r}")
+        return IdTokenizer(size)
     if kind == "byte":
         return ByteTokenizer(_end_of_text(values, 256))
     if kind != "char":
         raise UserError(
-            'expected {"type": "char", ...}, or byte, hf, sentencepiece; this gptjax reads no '
+            'expected {"type": ...} with char, byte, hf or sentencepiece; this gptjax supports no '
             "other tokenizer"
         )
     vocabulary = values.get("vocabulary")
     if not isinstance(vocabulary, list) or not vocabulary:
-        raise UserError("the vocabulary must be a list of one character or more")
+        raise UserError("the vocabulary must be a list of at least one character")
     if not all(isinstance(c, str) and len(c) == 1 for c in vocabulary):
-        raise UserError("the vocabulary must be a list of strings of one character each")
+        raise UserError("each entry of the vocabulary must be a string of one character")
     if vocabulary != sorted(set(vocabulary)):
-        raise UserError("the vocabulary must be sorted and without repeats")
+        raise UserError("the vocabulary must be sorted, without repeats")
     return CharTokenizer("".join(vocabulary), _end_of_text(values, len(vocabulary)))
 
 

@@ -1,38 +1,23 @@
-"""The loss curve of a run, or of several: `python -m gptjax.tools.plot [RUN ...] [--out FILE]`."""
+"""The loss curves of runs: the library of `gptjax plot`."""
 
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 
-from gptjax import cli
-from gptjax.errors import UserError, one_line_errors
-from gptjax.runs import folders
+from gptjax.errors import UserError, optional_import
 from gptjax.runs.run import Run
-
-
-@dataclass(frozen=True)
-class PlotCommand:
-    """Draw the losses of runs over their steps."""
-
-    run: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Names in runs/, or paths (default: the newest)."""
-    out: Path | None = None
-    """Picture to write, by its ending .png, .svg or .pdf (default: loss.png in the first run)."""
 
 
 def plot(directories: list[Path], out: Path) -> None:
     """Draw training loss (faint, and its running mean) and validation loss of each run.
 
     Raises:
-        UserError: a run without metrics, or a picture that cannot be written.
+        UserError: a run without metrics, a picture that cannot be written, or no matplotlib.
     """
-    from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures go on as they were
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    # Not pyplot, which would change the state of a notebook's own figures.
+    figure = optional_import("matplotlib.figure", "plot").Figure(
+        figsize=(7, 4), layout="constrained"
+    )
     axes = figure.subplots()
     for i, directory in enumerate(directories):
         records = Run(directory).metrics()
@@ -57,17 +42,3 @@ def plot(directories: list[Path], out: Path) -> None:
         figure.savefig(out, dpi=130)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {out}: {error}") from None
-
-
-def main(argv: list[str]) -> None:
-    """Draw what the arguments ask for."""
-    command = cli.parse(PlotCommand, PlotCommand(), argv, "gptjax.tools.plot", "")
-    directories = [folders.find(name) for name in command.run] or [folders.find(None)]
-    out = command.out or directories[0] / "loss.png"
-    plot(directories, out)
-    print(out)
-
-
-if __name__ == "__main__":
-    with one_line_errors("gptjax.tools.plot"):
-        main(sys.argv[1:])

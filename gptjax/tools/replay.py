@@ -1,62 +1,46 @@
-"""One step of a run made again, to look at: `python train.py --run NAME --replay STEP`.
+"""Make one step of a run again, to look at it: `python train.py --run NAME --replay STEP`.
 
 A step follows from the state before it and from (seed, step), so any step can be made again from
-the newest checkpoint before it. The states before steps that were skipped are kept for this:
-
-    runs/NAME/bad/N             the state after N updates, as in checkpoints/
-                  step-N+1.json the batch that the next one was to be made of
+the newest checkpoint before it, or from the state kept of a skipped one (`runs/bad_steps.py`).
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
 
+from gptjax import optim
+from gptjax.assembly import Setup, assemble, make_source, prefetched, streams
+from gptjax.batches import DROPOUT, Batch, Batches, Prefetched, random_key
+from gptjax.batches import fingerprint as fingerprint_of_batches
 from gptjax.console import Report
 from gptjax.errors import UserError
-from gptjax.feed import Feed
 from gptjax.interop import pretrained
-from gptjax.parallel import distributed
-from gptjax.programs import Programs
+from gptjax.loss import LossFn
+from gptjax.model import Model
+from gptjax.parallel import sharding
+from gptjax.runs import parts
+from gptjax.runs.bad_steps import token_rows
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.runs.files import write_atomically
 from gptjax.runs.run import Run
 from gptjax.step import TrainState
 from gptjax.text.dataset import fingerprint, open_dataset
 
-KEPT = 3  # newest states of skipped steps
 LEAVES = 8  # of the gradient, shown
 ROWS = 4  # of the batch, shown
-
-
-def keep(run: Run, programs: Programs, state: TrainState, step: int, feed: Feed) -> None:
-    """Keep what is needed to make a step again: the state before it, and its batch.
-
-    Raises:
-        UserError: no room or no permission.
-    """
-    batch = feed.batch(step - 1)
-    kept = Checkpoints(run.bad_path, lambda steps: {*steps[-KEPT:]})
-    distributed.first_does(kept.clean)
-    kept.save(step - 1, *programs.stored(state), {"step": step - 1})
-    kept.finish_save()
-    rows = [run.tokenizer.decode(row) for row in batch]
-    values = {"step": step, "tokens": batch.tolist(), "text": rows}
-    path, text = run.bad_path / f"step-{step}.json", json.dumps(values)
-    distributed.first_does(lambda: write_atomically(path, text))
 
 
 def replay(
     directory: Path,
     step: int,
     *,
-    model: nn.Module | None = None,
+    model: Model | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    loss_fn: LossFn | None = None,
+    batches: Batches | None = None,
     report: Report | None = None,
 ) -> dict[str, float]:
     """Make a step again, and show its loss, its gradient and its batch; nothing is written.
@@ -64,57 +48,91 @@ def replay(
     Args:
         directory: of the run.
         step: 1 is the first.
-        model: your own, if the run was trained with one; None: the config's.
-        optimizer: likewise.
+        model, optimizer, loss_fn, batches: your own, if the run was trained with such.
         report: where to; None: standard output.
 
     Returns:
-        Its "loss" and "grad_norm", bit for bit those of the run on as many devices of the kind.
+        Its metrics, bit for bit those of the run on the same number and type of devices.
 
     Raises:
-        UserError: no such step, or no sound checkpoint where there are some.
+        UserError: no such step, other parts than the run's, or no sound checkpoint where there are
+            some.
     """
     report = report or Report()
     run = Run(directory)
-    config = run.config
+    config, vocab_size = run.config, run.tokenizer.vocab_size
     if not 1 <= step <= config.steps:
         raise UserError(f"--replay {step} is not a step of this run; give 1 to {config.steps}")
-    dataset = open_dataset(config, run.tokenizer)
-    run.use_text(config.data.text, fingerprint(dataset))
-    programs = Programs(config, dataset.tokenizer.vocab_size, model, optimizer)
-    feed, seed_key = programs.training(dataset), programs.seed_key
+    setup_of = lambda batch_at: assemble(
+        config,
+        vocab_size,
+        model=model or parts.lecture_model(run),
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        batch_at=batch_at,
+    )
+    if batches is None:
+        dataset = open_dataset(config.data, config.model.block_size, run.tokenizer)
+        run.use_text(config.data.text, fingerprint(dataset))
+        setup = setup_of(Prefetched.at if streams(config, dataset) else None)
+        source = make_source(config, dataset, setup.mesh, setup.seed_key())
+    else:
+        run.use_text("of batches=", fingerprint_of_batches(batches))
+        setup = setup_of(Prefetched.at)
+        source = prefetched(config, batches, setup.mesh)
+    given = parts.describe(model=setup.model, optimizer=optimizer, loss_fn=loss_fn, batches=batches)
+    parts.check(run, given)
     logged = {record["step"]: record for record in run.metrics()}
     checkpoints, first = _newest_before(run, step)
     if checkpoints:
-        state = programs.restore(checkpoints, first)
+        state = checkpoints.restore(first, setup.layout)
     else:
-        state = programs.start(pretrained.initial(config))
+        state = setup.start(pretrained.initial(config))
     report.say(f"step {step} again, from the state after step {first}")
+    key = setup.seed_key()
     while first < step - 1:
         n = min(config.steps_per_dispatch, step - 1 - first)
-        state, _ = programs.train_steps(state, feed(first, then=first + n), seed_key, n)
+        state, _ = setup.steps(state, source.data(first, then=first + n), key, first, n)
         if int(state.step) < first + n:  # it stopped before a step that was skipped
-            state = programs.skip(state)
+            skipped = np.int32(int(state.step) + 1)
+            state = state._replace(step=sharding.put(setup.mesh, skipped))
         first = int(state.step)
 
-    batch = feed.batch(step - 1)
-    _, gradient = programs.gradient(state.params, programs.put(batch), seed_key, step - 1)
-    _, out = programs.train_steps(state, feed(step - 1), seed_key, 1)
-    values = {name: float(x[0]) for name, x in out._asdict().items()}
+    batch = source.batch(step - 1)
+    gradient = _gradient(setup, state, batch, step)
+    _, out = setup.steps(state, source.data(step - 1), key, step - 1, 1)
+    values = {name: float(x[0]) for name, x in out.items()}
     record = logged.get(step, {})
     rows = {
         name: f"{values[name]:.9g}, logged: {record.get(name, record.get('skipped', 'nothing'))}"
-        for name in ("loss", "grad_norm")
+        for name in values
+        if name != "lr"
     }
     report.summary(f"step {step}", rows)
     report.summary("the gradient's largest norms", _norms(gradient))
-    shown = {f"row {i}": repr(run.tokenizer.decode(row)) for i, row in enumerate(batch[:ROWS])}
-    report.summary(f"the batch, {min(ROWS, len(batch))} of {len(batch)} rows", shown)
+    if isinstance(batch, Batch):
+        tokens = token_rows(batch)
+        shown = {f"row {i}": repr(run.tokenizer.decode(row)) for i, row in enumerate(tokens[:ROWS])}
+        report.summary(f"the batch, {min(ROWS, len(tokens))} of {len(tokens)} rows", shown)
     return values
 
 
+def _gradient(setup: Setup, state: TrainState, batch: Any, step: int) -> Any:
+    """The gradient with respect to the trained parameters, of the batch as a whole."""
+
+    @jax.jit
+    def gradient(state: TrainState, batch: Any, seed_key: jax.Array) -> Any:
+        def loss(params: Any) -> jax.Array:
+            params, key = optim.join(params, state.frozen), random_key(seed_key, DROPOUT, step - 1)
+            return setup.loss_fn(setup.applied, params, batch, key)[0]
+
+        return jax.grad(loss)(state.params)
+
+    return gradient(state, sharding.put(setup.mesh, batch, sharding.BATCH), setup.seed_key())
+
+
 def _newest_before(run: Run, step: int) -> tuple[Checkpoints | None, int]:
-    """Where the newest sound state before a step lies, and how many updates it has had."""
+    """The checkpoints that hold the newest sound state before a step, and its step."""
     found = [
         (n, kept)
         for kept in (Checkpoints(run.checkpoints_path), Checkpoints(run.bad_path))

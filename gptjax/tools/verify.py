@@ -1,41 +1,29 @@
-"""Is this run sound? `python -m gptjax.tools.verify [RUN]` reads its folder and writes nothing.
+"""Is a run sound? The library of `gptjax verify`; it reads the run's folder and writes nothing.
 
 Config, tokenizer, metrics, the files of every checkpoint against their checksums, shapes, finite
 numbers; and last a loss that was logged is measured again from the state that was stored.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import optax
 
-from gptjax import cli
-from gptjax.cache import use_compilation_cache
-from gptjax.config import MeshConfig
-from gptjax.errors import UserError, one_line_errors
-from gptjax.programs import Programs
-from gptjax.runs import folders
+from gptjax.assembly import assemble, evaluate_random, evaluate_split, resident
+from gptjax.config import MeshConfig, ModelConfig
+from gptjax.errors import UserError
+from gptjax.model import Model
+from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import read as read_records
 from gptjax.runs.run import Run, read_config
+from gptjax.step import TrainState
 from gptjax.text.dataset import fingerprint, open_dataset
 
 TOLERANCE = 1e-4  # nats: another machine or device count rounds otherwise
-
-
-@dataclass(frozen=True)
-class VerifyCommand:
-    """Check a run's folder. Ends with 1 if something is wrong."""
-
-    run: Annotated[str | None, tyro.conf.Positional] = None
-    """Name in runs/, or path of a run's folder (default: the newest)."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +35,18 @@ class Check:
     found: str
 
 
-def verify(name: str | None) -> list[Check]:
+def verify(
+    name: str | None = None,
+    *,
+    model: Model | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> list[Check]:
     """All checks of a run, as far as each can go.
+
+    Args:
+        name: of the run; None: the newest.
+        model, optimizer: your own, if the run was trained with such: what needs them is checked
+            only if they are given.
 
     Raises:
         UserError: there is no such run.
@@ -71,26 +69,47 @@ def verify(name: str | None) -> list[Check]:
     run = Run(directory)
     check("metrics", lambda: _metrics(run))
     checkpoints = Checkpoints(run.checkpoints_path)
-    # On as many devices as are here: where a run was trained decides no number.
-    here = replace(run.config, mesh=MeshConfig())
-    programs = Programs(here, run.tokenizer.vocab_size)
+    load = _loader(run, checkpoints, model, optimizer, checks)
     sound = []
     for step in checkpoints.steps():
-        if check(f"checkpoint {step}", lambda step=step: _checkpoint(programs, checkpoints, step)):
+        if check(f"checkpoint {step}", lambda step=step: _checkpoint(checkpoints, step, load)):
             sound.append(step)
     if not checkpoints.steps():
         checks.append(Check("checkpoints", False, "there is none"))
     for step in reversed(sound):
         if logged := _logged_loss(run, step):
-            checks.append(_loss(run, programs, checkpoints, step, *logged))
+            checks.append(_loss(run, checkpoints, step, model, *logged))
             break
     else:
         checks.append(Check("loss", None, "no loss was logged at a checkpoint that is sound"))
     return checks
 
 
-def _described(model: Any) -> str:
-    return f"{model.kind}, {model.n_layer} layers, {model.n_embd} wide"
+def _loader(
+    run: Run,
+    checkpoints: Checkpoints,
+    model: Model | None,
+    optimizer: optax.GradientTransformation | None,
+    checks: list[Check],
+) -> Callable[[int], Any]:
+    """The function that reads as much of a checkpoint as can be read: with parts missing that were
+    the caller's own, only its parameters, or only its files."""
+    try:
+        made = parts.run_model(run, model)
+    except UserError as error:
+        checks.append(Check("model", None, f"its arrays are not checked: {error}"))
+        return lambda step: None
+    if "optimizer" in run.parts and optimizer is None:
+        checks.append(Check("optimizer", None, "not gptjax's; its state is not checked"))
+        return lambda step: checkpoints.load_params(step, made)
+    # On as many devices as are here: where a run was trained decides no number.
+    here = replace(run.config, mesh=MeshConfig())
+    setup = assemble(here, run.tokenizer.vocab_size, model=made, optimizer=optimizer)
+    return lambda step: checkpoints.restore(step, setup.layout)
+
+
+def _described(model: ModelConfig) -> str:
+    return f"{model.n_layer} layers, width {model.n_embd}"
 
 
 def _metrics(run: Run) -> str:
@@ -100,17 +119,18 @@ def _metrics(run: Run) -> str:
         raise UserError(damage)
     with run.metrics_path.open("rb") as file:
         if not file.read().endswith(b"\n"):
-            raise UserError(f"{run.metrics_path}: the last line was cut short; --resume mends it")
+            raise UserError(f"{run.metrics_path}: the last line was cut short; --resume fixes it")
     if run.metrics_have_changed():
         raise UserError(f"{run.metrics_path} does not match its checksum")
     skipped = sum("skipped" in record for record in records)
     return f"steps 0 to {len(records) - 1}" + (f", {skipped} skipped" if skipped else "")
 
 
-def _checkpoint(programs: Programs, checkpoints: Checkpoints, step: int) -> str:
+def _checkpoint(checkpoints: Checkpoints, step: int, load: Callable[[int], Any]) -> str:
     """Files, shapes, and finite numbers of one checkpoint."""
-    state = programs.restore(checkpoints, step)
-    if int(state.step) != step:
+    checkpoints.verify(step)
+    state = load(step)
+    if isinstance(state, TrainState) and int(state.step) != step:
         raise UserError(f"checkpoint {checkpoints.path / str(step)} is of step {state.step}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
@@ -130,36 +150,25 @@ def _logged_loss(run: Run, step: int) -> tuple[str, float] | None:
 
 
 def _loss(
-    run: Run, programs: Programs, checkpoints: Checkpoints, step: int, name: str, logged: float
+    run: Run, checkpoints: Checkpoints, step: int, model: Model | None, name: str, logged: float
 ) -> Check:
     """Measure that loss again."""
+    if "batches" in run.parts:
+        return Check("loss", None, "not measured again: the batches are not gptjax's")
     try:
-        dataset = open_dataset(run.config, run.tokenizer)
+        dataset = open_dataset(run.config.data, run.config.model.block_size, run.tokenizer)
         run.use_text(run.config.data.text, fingerprint(dataset))
+        made = parts.run_model(run, model)
     except UserError as error:
         return Check("loss", None, f"not measured again: {error}")
-    params = programs.restore(checkpoints, step).weights
-    again = programs.mean_loss(params, programs.hold(dataset.val), step, name == "val_loss")
+    here = replace(run.config, mesh=MeshConfig())
+    setup = assemble(here, run.tokenizer.vocab_size, model=made)
+    params = checkpoints.load_params(step, made, setup.mesh)
+    tokens = resident(setup, dataset.val)
+    if name == "val_loss":
+        again = evaluate_split(setup, params, tokens)["loss"]
+    else:
+        n = run.config.eval_batches or 1
+        again = evaluate_random(setup, params, tokens, step, n)["loss"]
     found = f"{name} of step {step}: logged {logged:.6f}, again {again:.6f}"
     return Check("loss", abs(again - logged) < TOLERANCE, found)
-
-
-def main(argv: list[str]) -> None:
-    """Print a table of the checks; what is wrong once more, below it, on stderr."""
-    command = cli.parse(VerifyCommand, VerifyCommand(), argv, "gptjax.tools.verify", "")
-    use_compilation_cache()
-    checks = verify(command.run)
-    table = Table(box=None, show_header=False)
-    for check in checks:
-        mark = {True: "sound", False: "WRONG", None: "?"}[check.sound]
-        style = {True: "green", False: "bold red", None: "yellow"}[check.sound]
-        table.add_row(check.name, f"[{style}]{mark}[/]", escape(check.found))
-    Console(highlight=False).print(table)
-    if wrong := [f"{check.name}: {check.found}" for check in checks if check.sound is False]:
-        print("\n".join(wrong), file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    with one_line_errors("gptjax.tools.verify"):
-        main(sys.argv[1:])

@@ -1,0 +1,215 @@
+"""The training loop: train until something is due, then save, evaluate and log."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import console
+from gptjax.assembly import Setup
+from gptjax.batches import Source
+from gptjax.config import Config
+from gptjax.console import Clock, Report
+from gptjax.errors import UserError
+from gptjax.parallel import distributed, sharding
+from gptjax.parallel.signals import Stop, until_signal
+from gptjax.parallel.tracing import Profile
+from gptjax.runs import bad_steps
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.folders import run_name
+from gptjax.runs.records import Record
+from gptjax.runs.run import Run
+from gptjax.step import TrainState
+from gptjax.text.dataset import Dataset
+
+FIRST = ("loss", "grad_norm", "lr")  # the order of a record's metrics
+
+
+class Job(NamedTuple):
+    """A run, and what it is trained with."""
+
+    setup: Setup
+    run: Run
+    checkpoints: Checkpoints
+    dataset: Dataset | None
+    source: Source
+    key: jax.Array
+    evaluate: Callable[[Any, int, bool], dict[str, float]]
+    report: Report
+    trace: Profile
+
+
+def run_job(job: Job, state: TrainState, start: int) -> tuple[Record, TrainState]:
+    """From step `start` to the last one, or until a signal."""
+    setup, run, checkpoints, report = job.setup, job.run, job.checkpoints, job.report
+    config = setup.config
+    report.summary(f"run {run.directory}", console.before(setup, run.tokenizer, job.dataset, start))
+    if warning := console.warning(setup, job.dataset):
+        report.say(warning)
+    record, logged, skips = _last_record(job, start)
+    clock = Clock(record.get("seconds") or 0.0)
+    step, stopped = start, False
+    with (
+        until_signal() as asked,
+        report.progress(start, config),
+        checkpoints.sealing(),
+        job.trace.ending(),
+    ):
+        stop = Stop(asked, setup.mesh)
+        if not logged:
+            record = _finish(job, state, record, stopped=False)
+        clock.start()
+        while step < config.steps and not stopped:
+            state, records, bad = _advance(job, state, step, clock, stop)
+            step = records[-1]["step"]
+            if bad:
+                skips = skips + 1 if len(records) == 1 else 1
+                state = _skip(job, state, step, bad)
+            else:
+                skips = 0
+            _log(run, records[:-1])
+            if skips == config.stop_after_skips:
+                _log(run, records[-1:])
+                raise UserError(
+                    f"the loss or the gradient was not finite for {skips} steps in a row, up to "
+                    f"step {step} ({bad}): training has diverged; look at it with --replay {step}, "
+                    f"or continue from the last checkpoint with --resume and a lower "
+                    f"--optim.learning-rate"
+                )
+            with clock.stopped():
+                stopped = stop.now()
+                record = _finish(job, state, records[-1], stopped)
+    if step < config.steps:
+        name = run_name(run.directory)
+        report.say(f"stopped after step {step}; to continue: python train.py --run {name} --resume")
+    else:
+        report.summary("done", console.after(setup, run, record))
+    return record, state
+
+
+def _advance(
+    job: Job, state: TrainState, step: int, clock: Clock, stop: Stop
+) -> tuple[TrainState, list[Record], str | None]:
+    """Train until something is due, a signal, or a step that is not finite.
+
+    The metrics of each call of the devices are read while they make the next.
+
+    Returns:
+        The state (before a step that is not finite), a record of each step, and what was not
+        finite, if anything.
+    """
+    config = job.setup.config
+    boundary = _next_boundary(config, step)
+    records: list[Record] = []
+    pending: tuple[int, int, Any] | None = None
+    bad: str | None = None
+    while step < boundary and bad is None and not (pending and stop.soon()):
+        n = min(config.steps_per_dispatch, boundary - step)
+        data = job.source.data(step, then=step + n)
+        with job.trace.call(step):
+            state, log = job.setup.steps(state, data, job.key, step, n)
+        if pending:
+            bad = _read(*pending, records, clock, job.report)
+        pending, step = (step, n, log), step + n
+        job.checkpoints.finish_save(wait=False)
+    if pending and bad is None:  # else the last call was a no-op
+        bad = _read(*pending, records, clock, job.report)
+    return state, records, bad
+
+
+def _read(
+    first: int, n: int, log: Any, records: list[Record], clock: Clock, report: Report
+) -> str | None:
+    """Append the records of the n steps after step `first`, up to one that is not finite; says
+    what was not. Waits until the devices have made them."""
+    host = jax.device_get(log)
+    names = sorted(
+        host, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name)
+    )
+    for i in range(n):
+        values = {name: float(host[name][i]) for name in names}
+        record = {"step": first + i + 1, **values, "seconds": round(clock.read(), 3)}
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            bad = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+            records.append({"step": record["step"], "skipped": bad, "seconds": record["seconds"]})
+            return bad
+        records.append(record)
+    report.step(first + n, records[-1]["loss"], clock.read())
+    return None
+
+
+def _skip(job: Job, state: TrainState, step: int, bad: str) -> TrainState:
+    """Keep what is needed to look at a step that was not finite; the state to go on with, in which
+    its batch is left out."""
+    bad_steps.keep(job.run, state, step, job.source.batch(step - 1))
+    job.report.say(
+        f"step {step} skipped ({bad}); to look at it: "
+        f"python train.py --run {run_name(job.run.directory)} --replay {step}"
+    )
+    return state._replace(step=sharding.put(job.setup.mesh, np.int32(step)))
+
+
+def _finish(job: Job, state: TrainState, record: Record, stopped: bool) -> Record:
+    """Save, then evaluate, then log, if it is time: a crash while evaluating loses nothing."""
+    config, step = job.setup.config, record["step"]
+    last = step == config.steps
+    if (step or config.init) and (step % config.save_every == 0 or last or stopped):
+        if not bool(_all_finite(state)):
+            raise UserError(
+                f"the parameters or the optimizer's state are not finite after step {step}: "
+                f"training has diverged, and nothing was saved; continue from the last checkpoint "
+                f"with --resume and a lower --optim.learning-rate"
+            )
+        job.checkpoints.save(step, state, record, job.run.texts)
+    if step % config.eval_every == 0 or last:
+        if stopped and not last:
+            return record  # evaluated and logged on resume, from the record in the checkpoint
+        record = {**record, **job.evaluate(state.weights, step, last)}
+        job.report.evaluation(step, config.steps, record)
+    _log(job.run, [record])
+    return record
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.array([jnp.isfinite(x).all() for x in floats]).all()
+
+
+def _log(run: Run, records: list[Record]) -> None:
+    if distributed.is_first():
+        run.log(records)
+
+
+def _next_boundary(config: Config, step: int) -> int:
+    """The first step after `step` at which something is due."""
+    due = [every * (step // every + 1) for every in (config.eval_every, config.save_every)]
+    return min(*due, config.steps)
+
+
+def _last_record(job: Job, start: int) -> tuple[Record, bool, int]:
+    """Drop the metrics after step `start`, which will be made again.
+
+    Returns:
+        The record of that step, whether it is complete, and how many steps up to it in a row were
+        skipped.
+    """
+    run, steps = job.run, job.setup.config.steps
+    logged, damage = distributed.first_does(lambda: run.rewind_metrics(start))
+    if damage and start:
+        job.report.say(f"continuing with the metrics that are left: {damage}")
+    record: Record = logged[-1] if logged else {"step": 0, "seconds": 0.0}
+    complete = bool(logged) and record["step"] == start
+    if start and record["step"] < start:
+        record = job.checkpoints.record(start)
+    # It was stopped at a step that was not yet to be the last one, and is now.
+    if complete and start == steps and job.dataset and "val_loss" not in record:
+        distributed.first_does(lambda: run.rewind_metrics(start - 1))
+        complete = False
+    skips = 0
+    while skips < len(logged) and "skipped" in logged[-1 - skips]:
+        skips += 1
+    return record, complete, skips
