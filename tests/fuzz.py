@@ -35,7 +35,11 @@ HF = {
 RECORD = b'{"step": 0, "val_loss": 4.5, "seconds": 0.0}\n{"step": 1, "loss": 4.25, "lr": 0.001}\n'
 SEALED = b'{"format": 1, "files": {"params/d/0": "00"}}'
 SEEDS: dict[str, list[bytes]] = {
-    "config": [config_json.to_json(Config()).encode()],
+    "config": [
+        config_json.to_json(Config()).encode(),
+        config_json.to_json(Config(), {"model": "Mine(n=3)", "config": "mine.py"}).encode(),
+        b'{"format": 1, "model": {"kind": "bigram", "qkv_bias": true, "ngram": 1}}',
+    ],
     "tokenizer": [
         CharTokenizer.fit("hello\n").to_json().encode(),
         b'{"type": "byte", "end_of_text": 256}',
@@ -58,8 +62,8 @@ def written(name: str, data: bytes) -> Path:
 
 
 def read_config(data: bytes) -> None:
-    config = files.read_file(written("config.json", data), config_json.from_json)
-    assert config_json.from_json(config_json.to_json(config)) == config
+    stored = files.read_file(written("config.json", data), config_json.from_json)
+    assert config_json.from_json(config_json.to_json(*stored)) == stored
 
 
 def read_tokenizer(data: bytes) -> None:

@@ -5,39 +5,40 @@ the parameter layout.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import ModelConfig
 
 
-def gpt(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """(B, T, V) logits for (B, T) ids; biases, tables and heads not in `params` are skipped."""
+def gpt(
+    params: Any,
+    tokens: np.ndarray,
+    config: ModelConfig,
+    extra: Callable[[Any, np.ndarray], Any] = lambda params, row: 0.0,
+    bias: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """(B, T, V) logits of (B, T) ids; a bias, table or head that `params` lacks is not applied.
+
+    Args:
+        params: of a `gptjax.model.GPT`.
+        tokens: (B, T) ids.
+        config: its config.
+        extra: `extra(params, row)` gives (T, C) values to add to the embeddings of (T,) ids.
+        bias: (H, T, T), added to the scores of every layer.
+    """
     params = float64(params)
-    return np.stack([_one(params, row, config) for row in np.asarray(tokens)])
+    return np.stack([_one(params, row, config, extra, bias) for row in np.asarray(tokens)])
 
 
-def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
+def _one(
+    params: Any, tokens: np.ndarray, config: ModelConfig, extra: Callable, bias: Any
+) -> np.ndarray:
     embedding, T = params["wte"]["embedding"], len(tokens)
-    x = embedding[tokens]
-    for back in range(1, config.ngram):
-        for t in range(back, T):
-            row = (back - 1) * len(embedding) + tokens[t - back]
-            x[t] += params["wse"]["embedding"][row]
-    if config.pair_rows is not None:
-        for t in range(1, T):
-            number = len(embedding) * int(tokens[t - 1]) + int(tokens[t])
-            x[t] += params["wbe"]["embedding"][number % config.pair_rows]
-    if config.recall is not None:
-        for t in range(config.recall, T):
-            last = tokens[t + 1 - config.recall : t + 1].tolist()
-            ends = [s for s in range(t) if tokens[: s + 1][-config.recall :].tolist() == last]
-            if ends:
-                x[t] += params["wre"]["embedding"][tokens[ends[-1] + 1]]
+    x = embedding[tokens] + extra(params, tokens)
     if "wpe" in params:
         x = x + params["wpe"][:T]
     norm = layer_norm if config.norm == "layer" else rms_norm
@@ -47,7 +48,7 @@ def _one(params: Any, tokens: np.ndarray, config: ModelConfig) -> np.ndarray:
         visible = np.tri(T, dtype=bool)
         if config.window is not None:
             visible &= ~np.tri(T, k=-config.window, dtype=bool)
-        heads = heads_side_by_side(q, k, v, config.n_head, visible)
+        heads = heads_side_by_side(q, k, v, config.n_head, visible, bias)
         x = x + linear(heads, block["attn"]["c_proj"])
         hidden = linear(norm(x, block["ln_2"], config), block["mlp"]["c_fc"])
         x = x + linear(ACTIVATIONS[config.activation](hidden), block["mlp"]["c_proj"])
@@ -75,7 +76,7 @@ def _queries_keys_values(x: np.ndarray, layer: Any, config: ModelConfig) -> list
 
 
 def rotate(x: np.ndarray, base: float) -> np.ndarray:
-    """Rotary positions, (T, D): rotate the pair (i, i + D/2) by t / base^(2i/D) radians."""
+    """(T, D): the pair (i, i + D/2) as a complex number, rotated by t / base^(2i/D) radians."""
     T, D = x.shape
     z = x[:, : D // 2] + 1j * x[:, D // 2 :]
     for t in range(T):
@@ -85,18 +86,28 @@ def rotate(x: np.ndarray, base: float) -> np.ndarray:
 
 
 def heads_side_by_side(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, n_head: int, visible: np.ndarray
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    n_head: int,
+    visible: np.ndarray,
+    bias: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """Multi-head attention: (T, C) queries, (S, C) keys and values, `visible` (T, S) bool."""
+    """(T, C) queries on (S, C) keys and values, head by head; `visible` is (T, S) bool and `bias`
+    (H, T, S)."""
+    biases = np.broadcast_to(bias, (n_head, *visible.shape))
     qs, ks, vs = (np.split(x, n_head, axis=-1) for x in (q, k, v))
-    heads = [_head(*qkv, visible) for qkv in zip(qs, ks, vs, strict=True)]
+    parts = zip(qs, ks, vs, biases, strict=True)
+    heads = [_head(q, k, v, visible, bias) for q, k, v, bias in parts]
     return np.concatenate(heads, axis=-1)
 
 
-def _head(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
+def _head(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, bias: np.ndarray
+) -> np.ndarray:
     out = []
-    for query, sees in zip(q, visible, strict=True):
-        scores = k[sees] @ query / np.sqrt(len(query))
+    for query, sees, more in zip(q, visible, bias, strict=True):
+        scores = k[sees] @ query / np.sqrt(len(query)) + more[sees]
         weights = np.exp(scores - scores.max())
         out.append(weights / weights.sum() @ v[sees])
     return np.stack(out)
@@ -130,12 +141,12 @@ def over_rms(x: np.ndarray, eps: float) -> np.ndarray:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """GELU in the tanh approximation, as in GPT-2."""
+    """GPT-2's tanh approximation."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def gated(x: np.ndarray) -> np.ndarray:
-    """SwiGLU: silu of the first half times the second half."""
+    """SwiGLU: silu of the first half times the second."""
     gate, up = np.split(x, 2, axis=-1)
     return gate / (1 + np.exp(-gate)) * up
 
@@ -147,37 +158,3 @@ ACTIVATIONS = {
     "relu2": lambda x: np.maximum(x, 0) ** 2,
     "swiglu": gated,
 }
-
-
-def random_params(model: nn.Module, seed: int = 0, *inputs: Any, **kwargs: Any) -> Any:
-    """Randomise every leaf, biases and norms included, so that no term keeps a neutral init.
-
-    Args:
-        model: the module whose parameters to make.
-        seed: random seed.
-        *inputs: arguments of `model.init`; default: two token ids.
-        **kwargs: keyword arguments of `model.init`.
-    """
-    inputs = inputs or (jnp.zeros((1, min(2, block_size(model))), jnp.int32),)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs, **kwargs)["params"]
-    random = np.random.default_rng(seed)
-
-    def value(path: Any, leaf: Any) -> jax.Array:
-        noise = random.standard_normal(leaf.shape)
-        match path[-1].key:
-            case "kernel":
-                noise *= 0.2
-            case "bias":
-                noise *= 0.5
-            case "scale":
-                noise = 1 + 0.3 * noise
-            case "embedding" | "wpe":  # small, so that the norm's epsilon matters
-                noise *= 0.05
-        return jnp.asarray(noise, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(value, shapes)
-
-
-def block_size(model: Any) -> int:
-    """The model's context length."""
-    return model.config.block_size

@@ -166,10 +166,9 @@ def same(reference: Path, directory: Path) -> None:
     """Compare two finished runs, bit for bit."""
     import jax
 
-    from gptjax.cli import SampleCommand
+    import gptjax
+    from gptjax.assembly import assemble
     from gptjax.cli.compilation_cache import use_compilation_cache
-    from gptjax.inference import stream
-    from gptjax.programs import Programs
     from gptjax.runs import records
     from gptjax.runs.checkpoint import Checkpoints
     from gptjax.runs.run import Run
@@ -178,11 +177,10 @@ def same(reference: Path, directory: Path) -> None:
     ends = []
     for path in (reference, directory):
         run = Run(path)
-        programs = Programs(run.config, run.tokenizer.vocab_size)
-        state = programs.restore(Checkpoints(run.checkpoints_path), run.config.steps)
+        setup = assemble(run.config, run.tokenizer.vocab_size)
+        state = Checkpoints(run.checkpoints_path).restore(run.config.steps, setup.layout)
         lines = [{**record, "seconds": 0} for record in records.read(run.metrics_path)[0]]
-        sampling = SampleCommand(run=str(path), checkpoint="last", max_new_tokens=60)
-        text = "".join(parts[0] for parts in stream(sampling))
+        text = "".join(gptjax.load(path, "last").generate(max_new_tokens=60))
         ends.append(([jax.device_get(x).tobytes() for x in jax.tree.leaves(state)], lines, text))
     for name, a, b in zip(("arrays", "metrics", "samples"), *ends, strict=True):
         if a != b:

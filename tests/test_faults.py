@@ -7,21 +7,20 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from run_helpers import QUIET, contents, message, text_file
 
-from gptjax.cli import SampleCommand
 from gptjax.config import Config, ModelConfig, OptimConfig
-from gptjax.console import Report
 from gptjax.errors import UserError
-from gptjax.inference import stream
 from gptjax.runs import files, folders, records
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import MANIFEST, Damaged
+from gptjax.runs.loaded import load
 from gptjax.runs.run import Run, read_config
 from gptjax.text import dataset as data
 from gptjax.text.dataset import Dataset, fingerprint
@@ -37,15 +36,13 @@ CONFIG = Config(
     model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8),
     optim=OptimConfig(learning_rate=1e-2),
 )
-QUIET = Report(quiet=True)
 OFFSETS = int(os.environ.get("GPTJAX_FAULT_OFFSETS", "2"))  # corruptions per file
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, play) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "play.txt").write_text(play)
-    config = replace(CONFIG, data=replace(CONFIG.data, text=str(folder / "play.txt")))
+    config = replace(CONFIG, data=text_file(folder, play))
     train(config, folder / "run", report=QUIET)
     return folder / "run"
 
@@ -54,13 +51,6 @@ def finished(tmp_path_factory, play) -> Path:
 def run(finished, tmp_path) -> Path:
     shutil.copytree(finished, tmp_path / "run")
     return tmp_path / "run"
-
-
-def message(callable_: Callable, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        callable_(*args, **kwargs)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 def resume(run: Path, **changes) -> dict:
@@ -132,20 +122,19 @@ def test_resuming_sets_a_damaged_checkpoint_aside_and_redoes_it(run, finished):
 
 def test_sampling_offers_the_newest_intact_checkpoint(run):
     (run / "checkpoints" / "6" / MANIFEST).unlink()
-    command = SampleCommand(run=str(run), checkpoint="6", max_new_tokens=3)
-    error = message(list, stream(command))
+    error = message(load, run, 6)
     assert error.startswith(f"checkpoint {run}/checkpoints/6 is damaged: sha256.json is missing; ")
     assert error.endswith(" 4")
-    assert list(stream(replace(command, checkpoint="4")))
+    assert list(load(run, 4).generate(max_new_tokens=3))
 
 
 def test_without_an_intact_checkpoint_nothing_is_changed(run):
     for step in (4, 6):
         (run / "checkpoints" / str(step) / "config.json").write_text("")
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    before = contents(run)
     for _ in range(2):
         assert message(resume, run).startswith(f"every checkpoint in {run}/checkpoints is damaged")
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize(
@@ -169,7 +158,7 @@ def test_a_newer_format_is_refused_and_left_in_place(run):
     (run / "checkpoints" / "6" / MANIFEST).write_text('{"format": 2, "new": "layout"}')
     error = message(resume, run)
     assert error.startswith(f"checkpoint {run}/checkpoints/6 cannot be used: format 2 is newer")
-    assert message(list, stream(SampleCommand(run=str(run), checkpoint="6"))) == error
+    assert message(load, run, "6") == error
     assert (run / "checkpoints" / "6").is_dir()
 
 
@@ -351,7 +340,7 @@ def test_a_read_only_disk(run, small_disk):
     subprocess.run(remount, check=True)
     error = message(resume, home)
     assert error.startswith(f"cannot write the run's folder {home}: Read-only file system; ")
-    assert list(stream(SampleCommand(run=str(home), max_new_tokens=3)))  # sampling only reads
+    assert list(load(home).generate(max_new_tokens=3))  # sampling only reads
     new = small_disk / "new"
     assert message(train, CONFIG, new).startswith(f"cannot write the run's folder {new}: ")
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.build import build_model
+from gptjax.assembly import make_model
 from gptjax.errors import UserError
 from gptjax.interop import gguf as gguf_module
 from gptjax.interop import pretrained
@@ -116,7 +116,7 @@ def test_import_equals_transformers(kind: str, tmp_path: Path):
     )  # fmt: skip
     theirs.load_state_dict({name: torch.tensor(x) for name, x in state.items()})
     x = np.random.default_rng(1).integers(0, V, (2, 64))
-    logits, _ = build_model(loaded.config, V).apply({"params": loaded.params}, jnp.asarray(x))
+    logits, _ = make_model(loaded.config, V).apply({"params": loaded.params}, jnp.asarray(x))
     with torch.no_grad():
         other = theirs.eval()(torch.tensor(x)).logits.numpy()
     difference = np.abs(np.asarray(logits) - other).max()
@@ -208,7 +208,7 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Path):
     text = "Ends of lines\n\n and 1,234 numbers, naïve, 東京 🙂\t"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     # A short context keeps the test fast; the weights do not depend on it.
-    model = build_model(replace(loaded.config, block_size=64), 49152)
+    model = make_model(replace(loaded.config, block_size=64), 49152)
     prompt = tokenizer.encode("The capital of France is")
     params = jax.device_put(loaded.params)
     sampling = Sampling(temperature=0)

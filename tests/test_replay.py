@@ -17,17 +17,21 @@ import numpy as np
 import optax
 import pytest
 from rich.console import Console
+from run_helpers import QUIET, arrays, assert_same, contents, message, text_file
+from run_helpers import records as lines
 
+from gptjax.assembly import assemble
+from gptjax.batches import Batch, windows_at
 from gptjax.config import Config, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
+from gptjax.loss import cross_entropy
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
-from gptjax.programs import Programs
 from gptjax.runs import folders
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
-from gptjax.step import batch_at, cross_entropy
+from gptjax.text.dataset import open_dataset
 from gptjax.tools.replay import replay
 from gptjax.training import train
 
@@ -41,7 +45,6 @@ CONFIG = Config(
     model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8),
     optim=OptimConfig(learning_rate=1e-2),
 )
-QUIET = Report(quiet=True)
 
 
 class Choosy(GPT):
@@ -59,15 +62,8 @@ def chokes(tokens: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory, play) -> Path:
-    path = tmp_path_factory.mktemp("text") / "play.txt"
-    path.write_text(play)
-    return path
-
-
-@pytest.fixture(scope="module")
-def config(text) -> Config:
-    return replace(CONFIG, data=replace(CONFIG.data, text=str(text)))
+def config(tmp_path_factory, play) -> Config:
+    return replace(CONFIG, data=text_file(tmp_path_factory.mktemp("text"), play))
 
 
 def choosy(config: Config, directory: Path, resume: bool = False) -> dict[str, Any]:
@@ -79,19 +75,6 @@ def vocab_size(config: Config) -> int:
     return len(set(Path(config.data.text).read_text()))
 
 
-def lines(directory: Path) -> list[dict[str, Any]]:
-    strict = lambda constant: pytest.fail(f"{constant} is not JSON")
-    text = (directory / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line, parse_constant=strict) for line in text]
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
-
-
-def params_of(config: Config, directory: Path) -> list[np.ndarray]:
-    programs = Programs(config, vocab_size(config))
-    state = programs.restore(Checkpoints(directory / "checkpoints"), config.steps)
-    return [np.asarray(x) for x in jax.tree.leaves(state)]
-
-
 @pytest.fixture(scope="module")
 def skipping(config, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "skipping"
@@ -99,14 +82,15 @@ def skipping(config, tmp_path_factory) -> Path:
     return directory
 
 
-def bad_steps(config: Config) -> list[int]:
-    """Computed from the batches alone, without training."""
-    from gptjax.text.dataset import open_dataset
-
+def batches(config: Config) -> list[Batch]:
+    """One for each step, computed without training."""
     tokens = jnp.asarray(open_dataset(config.data, config.model.block_size).train)
-    key = jax.random.key(config.seed)
-    batches = [batch_at(config, tokens, key, step) for step in range(config.steps)]
-    return [step + 1 for step, batch in enumerate(batches) if chokes(batch[:, :-1])]
+    key, shape = jax.random.key(config.seed), (config.batch_size, config.model.block_size)
+    return [windows_at(tokens, key, step, *shape) for step in range(config.steps)]
+
+
+def bad_steps(config: Config) -> list[int]:
+    return [step + 1 for step, batch in enumerate(batches(config)) if chokes(batch.inputs)]
 
 
 def test_non_finite_steps_are_skipped_once(config, skipping):
@@ -121,29 +105,25 @@ def test_non_finite_steps_are_skipped_once(config, skipping):
 
 def test_skipping_equals_a_loop_without_the_bad_batches(config, skipping):
     """The reference is a plain Python loop without dispatches, cond or NaN."""
-    from gptjax.text.dataset import open_dataset
-
-    dataset = open_dataset(config.data, config.model.block_size)
-    programs = Programs(config, vocab_size(config))
-    model, optimizer = programs.model, make_optimizer(config)
-    params = programs.start().params
+    setup = assemble(config, vocab_size(config))
+    model, optimizer = setup.model, make_optimizer(config.optim, config.steps)
+    params = setup.start().params
     opt_state = optimizer.init(params)
 
     @jax.jit
-    def gradient(params: Any, batch: jax.Array) -> Any:
+    def gradient(params: Any, batch: Batch) -> Any:
         def loss(params: Any) -> jax.Array:
-            logits, _ = model.apply({"params": params}, batch[:, :-1])
-            return cross_entropy(logits, batch[:, 1:]).mean()
+            logits, _ = model.apply({"params": params}, batch.inputs)
+            return cross_entropy(logits, batch.targets).mean()
 
         return jax.grad(loss)(params)
 
-    for step in range(config.steps):
-        batch = batch_at(config, jnp.asarray(dataset.train), jax.random.key(config.seed), step)
-        if chokes(batch[:, :-1]):
+    for batch in batches(config):
+        if chokes(batch.inputs):
             continue
         updates, opt_state = optimizer.update(gradient(params, batch), opt_state, params)
         params = optax.apply_updates(params, updates)
-    trained = programs.restore(Checkpoints(skipping / "checkpoints"), config.steps)
+    trained = Checkpoints(skipping / "checkpoints").restore(config.steps, setup.layout)
     assert int(trained.step) == config.steps  # skipped steps count
     for ours, plain in zip(jax.tree.leaves(trained.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-4)
@@ -167,8 +147,7 @@ def test_resuming_gives_the_same_skips(config, skipping, tmp_path):
             shutil.rmtree(directory / "checkpoints" / str(step))
     choosy(config, directory, resume=True)
     assert lines(directory) == lines(skipping)
-    for ours, theirs in zip(*(params_of(config, d) for d in (directory, skipping)), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same(arrays(directory, config.steps), arrays(skipping, config.steps))
 
 
 def test_files_stored_for_a_bad_step(config, skipping):
@@ -202,14 +181,14 @@ def test_too_many_consecutive_skips_end_the_run(config, tmp_path):
 @pytest.mark.parametrize("step", [1, 2, 6, 11, 12])
 def test_a_replayed_step_is_bit_identical(config, skipping, step):
     model = Choosy(config.model, vocab_size(config))
-    before = {p: p.stat().st_mtime_ns for p in skipping.rglob("*")}
+    before = contents(skipping)
     again = replay(skipping, step, model=model, report=QUIET)
     record = lines(skipping)[step]
     if "skipped" in record:
         assert np.isnan(again["loss"]) and np.isnan(again["grad_norm"])
     else:
         assert (again["loss"], again["grad_norm"]) == (record["loss"], record["grad_norm"])
-    assert {p: p.stat().st_mtime_ns for p in skipping.rglob("*")} == before
+    assert contents(skipping) == before
 
 
 def test_replay_shows_the_logged_values_and_the_text(config, skipping):
@@ -222,6 +201,11 @@ def test_replay_shows_the_logged_values_and_the_text(config, skipping):
     assert "logged: loss nan, gradient norm nan" in shown
     kept = json.loads((skipping / "bad" / f"step-{step}.json").read_text())
     assert repr(kept["text"][0]) in shown
+
+
+def test_replay_needs_the_model_of_the_run(skipping):
+    refused = message(replay, skipping, 3, report=QUIET)
+    assert "was trained with a model that is not part of gptjax, Choosy; " in refused
 
 
 def test_replay_of_a_step_out_of_range(config, skipping):

@@ -6,21 +6,23 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from run_helpers import contents, message
 
 from gptjax.config import Config, ModelConfig
-from gptjax.errors import UserError
 from gptjax.runs import folders
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import MANIFEST
 from gptjax.runs.run import Run
+from gptjax.step import TrainState
 from gptjax.text.tokenizers import CharTokenizer
 
-PARAMS = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones(4, jnp.bfloat16)}}
-OPT_STATE = (jnp.zeros((), jnp.int32), {"mu": jnp.full(3, 0.5)})
+PARAMS: Any = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones(4, jnp.bfloat16)}}
+OPT_STATE: Any = (jnp.zeros((), jnp.int32), {"mu": jnp.full(3, 0.5)})
 
 
 @pytest.fixture
@@ -39,17 +41,14 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
+def state(step: int) -> TrainState:
+    return TrainState(jnp.int32(step), PARAMS, OPT_STATE)
+
+
 def save(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
-        checkpoints.save(step, PARAMS, OPT_STATE, {"step": step, "loss": 1.5})
+        checkpoints.save(step, state(step), {"step": step, "loss": 1.5})
     checkpoints.finish_save()
-
-
-def message(callable_, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as caught:
-        callable_(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_a_run_reopens_unchanged(run):
@@ -57,6 +56,16 @@ def test_a_run_reopens_unchanged(run):
     assert again.config == Config()
     assert again.tokenizer == run.tokenizer
     assert sorted(p.name for p in run.directory.iterdir()) == ["config.json", "tokenizer.json"]
+
+
+def test_own_parts_are_kept_with_the_config(here):
+    parts = {"model": "MeanOfThePast", "config": "fast.py"}
+    run = Run.create(Path("runs/own"), Config(), CharTokenizer.fit("x"), parts)
+    assert Run(run.directory).parts == parts
+    run.change_config(Config(steps=5))
+    again = Run(run.directory)
+    assert (again.parts, again.config.steps) == (parts, 5)
+    assert again.texts["config.json"] == (run.directory / "config.json").read_text()
 
 
 def test_default_names_are_numbered_and_never_overwrite(run):
@@ -93,7 +102,7 @@ def test_no_runs(here):
     ("name", "text", "reason"),
     [
         ("config.json", "{", "not JSON: Expecting property name enclosed in double quotes: "),
-        ("config.json", '{"format": 2}', "format 2 "),
+        ("config.json", '{"format": 3}', "format 3 "),
         ("tokenizer.json", "[]", 'expected {"type": ...}'),
     ],
 )
@@ -114,10 +123,13 @@ def test_no_permission_to_create_a_run(here, monkeypatch):
 
 def test_model_changes_are_refused_and_other_changes_are_saved(run):
     wider = Config(model=ModelConfig(n_embd=256))
-    error = message(run.change_config, wider)
+    error = message(run.check_config, wider)
     assert error.startswith("cannot resume runs/a with model.n_embd=256")
     assert "model.n_embd=128" in error
-    assert run.change_config(Config(steps=5000)) == {"steps": (1000, 5000)}
+    before = contents(run.directory)
+    assert run.check_config(Config(steps=5000)) == {"steps": (1000, 5000)}
+    assert contents(run.directory) == before  # looking changes nothing
+    run.change_config(Config(steps=5000))
     assert Run(run.directory).config.steps == 5000
 
 
@@ -137,6 +149,9 @@ def test_checkpoints_round_trip_bit_for_bit(run):
     checkpoints = Checkpoints(run.checkpoints_path)
     save(checkpoints, 10)
     training = {"step": jnp.int32(10), "opt_state": OPT_STATE}
+    restored = checkpoints.restore(10, abstract(state(10)))
+    for old, new in zip(jax.tree.leaves(state(10)), jax.tree.leaves(restored), strict=True):
+        assert old.dtype == new.dtype and (old == new).all()
     both = {"params": PARAMS, "training": training}
     loaded = checkpoints.load(10, abstract(both))
     for old, new in zip(jax.tree.leaves(both), jax.tree.leaves(loaded), strict=True):
@@ -223,7 +238,7 @@ def test_a_full_disk_is_detected_before_saving(run, monkeypatch):
     checkpoints = Checkpoints(run.checkpoints_path)
     save(checkpoints, 10)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    error = message(checkpoints.save, 20, PARAMS, OPT_STATE, {"step": 20})
+    error = message(checkpoints.save, 20, state(20), {"step": 20})
     assert "step 20 could not be saved in runs/a/checkpoints (No space left on device)" in error
     assert " 10; " in error and "--resume" in error  # the last one kept
     checkpoints.load(10, abstract({"params": PARAMS}))
@@ -234,12 +249,13 @@ import resource, sys
 from pathlib import Path
 import jax.numpy as jnp
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.errors import UserError
 from gptjax.runs.files import MANIFEST
+from gptjax.step import TrainState
 
 checkpoints = Checkpoints(Path("checkpoints"))
 def save(step):
-    checkpoints.save(step, {"a": jnp.arange(300_000.0) * jnp.pi}, (), {"step": step})
+    params = {"a": jnp.arange(300_000.0) * jnp.pi}
+    checkpoints.save(step, TrainState(jnp.int32(step), params, ()), {"step": step})
     checkpoints.finish_save()
 save(1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # like a disk that fills up

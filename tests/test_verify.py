@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from run_helpers import QUIET, text_file
 
+from gptjax.assembly import assemble
 from gptjax.cli import verify as command
 from gptjax.config import Config, ModelConfig, OptimConfig
-from gptjax.console import Report
-from gptjax.programs import Programs
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
 from gptjax.tools.verify import verify
@@ -32,9 +32,7 @@ CONFIG = Config(
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory, play) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    (folder / "play.txt").write_text(play)
-    config = replace(CONFIG, data=replace(CONFIG.data, text=str(folder / "play.txt")))
-    train(config, folder / "run", report=Report(quiet=True))
+    train(replace(CONFIG, data=text_file(folder, play)), folder / "run", report=QUIET)
     return folder / "run"
 
 
@@ -120,12 +118,13 @@ def test_damage_is_named(run, kind, capsys):
 
 def test_non_finite_parameters_are_found(run):
     opened = Run(run)
-    programs = Programs(opened.config, opened.tokenizer.vocab_size)
+    setup = assemble(opened.config, opened.tokenizer.vocab_size)
     checkpoints = Checkpoints(opened.checkpoints_path)
-    state = programs.restore(checkpoints, 4)
+    state = checkpoints.restore(4, setup.layout)
     poisoned = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params["ln_f"])
     shutil.rmtree(run / "checkpoints" / "4")
-    checkpoints.save(4, {**state.params, "ln_f": poisoned}, state.opt_state, {"step": 4})
+    state = state._replace(params={**state.params, "ln_f": poisoned})
+    checkpoints.save(4, state, {"step": 4})
     checkpoints.finish_save()
     assert "ln_f/bias is not finite" in wrong(run)["checkpoint 4"]
 

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from reference import random_params
+from helpers import random_params
 
-from gptjax.build import build_model
+from gptjax.assembly import assemble, make_model
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.interop import hf, hf_config, hf_tokenizer, nanogpt, pretrained
 from gptjax.interop.export import export
 from gptjax.interop.import_ import import_model
 from gptjax.model import GPT
-from gptjax.programs import Programs
+from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling, generate
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer
@@ -56,7 +56,7 @@ def transformers() -> Any:
 
 def write_folder(folder: Path, config: ModelConfig, seed: int = 0) -> Any:
     """Write a model with random weights as a transformers folder; returns its parameters."""
-    params = jax.tree.map(np.asarray, random_params(build_model(config, V), seed))
+    params = jax.tree.map(np.asarray, random_params(make_model(config, V), seed))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf_config.write_config(config, None)))
     tensors = hf.to_tensors(params, config)
@@ -166,7 +166,7 @@ def test_import_equals_transformers(
     theirs = make_theirs(transformers, family, settings)
     theirs.save_pretrained(tmp_path / "theirs", **how)
     loaded = pretrained.load(str(tmp_path / "theirs"))
-    model = build_model(loaded.config, V)
+    model = make_model(loaded.config, V)
     assert isinstance(model, GPT)
     text = CharTokenizer.fit(play).encode(play) % V
     figures = assert_agrees(model, loaded.params, theirs, text)
@@ -210,6 +210,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, play: str) -> Run:
     return Run(folder / "run")
 
 
+def weights(run: Run, step: int) -> Any:
+    """The parameters of a checkpoint, on the host."""
+    model = make_model(run.config.model, run.tokenizer.vocab_size)
+    params = Checkpoints(run.checkpoints_path).load_params(step, model)
+    return jax.tree.map(np.asarray, params)
+
+
 @pytest.fixture(scope="module")
 def exported(run: Run) -> Path:
     folder = run.directory.parent / "exported"
@@ -228,9 +235,9 @@ def test_an_exported_run_equals_transformers(
     ids = run.tokenizer.encode(play)
     assert tokenizer(play)["input_ids"] == ids.tolist()
     assert tokenizer.decode(ids) == play
-    model = build_model(run.config.model, run.tokenizer.vocab_size)
+    model = make_model(run.config.model, run.tokenizer.vocab_size)
     assert isinstance(model, GPT)
-    print("trained run", assert_agrees(model, pretrained.weights(run, 20, model), theirs, ids))
+    print("trained run", assert_agrees(model, weights(run, 20), theirs, ids))
     # The logged validation loss equals transformers' loss on the validation split.
     val = torch.tensor(ids[int(0.9 * len(ids)) :].astype(np.int64))
     losses = []
@@ -252,8 +259,8 @@ def test_export_import_export(run: Run, exported: Path, tmp_path: Path):
     adopted = Run(directory)
     assert adopted.tokenizer == run.tokenizer
     assert adopted.config.init == str(exported)
-    programs = Programs(adopted.config, run.tokenizer.vocab_size)
-    moments = [leaf for leaf in jax.tree.leaves(programs.abstract.opt_state) if leaf.size > 1]
+    setup = assemble(adopted.config, run.tokenizer.vocab_size)
+    moments = [leaf for leaf in jax.tree.leaves(setup.layout.opt_state) if leaf.size > 1]
     assert moments == []  # because everything is frozen
 
 
@@ -356,7 +363,7 @@ def test_a_nanogpt_checkpoint(bias: bool, prefix: str, tmp_path: Path, play: str
     loaded = pretrained.load(str(tmp_path / "ckpt.pt"))
     assert loaded.tokenizer is None and loaded.config.bias == bias
     x = np.random.default_rng(0).integers(0, vocab_size, (3, 16))
-    model = build_model(loaded.config, vocab_size)
+    model = make_model(loaded.config, vocab_size)
     logits, _ = model.apply({"params": loaded.params}, jnp.asarray(x))
     expected = nanogpt_logits(state, torch.tensor(x), 2, 4).numpy()
     print("nanoGPT", np.abs(logits - expected).max())
@@ -687,9 +694,8 @@ def test_every_model_field_belongs_to_the_weights_or_to_the_run():
     from gptjax.config import OF_A_LOADED_MODEL
 
     fixed_by_weights = (
-        "kind n_layer n_head n_kv_head n_embd n_inner vocab_size bias qkv_bias norm norm_eps "
-        "qk_norm position rope_base window ngram pair_rows recall activation tie_head softcap "
-        "init"
+        "n_layer n_head n_kv_head n_embd n_inner vocab_size bias norm norm_eps qk_norm position "
+        "rope_base window activation tie_head softcap init"
     ).split()
     names = {field.name for field in fields(ModelConfig)}
     assert names == {*fixed_by_weights, *OF_A_LOADED_MODEL}
@@ -709,11 +715,10 @@ def test_a_run_starts_from_pretrained_weights(run: Run, exported: Path, play: st
     )
     train(config, tmp_path / "run")
     fine = Run(tmp_path / "run")
-    model = build_model(fine.config.model, fine.tokenizer.vocab_size)
     expected = replace(run.config.model, vocab_size=run.tokenizer.vocab_size, block_size=64)
     # Exporting added GPT-2's biases, as zeros.
     assert fine.config.model == replace(expected, dropout=0.1, bias=True)
-    first = pretrained.weights(fine, 0, model)  # checkpoint 0 has the initial weights
+    first = weights(fine, 0)  # checkpoint 0 has the initial weights
     params = pretrained.load(str(exported)).params
     assert_same(first, {**params, "wpe": params["wpe"][:64]})
     records = fine.metrics()

@@ -29,11 +29,11 @@ class LadderCommand:
 def main(argv: list[str], prog: str) -> None:
     """Train the stages and show them; jax is imported once the arguments are understood."""
     command = parse(LadderCommand, LadderCommand(), argv, prog)
+    from gptjax.errors import optional_import
     from gptjax.lecture import ladder
     from gptjax.runs.folders import RUNS
-    from gptjax.text.subwords import extra
 
-    extra("matplotlib", "plot")  # before hours of training
+    optional_import("matplotlib", "plot")  # before hours of training
     console = ladder.Console(highlight=False, soft_wrap=True)
     stages, counted = ladder.climb(
         console,
