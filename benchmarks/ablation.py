@@ -1,8 +1,8 @@
 """Ablation of the model and optimizer options: `python -m benchmarks.ablation [--seeds 2]`.
 
-To the classic recipe one option at a time is added; from the modern one, that of
-examples/speedrun/fast.py, one at a time is taken away. Every run makes as many updates of as many
-tokens, and is measured by the whole validation split.
+One option at a time is added to the classic recipe, or removed from the modern one, that of
+examples/speedrun/fast.py. All runs make the same number of updates on the same number of tokens,
+and are evaluated on the whole validation split.
 """
 
 import sys
@@ -22,7 +22,7 @@ CLASSIC = replace(
     time_to_loss.NANOGPT,
     optim=replace(time_to_loss.NANOGPT.optim, learning_rate=6e-3, warmup_steps=30),
 )
-# What each changes: fields of the model's config, of the optimizer's.
+# Fields that each option changes, of the model's config and of the optimizer's.
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rotary": ({"position": "rotary", "rope_base": 1000.0}, {}),
     "rms": ({"norm": "rms"}, {}),
@@ -85,12 +85,12 @@ def with_options(names: tuple[str, ...], steps: int, text: str) -> Config:
 
 
 def tables(names: tuple[str, ...]) -> dict[str, int]:
-    """The fields of an `NGramGPT` that some options set; none: the model is a GPT."""
+    """Fields of an `NGramGPT` that the options set; empty for a GPT."""
     return {key: n for name in names if name in TABLES for key, n in TABLES[name].items()}
 
 
 def train(config: Config, tables: dict[str, int]) -> Callable[[int], list[dict[str, float]]]:
-    """A run, in its process."""
+    """A side that trains one run."""
     from examples.speedrun.ngrams import NGramGPT
 
     return time_to_loss.train_ours(config, partial(NGramGPT, **tables) if tables else None)

@@ -1,8 +1,8 @@
 """Cost of the checks in a train step: `python -m benchmarks.checks [--presets small tiny]`.
 
-The run's own program, beside the same one traced without them: no norm of the gradient, no test
-for numbers that are not finite, no choice between the new state and the old. Both live in this
-process, start from the same state, and take turns.
+Compares the compiled step of a run with the same step traced without its checks: no gradient norm,
+no test for non-finite values, no choice between the new and the old state. Both run in this
+process, start from the same state and take turns.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class ChecksCommand:
 
 
 def unchecked() -> contextlib.ExitStack:
-    """While this lasts, a run is assembled and traced without its checks."""
+    """Context in which a run is assembled and traced without its checks."""
     stack = contextlib.ExitStack()
     stack.enter_context(mock.patch("gptjax.assembly.skip_nonfinite", never_skip))
     stack.enter_context(mock.patch("optax.tree.norm", lambda grads: jnp.zeros(())))
@@ -49,7 +49,7 @@ def unchecked() -> contextlib.ExitStack:
 
 
 def never_skip(step: Step) -> Step:
-    """In place of `skip_nonfinite`: every step counts as finite."""
+    """Replacement for `skip_nonfinite` that treats every step as finite."""
 
     def unguarded(state: Any, batch: Any, key: jax.Array) -> Any:
         state, metrics = step(state, batch, key)
@@ -59,7 +59,7 @@ def never_skip(step: Step) -> Step:
 
 
 def trainer(preset: str, checked: bool) -> Callable[[], int]:
-    """A function that trains some steps and says how many."""
+    """A function that trains some steps and returns how many."""
     recipe = measure.recipe(preset)
     config = replace(recipe.config, steps=10**6)
     with contextlib.nullcontext() if checked else unchecked():

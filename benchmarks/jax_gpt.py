@@ -66,7 +66,7 @@ def training(
     step = len(losses)
 
     def dispatch() -> int:
-        """As in `train`: the metrics of the call before are read while the device works."""
+        """One call; as in `train`, the previous call's metrics are read while the device works."""
         nonlocal state, pending, step
         before = pending
         state, pending = setup.steps(state, on_device, key, step, n)

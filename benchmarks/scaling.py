@@ -106,7 +106,7 @@ def point_of(model: str, name: str, count: int, axes: str, config: Config, cost:
 
 
 def shapes(model: str) -> Any:
-    """Of the train state."""
+    """Shapes of the train state."""
     from gptjax.assembly import assemble
 
     config = replace(config_of(model), mesh=MeshConfig(1))

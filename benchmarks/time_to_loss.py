@@ -63,7 +63,7 @@ def configs(command: TimeToLossCommand) -> dict[str, Config]:
     """Configs to train, by recipe name.
 
     Raises:
-        UserError: no such preset or file.
+        UserError: an unknown preset or file.
     """
     preset = measure.recipe(command.config).config
     steps = command.steps or preset.steps

@@ -318,8 +318,8 @@ def test_feed(tmp_path: Path):
         assert all(0 < share < 1 for share in row["stalled"])
 
 
-def test_without_the_checks_there_are_none():
-    """Else the two sides would be the same program."""
+def test_unchecked_removes_the_checks():
+    """Otherwise the two sides would be the same program."""
 
     def program() -> str:
         setup = assemble(replace(step.SIZES["tiny"].config, mesh=MeshConfig(data=1)), 65)

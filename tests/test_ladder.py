@@ -86,27 +86,27 @@ def test_the_command_trains_prints_and_reuses_runs(
     climb("--docs")
     assert page.read_text() == written
 
-    # Other settings do not mix with what is there.
-    with pytest.raises(UserError, match="steps=10, not 20; remove it, or climb in another"):
+    # Runs with other settings are refused.
+    with pytest.raises(UserError, match="steps=10, not 20; remove it"):
         ladder.climb(ladder.Console(quiet=True), stages=["3-head"], steps=20, text="play.txt")
 
 
-def test_a_run_that_was_stopped_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stopped_run_is_resumed(here: Path, monkeypatch: pytest.MonkeyPatch):
     some = {"seeds": 1, "stages": ("3-head",), "steps": 10, "text": "play.txt"}
     console = ladder.Console(quiet=True)
     stages, _ = ladder.climb(console, **some)
     run = Run(here / "runs/ladder/3-head-1337")
-    run.rewind_metrics(5)  # as if it had been killed after its last checkpoint was saved
+    run.rewind_metrics(5)  # as if killed after its last checkpoint
     again, _ = ladder.climb(console, **some)
     assert again[2].losses == stages[2].losses
 
     monkeypatch.setattr(ladder, "train", lambda *args, **kwargs: None)  # Ctrl-C at once
     run.rewind_metrics(5)
-    with pytest.raises(UserError, match="was stopped; give the command anew to go on"):
+    with pytest.raises(UserError, match="was stopped"):
         ladder.climb(console, **some)
 
 
-def test_the_big_stage_is_run_only_when_asked_for():
+def test_the_largest_stage_runs_only_on_request():
     wanted = ladder._wanted((), scale=False)
     assert wanted == ladder.FIGURES.keys() - {"8-scale"}
     assert ladder._wanted((), scale=True) == ladder.FIGURES.keys()
@@ -119,7 +119,7 @@ def test_the_big_stage_is_run_only_when_asked_for():
         (["--stages", "nope"], "unknown stage 'nope'; stages: 1-bigram, 2-averaging"),
         (["--seeds", "0"], "--seeds 0 is too small; give 1 or more"),
         (["--steps", "0"], "--steps 0 is too small; give 1 or more"),
-        (["--sed", "1"], "see gptjax ladder --help"),
+        (["--sed", "1"], "gptjax ladder --help"),
         (["--text", "missing.txt"], "text not found: missing.txt"),
     ],
 )

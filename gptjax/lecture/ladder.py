@@ -1,4 +1,4 @@
-"""The lecture's stages, all trained and measured alike: `gptjax ladder [--docs]`.
+"""Train and compare all stages of the lecture: `gptjax ladder [--docs]`.
 
 Each stage is a preset, and its runs are ordinary runs in runs/ladder/. Finished runs are kept, so
 the command can be interrupted and repeated. Losses in the table are means over the whole validation
@@ -72,16 +72,16 @@ def climb(
     text: str = "tiny_shakespeare",
     folder: Path = folders.RUNS / "ladder",
 ) -> tuple[list[Stage], CountedBigram]:
-    """Train what is not yet trained.
+    """Train the stages that are not trained yet.
 
     Args:
-        console: where progress is printed.
-        stages: some of `FIGURES`; none: all but 8-scale.
-        scale: 8-scale too.
-        seeds: runs of each stage.
-        steps: updates of each run; None: the preset's.
-        text: to train on.
-        folder: that holds the runs.
+        console: output for progress.
+        stages: names from `FIGURES`; empty: all except 8-scale.
+        scale: include 8-scale.
+        seeds: number of runs per stage.
+        steps: updates per run; None: the preset's.
+        text: text to train on.
+        folder: folder of the runs.
 
     Returns:
         All stages in order, and the best possible bigram table of the text.
@@ -119,7 +119,7 @@ def _wanted(stages: Sequence[str], scale: bool) -> set[str]:
 
 
 def _config(name: str, i: int, steps: int | None, text: str) -> Config:
-    """The stage's preset with these steps and this text, and seed number i."""
+    """The stage's preset with these steps and this text, and the i-th seed."""
     preset = PRESETS[f"lecture/{name}"]
     steps = steps or preset.steps
     return replace(
@@ -142,7 +142,7 @@ def _model(name: str) -> type[nn.Module]:
 
 
 def _finished(name: str, config: Config, directory: Path) -> tuple[list[Record], bool]:
-    """The evaluations of a run, made or completed if need be; and whether it was there before."""
+    """The evaluations of a run, trained or resumed if necessary; and whether it was complete."""
     resume = (directory / "config.json").exists()
     if resume:
         changed = differences(read_config(directory), config)
@@ -185,11 +185,11 @@ def rows(stages: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
 
 
 def footnotes(seeds: int, counted: CountedBigram) -> list[str]:
-    """What the table must not be read without."""
+    """Footnotes of the table."""
     how_many = "one seed" if seeds == 1 else f"{seeds} seeds"
     return [
         f"ours: validation loss over the whole split, mean of {how_many}; spread: largest minus "
-        f"smallest; seconds: of training one, compilation included; {machine()}.",
+        f"smallest; seconds: training time of one run, including compilation; {machine()}.",
         "lecture: over 200 random batches; 3 to 7 as commonly reported.",
         f"Optimal bigram table, from counts: {counted.train:.4f} on the training split, "
         f"{counted.val:.4f} on the validation split (add-one smoothing, because {counted.unseen:,} "

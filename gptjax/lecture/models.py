@@ -17,6 +17,7 @@ is, which needs no training.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -179,7 +180,9 @@ class Residual(Embedded):
     norms = False
 
     def middle(self, x: jax.Array, train: bool) -> jax.Array:
-        c, norm = self.config, nn.LayerNorm if self.norms else lambda name: lambda x: x
+        c = self.config
+        layer_norm = partial(nn.LayerNorm, epsilon=c.norm_eps)  # 1e-5, as PyTorch's
+        norm: Any = layer_norm if self.norms else lambda name: lambda x: x
         for i in range(c.n_layer):
             x = x + MultiHead(c, train, name=f"attn_{i}")(norm(name=f"ln_1_{i}")(x))
             x = x + MLP(c, train, name=f"mlp_{i}")(norm(name=f"ln_2_{i}")(x))

@@ -1,7 +1,7 @@
-"""The lecture's six notes on attention, each shown by numbers: `gptjax notes`.
+"""The lecture's six notes on attention, each demonstrated with numbers: `gptjax notes`.
 
-The functions return what they measure; the command prints it. What they run is the attention of
-`lecture/models.py`. Letters as there, and x is (B, T, C), drawn from a unit normal.
+The functions measure the attention of `lecture/models.py` and return numbers; the command prints
+them. Letters as there; x is (B, T, C), drawn from a unit normal.
 """
 
 from collections.abc import Callable, Mapping
