@@ -432,6 +432,20 @@ def test_every_command_has_help_in_whole_sentences(name, capsys):
     )
 
 
+def test_no_help_imports_jax():
+    code = """
+import contextlib, sys
+from gptjax.cli.main import COMMANDS, main
+main(["--help"])
+for name in COMMANDS:
+    with contextlib.suppress(SystemExit):
+        main([name, "--help"])
+print({"jax", "flax", "optax", "orbax", "matplotlib"} & {*sys.modules}, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], **spawn_options())
+    assert (done.returncode, done.stderr) == (0, "set()\n")
+
+
 def test_presets_are_listed(capsys):
     main(["presets"])
     lines = capsys.readouterr().out.splitlines()

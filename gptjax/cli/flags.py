@@ -199,7 +199,8 @@ def read(argv: Sequence[str], flags: dict[str, Flag]) -> dict[tuple[str, ...], A
             given[flag.path] = tuple(map(flag.convert, texts))
         else:
             if not equals and (not words or _is_flag(words[0])):
-                raise UserError(f"{flag.name} needs a value; one that begins with -- after a =")
+                hint = f"{flag.name}=VALUE also takes one that begins with --"
+                raise UserError(f"{flag.name} needs a value ({hint})")
             given[flag.path] = flag.convert(text if equals else words.popleft())
     for flag in flags.values():
         if flag.default is MISSING and flag.path not in given:
