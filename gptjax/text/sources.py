@@ -71,8 +71,8 @@ def find(text: str, notice: Callable[[str], None]) -> list[Source]:
     if text == OPENWEBTEXT and not path.exists():
         raise UserError(
             "this config trains on OpenWebText, which gptjax does not fetch; prepare it with "
-            "nanoGPT's data/openwebtext/prepare.py and give the folder of its train.bin and val.bin "
-            "as --data.text FOLDER, or a text of your own as --data.text FILE"
+            "nanoGPT's data/openwebtext/prepare.py and give the folder of train.bin and val.bin as "
+            "--data.text FOLDER, or a text of your own as --data.text FILE"
         )
     if os.path.isdir(text):  # unlike Path's, false for any name that cannot be one
         files = sorted(
