@@ -20,7 +20,7 @@ import optax.contrib
 
 from gptjax import optim
 from gptjax.batches import DROPOUT, INIT, LORA, Batch, random_key
-from gptjax.loss import TINY, LossFn, Metrics, next_token_loss
+from gptjax.loss import TINY, LossFn, Metrics, check_metrics, next_token_loss
 
 
 class TrainState(NamedTuple):
@@ -55,6 +55,7 @@ class TrainState(NamedTuple):
         return averaged or optim.has_lora(self.params)
 
 
+RESERVED = ("step", "loss", "grad_norm", "lr", "finite", "skipped", "seconds")  # logged names
 Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
 
@@ -110,6 +111,9 @@ def train_step(
 
     Returns:
         The state after it, and its metrics: "loss", "grad_norm" and those of `loss_fn`.
+
+    Raises:
+        UserError: a metric of `loss_fn` that is not a scalar, or has one of the names RESERVED.
     """
 
     def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -117,6 +121,7 @@ def train_step(
 
     gradient = accumulated(jax.value_and_grad(loss, has_aux=True), accumulate)
     (value, metrics), grads = gradient(state.params, batch, key)
+    check_metrics(metrics, RESERVED)
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
         grads,
         state.opt_state,

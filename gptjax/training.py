@@ -103,6 +103,7 @@ def train(
         tokenizer, text = dataset.tokenizer, fingerprint(dataset)
     else:
         tokenizer, text = _own_tokenizer(batches, config), batches_module.fingerprint(batches)
+    data_name = config.data.text if batches is None else "of batches="
     if run is None and config.init is not None:
         pretrained.check_tokenizer(loaded, tokenizer)
 
@@ -137,13 +138,13 @@ def train(
             Run.create(directory, config, tokenizer, own)
             return {}
         parts.check(run, own)
-        run.use_text(config.data.text, text)
+        run.use_text(data_name, text)
         return {**run.changed, **run.check_config(config)}
 
     with ExitStack() as stack:
         changed = distributed.first_does(open_folder)
         run = Run(directory)
-        run.use_text(config.data.text, text)
+        run.use_text(data_name, text)
         checkpoints = Checkpoints(run.checkpoints_path, run.keep)
         start = distributed.first_does(lambda: _newest_sound_step(checkpoints))
         if start > config.steps:
