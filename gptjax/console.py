@@ -229,16 +229,17 @@ def after(setup: Setup, run: Run, record: Record) -> dict[str, str]:
     rows = {}
     if "val_bits_per_byte" in record:
         rows["validation loss"] = (
-            f"{record['val_loss']:.4f} over the whole split, "
+            f"{record['val_loss']:.4f} after step {record['step']}, over the whole split, "
             f"{record['val_bits_per_byte']:.4f} bits per byte"
         )
     rows["training"] = (
         f"{seconds / 60:.2f} minutes, {seconds / config.steps * 1e3:.3g} ms a step, "
         f"{tokens_per_second:,.0f} tokens/s, compilation included"
     )
-    rows["kept"] = f"{run.directory}" + (
-        "" if best is None else f", best checkpoint at step {best}"
-    )
+    rows["kept"] = str(run.directory)
+    if best is not None:
+        key = "val_loss" if config.eval_batches is None else "val_sampled_loss"
+        rows["kept"] += f"; sample.py uses the checkpoint of step {best}, of the lowest {key}"
     if "model" not in run.parts:
         params = optim.unite(setup.layout.params, setup.layout.frozen)
         rate = flops_per_token(config.model, params) * tokens_per_second

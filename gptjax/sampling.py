@@ -60,15 +60,24 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     V = logits.shape[-1]
     if sampling.top_k is not None and sampling.top_k < V:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
+        logits = jnp.where(_largest(logits, kth, sampling.top_k), logits, -jnp.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs  # of more likely tokens
-        least = jnp.where(before < sampling.top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        n = (before < sampling.top_p).sum(axis=-1, keepdims=True)
+        nth = jnp.take_along_axis(ordered, n - 1, axis=-1)
+        logits = jnp.where(_largest(logits, nth, n), logits, -jnp.inf)
     drawn = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     return jnp.where(sampling.temperature == 0, most_likely, drawn)
+
+
+def _largest(logits: jax.Array, nth: jax.Array, n: jax.Array | int) -> jax.Array:
+    """Mask of the n largest of (B, V) logits, the n-th of which is `nth` (B, 1): by rank, so that
+    of equal logits the first ones count."""
+    above, equal = logits > nth, logits == nth
+    missing = n - above.sum(axis=-1, keepdims=True)
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= missing))
 
 
 def generate(

@@ -146,7 +146,7 @@ def train(
         run = Run(directory)
         run.use_text(data_name, text)
         checkpoints = Checkpoints(run.checkpoints_path, run.keep)
-        start = distributed.first_does(lambda: _newest_sound_step(checkpoints))
+        start = distributed.first_does(lambda: _newest_sound_step(run, checkpoints))
         if start > config.steps:
             raise UserError(
                 f"{directory} is at step {start} already, past steps={config.steps}; give more "
@@ -173,17 +173,25 @@ def train(
         job = Job(setup, run, checkpoints, dataset, source, key, evaluate, report, trace)
         record, state = run_job(job, state, start)
         if record["step"] == config.steps:
-            report.say("a sample:\n" + _sample(setup, tokenizer, state.weights))
+            report.say(
+                f"a sample of step {config.steps}:\n" + _sample(setup, tokenizer, state.weights)
+            )
             _say_next(job)
         return record
 
 
-def _newest_sound_step(checkpoints: Checkpoints) -> int:
+def _newest_sound_step(run: Run, checkpoints: Checkpoints) -> int:
     """The step to continue from: 0 without a checkpoint.
 
     Raises:
-        UserError: there are checkpoints, and every one is damaged.
+        UserError: there are checkpoints, and every one is damaged; or all of them are gone.
     """
+    last = max((record["step"] for record in run.metrics()), default=0)
+    if last >= run.config.save_every and not checkpoints.exist():
+        raise UserError(
+            f"{run.directory} has metrics up to step {last} and no checkpoint: put its folder "
+            f"checkpoints back, or start a new run"
+        )
     sound = checkpoints.newest_sound()
     if sound is None and checkpoints.steps():
         raise UserError(f"every checkpoint in {checkpoints.path} is damaged; start a new run")

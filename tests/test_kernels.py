@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.attention import attention, causal_mask
-from gptjax.config import Config, MeshConfig, ModelConfig
+from gptjax.attention import Kernel, attention, causal_mask
+from gptjax.batches import Batch
+from gptjax.config import MeshConfig, ModelConfig
 from gptjax.errors import UserError
-from gptjax.model import GPT
+from gptjax.loss import next_token_loss
+from gptjax.model import GPT, CausalSelfAttention
 from gptjax.parallel import kernels
 from gptjax.parallel.sharding import make_mesh
-from gptjax.step import make_gradient
 
 CONFIG = ModelConfig(
     n_layer=1, n_head=4, n_kv_head=2, n_embd=32, block_size=128, position="rotary", attention="auto"
@@ -78,23 +79,27 @@ def test_each_device_computes_its_rows_and_heads(monkeypatch, n_kv_head):
     monkeypatch.setattr(kernels, "splash", splash)
     monkeypatch.setattr(kernels, "_unfit", lambda *_: None)
     model = replace(CONFIG, n_kv_head=n_kv_head, attention="splash")
-    attend = kernels.make_attend(model, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), rows=4))
-    assert attend is not None
+    kernel = kernels.make_kernel(model, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), rows=4))
+    assert kernel is not None
     inputs = drawn(4, 128, 4, n_kv_head, 8)
-    for x, y in zip(*(value_and_gradients(a, *inputs) for a in (attend, plain)), strict=True):
+    for x, y in zip(*(value_and_gradients(a, *inputs) for a in (kernel, plain)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
     assert shapes == {(1, 128, 2, 8)}
 
 
 def test_a_gpt_with_the_kernel_equals_the_plain_gpt():
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 129)), jnp.int32)
-    config = Config(batch_size=2, model=CONFIG)
-    models = [GPT(CONFIG, 11), GPT(CONFIG, 11, interpreted)]
-    key = jax.random.key(0)
-    params = jax.jit(models[0].init)(key, tokens[:, :-1])["params"]
-    results = [jax.jit(make_gradient(m, config))(params, tokens, key, 0) for m in models]
-    same = functools.partial(np.testing.assert_allclose, atol=1e-6)
-    jax.tree.map(same, *results)
+    """The loss and its gradient."""
+    rows = jnp.asarray(np.random.default_rng(1).integers(0, 11, (2, 129)), jnp.int32)
+    batch, key = Batch.of_windows(rows), jax.random.key(0)
+    models = [GPT(CONFIG, 11), GPT(CONFIG, 11, kernel=Kernel(interpreted))]
+    params = jax.jit(models[0].init)(key, batch.inputs)["params"]
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(next_token_loss, m), has_aux=True))(
+            params, batch, key
+        )
+        for m in models
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *results)
 
 
 class Called(Exception):
@@ -105,19 +110,35 @@ def refuse(*_: Any) -> Any:
     raise Called
 
 
-def test_the_kernel_is_used_without_a_cache_and_without_dropout():
+def test_the_kernel_runs_in_training_and_evaluation_only():
+    """Not with attention dropout, with a cache, with a window or while weights are captured."""
     tokens = jnp.zeros((1, 128), jnp.int32)
-    shape = lambda model, **kwargs: jax.eval_shape(
-        lambda: model.init_with_output(
-            {"params": jax.random.key(0), "dropout": jax.random.key(1)}, tokens, **kwargs
-        )
-    )
-    model = GPT(CONFIG, 11, refuse)
+
+    def trace(model: GPT, **options: Any) -> Any:
+        params = jax.eval_shape(GPT(CONFIG, 11).init, jax.random.key(0), tokens)["params"]
+        rngs = {"dropout": jax.random.key(1)}
+        apply = lambda params: model.apply({"params": params}, tokens, rngs=rngs, **options)
+        return jax.eval_shape(apply, params)
+
+    model = GPT(CONFIG, 11, kernel=Kernel(refuse))
     for train in (True, False):
         with pytest.raises(Called):
-            shape(model, train=train)
-    shape(model, cache=model.init_cache(1))
-    shape(GPT(replace(CONFIG, attn_dropout=0.1), 11, refuse), train=True)
+            trace(model, train=train)
+    with pytest.raises(Called):  # init takes the same path
+        jax.eval_shape(model.init, jax.random.key(0), tokens)
+    trace(model, cache=model.init_cache(1))
+    trace(model, mutable=["attention"])
+    for config in (replace(CONFIG, attn_dropout=0.1), replace(CONFIG, window=32)):
+        trace(GPT(config, 11, kernel=Kernel(refuse)), train=True)
+
+
+def test_an_own_attention_goes_before_the_kernel():
+    class Own(CausalSelfAttention):
+        def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, start: Any) -> jax.Array:
+            return self.weigh(q, k, v, start)
+
+    model = GPT(CONFIG, 11, attention=Own, kernel=Kernel(refuse))
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 128), jnp.int32))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -157,18 +178,19 @@ def test_auto_selects_a_kernel_that_fits(monkeypatch, config, mesh, kernel):
     called: list[str] = []
     for name in ("splash", "cudnn"):
         monkeypatch.setattr(kernels, name, lambda *_, name=name: called.append(name))
-    attend = kernels.make_attend(config, mesh)
-    if attend is not None:
-        attend(*drawn(1, 128, 4, 2, 8))
+    made = kernels.make_kernel(config, mesh)
+    if made is not None:
+        assert isinstance(made, Kernel)
+        made(*drawn(1, 128, 4, 2, 8))
     assert called == ([kernel] if kernel else [])
 
 
 def test_sizes_that_the_kernel_does_not_divide_use_plain_attention():
     """Init uses one row of one token."""
-    attend = kernels.make_attend(BF16, TPU)
-    assert attend is not None
+    kernel = kernels.make_kernel(BF16, TPU)
+    assert kernel is not None
     inputs = drawn(1, 5, 4, 2, 8)
-    np.testing.assert_array_equal(attend(*inputs), plain(*inputs))
+    np.testing.assert_array_equal(kernel(*inputs), plain(*inputs))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +222,7 @@ def test_sizes_that_the_kernel_does_not_divide_use_plain_attention():
 )
 def test_a_requested_kernel_that_does_not_fit_is_refused(name, config, mesh, reason):
     with pytest.raises(UserError) as caught:
-        kernels.make_attend(replace(config, attention=name), mesh)
+        kernels.make_kernel(replace(config, attention=name), mesh)
     message = str(caught.value)
     assert message.startswith(f"model.attention={name} ") and reason in message
     assert message.endswith("give plain or auto")

@@ -55,6 +55,10 @@ class Checkpoints:
         """Steps of the checkpoints, oldest first."""
         return files.numbered(self.path)
 
+    def exist(self) -> bool:
+        """Whether there are checkpoints, also damaged, set aside or incomplete ones."""
+        return self.path.is_dir() and any(self.path.iterdir())
+
     def save(
         self, step: int, state: TrainState, record: Record, texts: dict[str, str] | None = None
     ) -> None:
@@ -182,25 +186,24 @@ class Checkpoints:
     def restore(self, step: int, layout: TrainState) -> TrainState:
         """The train state of a checkpoint, whatever devices it was saved on.
 
-        Args:
-            step: of the checkpoint.
-            layout: `jax.ShapeDtypeStruct` leaves with the sharding to load onto.
+        `layout` has `jax.ShapeDtypeStruct` leaves with the sharding to load onto.
 
         Raises:
-            UserError: damaged, or of other shapes.
+            UserError: damaged, or of other shapes or another step.
         """
         weights = optim.without_lora(optim.unite(layout.params, layout.frozen))
         training = {"step": layout.step, "opt_state": training_part(layout)}
         items = self.load(step, {"params": weights, "training": training})
-        return _from_items(items["params"], items["training"], layout)
+        state = _from_items(items["params"], items["training"], layout)
+        if int(state.step) != step:
+            raise Damaged(
+                f"checkpoint {self.path / str(step)} holds the state after step {int(state.step)}; "
+                f"give the folder that number again"
+            )
+        return state
 
     def load_params(self, step: int, model: nn.Module, mesh: Mesh | None = None) -> Any:
-        """The parameters to sample with, of a checkpoint.
-
-        Args:
-            step: of the checkpoint.
-            model: the run's.
-            mesh: to load onto; None: one device.
+        """The parameters to sample with, of a checkpoint of `model`, onto a mesh (None: one device).
 
         Raises:
             UserError: damaged, or of other shapes than the model's.

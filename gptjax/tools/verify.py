@@ -20,7 +20,6 @@ from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import read as read_records
 from gptjax.runs.run import Run, read_config
-from gptjax.step import TrainState
 from gptjax.text.dataset import fingerprint, open_dataset
 
 TOLERANCE = 1e-4  # nats: another machine or device count rounds otherwise
@@ -130,8 +129,6 @@ def _checkpoint(checkpoints: Checkpoints, step: int, load: Callable[[int], Any])
     """Files, shapes, and finite numbers of one checkpoint."""
     checkpoints.verify(step)
     state = load(step)
-    if isinstance(state, TrainState) and int(state.step) != step:
-        raise UserError(f"checkpoint {checkpoints.path / str(step)} is of step {state.step}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
