@@ -203,7 +203,7 @@ class Checkpoints:
         return state
 
     def load_params(self, step: int, model: nn.Module, mesh: Mesh | None = None) -> Any:
-        """The parameters to sample with, of a checkpoint of `model`, onto a mesh (None: one device).
+        """The parameters to sample with, of a checkpoint, onto a mesh (None: one device).
 
         Raises:
             UserError: damaged, or of other shapes than the model's.
