@@ -1,4 +1,4 @@
-"""Let a trained run speak.
+"""Generate text from a run: the same as `gptjax sample`.
 
 python sample.py                                    # the newest run
 python sample.py --run small --prompt "ROMEO:" --temperature 0.5
@@ -7,15 +7,7 @@ python sample.py --prompt file:start.txt --num-samples 4 --top-k 20 --seed 7
 
 import sys
 
-from gptjax import cli
-from gptjax.errors import one_line_errors
+from gptjax.cli.main import run
 
 if __name__ == "__main__":
-    with one_line_errors("sample.py"):
-        command = cli.parse_sample(sys.argv[1:])
-        # jax is imported here, after the arguments were understood.
-        from gptjax.cache import use_compilation_cache
-        from gptjax.inference import main
-
-        use_compilation_cache()
-        main(command)
+    run("sample", sys.argv[1:], "sample.py")

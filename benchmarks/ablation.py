@@ -1,12 +1,14 @@
-"""What each option is worth: `python -m benchmarks.ablation [--seeds 2]`.
+"""Ablation of the model and optimizer options: `python -m benchmarks.ablation [--seeds 2]`.
 
-To the classic recipe one option at a time is added; from the modern one, that of the preset `fast`,
-one at a time is taken away. Every run makes as many updates of as many tokens, and is
-measured by the whole validation split.
+One option at a time is added to the classic recipe, or removed from the modern one, that of
+examples/speedrun/fast.py. All runs make the same number of updates on the same number of tokens,
+and are evaluated on the whole validation split.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ from gptjax import cli
 from gptjax.config import Config, DataConfig
 from gptjax.errors import UserError, one_line_errors
 
-# nanoGPT's CPU setting, with a rate for short runs.
+# nanoGPT's CPU setting, with a learning rate for short runs.
 CLASSIC = replace(
     time_to_loss.NANOGPT,
     optim=replace(time_to_loss.NANOGPT.optim, learning_rate=6e-3, warmup_steps=30),
 )
-# What each changes: of the model, of the optimizer.
+# Fields that each option changes, of the model's config and of the optimizer's.
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rotary": ({"position": "rotary", "rope_base": 1000.0}, {}),
     "rms": ({"norm": "rms"}, {}),
@@ -28,9 +30,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "relu2": ({"activation": "relu2"}, {}),
     "untied": ({"tie_head": False}, {}),
     "zero": ({"init": "zero"}, {}),
-    "ngram": ({"ngram": 3}, {}),
-    "pairs": ({"pair_rows": 65 * 65}, {}),
-    "recall": ({"recall": 4}, {}),
+    "ngram": ({}, {}),
+    "pairs": ({}, {}),
+    "recall": ({}, {}),
     "muon": ({}, {"kind": "muon", "muon_learning_rate": 0.03, "muon_weight_decay": 0.05}),
     "wsd": ({}, {"schedule": "wsd", "final_lr_ratio": 0.0}),
     "swiglu": ({"activation": "swiglu", "n_inner": 344}, {}),
@@ -40,6 +42,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "context": ({"block_size": 256}, {}),
     "ema": ({}, {"ema": 0.98}),
 }
+# Fields of an `NGramGPT`, the model of the runs that have one of these.
+TABLES = {"ngram": {"ngram": 3}, "pairs": {"pair_rows": 65 * 65}, "recall": {"recall": 4}}
 MODERN = (
     *("rotary", "rms", "qk_norm", "relu2", "untied", "zero", "context", "window", "pairs"),
     *("recall", "muon", "wsd"),
@@ -48,22 +52,22 @@ MODERN = (
 
 @dataclass(frozen=True)
 class AblationCommand:
-    """Train the classic recipe with each option, and the modern one without."""
+    """Train the classic recipe with each option and the modern recipe without it."""
 
     options: tuple[str, ...] = tuple(OPTIONS)
-    """Which."""
+    """Options to ablate."""
     steps: int = 300
-    """Updates of each run."""
+    """Number of updates per run."""
     seeds: int = 2
-    """Runs of each recipe, with seeds 1337, 1338, ..."""
+    """Number of runs per recipe, with seeds 1337, 1338, ..."""
     text: str = "tiny_shakespeare"
-    """What to train on."""
+    """Text to train on."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/ablation.json)."""
+    """Results file (default: benchmarks/results/ablation.json)."""
 
 
 def with_options(names: tuple[str, ...], steps: int, text: str) -> Config:
-    """The classic recipe with some options, and as many tokens in an update."""
+    """The classic recipe with some options and the same number of tokens per update."""
     model, optim = CLASSIC.model, CLASSIC.optim
     for name in names:
         of_model, of_optim = OPTIONS[name]
@@ -80,11 +84,23 @@ def with_options(names: tuple[str, ...], steps: int, text: str) -> Config:
     )
 
 
+def tables(names: tuple[str, ...]) -> dict[str, int]:
+    """Fields of an `NGramGPT` that the options set; empty for a GPT."""
+    return {key: n for name in names if name in TABLES for key, n in TABLES[name].items()}
+
+
+def train(config: Config, tables: dict[str, int]) -> Callable[[int], list[dict[str, float]]]:
+    """A side that trains one run."""
+    from examples.speedrun.ngrams import NGramGPT
+
+    return time_to_loss.train_ours(config, partial(NGramGPT, **tables) if tables else None)
+
+
 def recipes(options: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """By the row's name: the options it has.
+    """Options of each recipe, by row name.
 
     Raises:
-        UserError: no such option.
+        UserError: an unknown option.
     """
     if unknown := set(options) - set(OPTIONS):
         raise UserError(f"unknown option {min(unknown)!r}; options: {', '.join(OPTIONS)}")
@@ -98,17 +114,17 @@ def recipes(options: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 
 def main(argv: list[str]) -> None:
-    """Train them all, and tell."""
+    """Train all recipes and print the table."""
     command = cli.parse(AblationCommand, AblationCommand(), argv, "benchmarks.ablation", "")
     measure.at_least(steps=command.steps, seeds=command.seeds)
     rows_of = recipes(command.options)
-    here = measure.begin(f"validation loss after {command.steps} updates, option by option")
+    here = measure.begin(f"ablation: validation loss after {command.steps} updates")
     rows: list[dict[str, Any]] = []
     for name, options in rows_of.items():
         config = with_options(options, command.steps, command.text)
         last = []
         for seed in range(1337, 1337 + command.seeds):
-            with measure.sides({name: (time_to_loss.train_ours, config)}) as sides:
+            with measure.sides({name: (train, config, tables(options))}) as sides:
                 *_, end = sides[name](seed)
             last.append(end)
         rows.append({"recipe": name, "options": options, "ends": last})
@@ -119,7 +135,7 @@ def main(argv: list[str]) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table: each recipe beside the one it comes from."""
+    """Print each recipe's loss and its difference from the base recipe."""
     mean = {
         row["recipe"]: sum(end["val_loss"] for end in row["ends"]) / len(row["ends"])
         for row in rows
@@ -133,7 +149,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.append([name, f"{mean[name]:.4f}", change, f"{max(losses) - min(losses):.4f}"])
     measure.show(
         f"mean of {len(rows[0]['ends'])} seeds",
-        ["recipe", "loss", "change", "between seeds"],
+        ["recipe", "loss", "change", "seed range"],
         table,
     )
 

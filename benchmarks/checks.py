@@ -1,8 +1,8 @@
-"""What the checks in the step cost: `python -m benchmarks.checks [--presets small tiny]`.
+"""Cost of the checks in a train step: `python -m benchmarks.checks [--presets small tiny]`.
 
-The run's own program, beside the same one traced without them: no norm of the gradient, no test
-for numbers that are not finite, no branch around the update. Both live in this process, begin with
-the same state, and take turns.
+Compares the compiled step of a run with the same step traced without its checks: no gradient norm,
+no test for non-finite values, no choice between the new and the old state. Both run in this
+process, start from the same state and take turns.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 
 from benchmarks import measure
 from gptjax import cli
-from gptjax.errors import UserError, one_line_errors
-from gptjax.presets import PRESETS
-from gptjax.programs import Programs
+from gptjax.assembly import assemble
+from gptjax.errors import one_line_errors
+from gptjax.parallel import sharding
+from gptjax.step import Step
 
 VOCABULARY = 65
 
@@ -29,36 +31,49 @@ class ChecksCommand:
     """Time a train step with and without its checks."""
 
     presets: tuple[str, ...] = ("tiny", "small")
-    """Which to train."""
+    """Presets or config files to train."""
     rounds: int = 15
-    """Turns of each."""
+    """Number of turns per side."""
     seconds: float = 2.0
-    """Of one turn, and whole calls."""
+    """Duration of one turn in seconds, rounded up to whole calls."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/checks.json)."""
+    """Results file (default: benchmarks/results/checks.json)."""
 
 
 def unchecked() -> contextlib.ExitStack:
-    """While this lasts, a step is traced without its checks."""
+    """Context in which a run is assembled and traced without its checks."""
     stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch("jax.lax.cond", lambda _, move, stay, state: move(state)))
+    stack.enter_context(mock.patch("gptjax.assembly.skip_nonfinite", never_skip))
     stack.enter_context(mock.patch("optax.tree.norm", lambda grads: jnp.zeros(())))
     return stack
 
 
+def never_skip(step: Step) -> Step:
+    """Replacement for `skip_nonfinite` that treats every step as finite."""
+
+    def unguarded(state: Any, batch: Any, key: jax.Array) -> Any:
+        state, metrics = step(state, batch, key)
+        return state, {**metrics, "finite": jnp.array(True)}
+
+    return unguarded
+
+
 def trainer(preset: str, checked: bool) -> Callable[[], int]:
-    """A function that trains some steps and says how many."""
-    config = replace(PRESETS[preset], steps=10**6)
-    programs = Programs(config, VOCABULARY)
-    tokens = programs.put(measure.random_tokens(VOCABULARY))
-    state, n = programs.start(), config.steps_per_dispatch
+    """A function that trains some steps and returns how many."""
+    recipe = measure.recipe(preset)
+    config = replace(recipe.config, steps=10**6)
     with contextlib.nullcontext() if checked else unchecked():
-        program = programs.train_steps.lower(state, tokens, programs.seed_key, n).compile()
+        setup = assemble(config, VOCABULARY, model=recipe.model)
+        tokens = sharding.put(setup.mesh, measure.random_tokens(VOCABULARY))
+        state, key, n = setup.start(), setup.seed_key(), config.steps_per_dispatch
+        program = setup.steps.lower(state, tokens, key, 0, n).compile()
+    step = 0
 
     def call() -> int:
-        nonlocal state
-        state, log = program(state, tokens, programs.seed_key, n)
+        nonlocal state, step
+        state, log = program(state, tokens, key, step, n)
         jax.block_until_ready(log)
+        step += n
         return n
 
     call()
@@ -66,11 +81,11 @@ def trainer(preset: str, checked: bool) -> Callable[[], int]:
 
 
 def main(argv: list[str]) -> None:
-    """Take turns, and tell."""
+    """Time both sides in turns and print the table."""
     command = cli.parse(ChecksCommand, ChecksCommand(), argv, "benchmarks.checks", "")
     measure.at_least(rounds=command.rounds, seconds=command.seconds)
-    if unknown := set(command.presets) - set(PRESETS):
-        raise UserError(f"unknown preset {min(unknown)!r}; presets: {', '.join(PRESETS)}")
+    for preset in command.presets:
+        measure.recipe(preset)
     here = measure.begin("the cost of the checks in a train step")
     rows, table = [], []
     for preset in command.presets:
@@ -86,7 +101,7 @@ def main(argv: list[str]) -> None:
         rows.append({"preset": preset, "wall": list(wall.values()), "cpu": list(cpu.values())})
         milliseconds = 1e3 * measure.spread(wall[True]).median
         table.append([preset, measure.figure(milliseconds), *map(str, ratios)])
-    measure.show("with the checks", ["preset", "ms a step", "time: ratio", "CPU: ratio"], table)
+    measure.show("with the checks", ["preset", "ms per step", "time: ratio", "CPU: ratio"], table)
     measure.save(command.out, "checks", here, command, rows)
 
 

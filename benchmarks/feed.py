@@ -1,7 +1,8 @@
-"""What waiting for batches costs a run: `python -m benchmarks.feed [--preset small]`.
+"""Time that training waits for batches: `python -m benchmarks.feed [--preset small]`.
 
-The same training with the tokens on the device, which cuts windows itself, and in a mapped file,
-which the host reads a call ahead. Stalled: the loop is in the feed, and the batch is not ready.
+The same training with the tokens on the device, which cuts the windows itself, and in a
+memory-mapped file, from which the host prefetches batches. Stalled: fraction of the time that the
+loop spends waiting for a batch.
 """
 
 import sys
@@ -15,8 +16,7 @@ from typing import Any
 from benchmarks import measure
 from gptjax import cli
 from gptjax.config import DataConfig
-from gptjax.errors import UserError, one_line_errors
-from gptjax.presets import PRESETS
+from gptjax.errors import one_line_errors
 
 SIDES = {
     "on the device": DataConfig(),
@@ -27,41 +27,46 @@ SIDES = {
 
 @dataclass(frozen=True)
 class FeedCommand:
-    """Time a train step, and how long it waits for its batch, wherever the tokens lie."""
+    """Time a train step and its wait for a batch, with tokens on the device and on disk."""
 
     preset: str = "small"
-    """Which to train."""
+    """Preset or config file to train."""
     tokens: int = 100_000_000
-    """In the file, two bytes each; it is read from the memory that the system keeps it in."""
+    """Tokens in the file, two bytes each; it is read from the page cache."""
     rounds: int = 9
-    """Turns of each side."""
+    """Number of turns per side."""
     seconds: float = 4.0
-    """Of one turn, and whole calls."""
+    """Duration of one turn in seconds, rounded up to whole calls."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/feed.json)."""
+    """Results file (default: benchmarks/results/feed.json)."""
 
 
 def trainer(preset: str, data: DataConfig) -> Callable[[float], tuple[measure.Visit, float]]:
-    """In its process: train as `gptjax.training` does; a visit, and seconds of it in the feed."""
+    """A side that trains as `gptjax.training` does; returns a Visit and its seconds in the feed."""
     import jax
 
-    from gptjax.programs import Programs
+    from gptjax import assembly
+    from gptjax.batches import Prefetched
     from gptjax.text.dataset import open_dataset
     from gptjax.text.tokenizers import ByteTokenizer
 
     tokenizer = ByteTokenizer()
-    config = replace(PRESETS[preset], data=data, steps=10**6)
-    programs, n = Programs(config, tokenizer.vocab_size), config.steps_per_dispatch
-    feed = programs.training(open_dataset(config.data, config.model.block_size, tokenizer))
-    state, before, step, stalled = programs.start(), None, 0, 0.0
+    recipe = measure.recipe(preset)
+    config = replace(recipe.config, data=data, steps=10**6)
+    dataset = open_dataset(config.data, config.model.block_size, tokenizer)
+    batch_at = Prefetched.at if assembly.streams(config, dataset) else None
+    setup = assembly.assemble(config, tokenizer.vocab_size, model=recipe.model, batch_at=batch_at)
+    key, n = setup.seed_key(), config.steps_per_dispatch
+    source = assembly.make_source(config, dataset, setup.mesh, key)
+    state, before, step, stalled = setup.start(), None, 0, 0.0
 
     def call() -> int:
-        """As in `train`: a call's metrics are read while the next one runs."""
+        """One call; as in `train`, its metrics are read while the next one runs."""
         nonlocal state, before, step, stalled
         began = time.perf_counter()
-        tokens = feed(step, then=step + n)
+        data = source.data(step, then=step + n)
         stalled += time.perf_counter() - began
-        state, out = programs.train_steps(state, tokens, programs.seed_key, n)
+        state, out = setup.steps(state, data, key, step, n)
         jax.device_get(before)
         before, step = out, step + n
         return n
@@ -76,7 +81,7 @@ def trainer(preset: str, data: DataConfig) -> Callable[[float], tuple[measure.Vi
 
 
 def compare(command: FeedCommand) -> list[dict[str, Any]]:
-    """Seconds of a step and the share of them in the feed, of each side and round."""
+    """Seconds per step and their fraction in the feed, for each side and round."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/train.bin"
         measure.random_tokens(256, command.tokens).tofile(path)
@@ -96,11 +101,10 @@ def compare(command: FeedCommand) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str]) -> None:
-    """Take turns, and tell."""
+    """Time all sides in turns and print the table."""
     command = cli.parse(FeedCommand, FeedCommand(), argv, "benchmarks.feed", "")
     measure.at_least(rounds=command.rounds, seconds=command.seconds, tokens=command.tokens)
-    if command.preset not in PRESETS:
-        raise UserError(f"unknown preset {command.preset!r}; presets: {', '.join(PRESETS)}")
+    measure.recipe(command.preset)
     here = measure.begin(f"batches of {command.preset} from {command.tokens:,} tokens")
     rows, table = compare(command), []
     for row in rows:
@@ -108,8 +112,8 @@ def main(argv: list[str]) -> None:
         milliseconds = measure.spread([1e3 * s for s in row["seconds"]])
         stalled = measure.spread([100 * share for share in row["stalled"]])
         table.append([row["side"], *map(str, (milliseconds, *ratios, stalled))])
-    head = ["tokens", "ms a step", "time: ratio", "CPU: ratio", "stalled, % of the time"]
-    measure.show("where the tokens lie", head, table)
+    head = ["tokens", "ms per step", "time: ratio", "CPU: ratio", "stalled, %"]
+    measure.show("location of the tokens", head, table)
     measure.console.print(measure.LEGEND)
     measure.save(command.out, "feed", here, command, rows)
 

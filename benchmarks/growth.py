@@ -1,7 +1,7 @@
-"""How a step's time and memory grow: `python -m benchmarks.growth [--axes batch context ...]`.
+"""Growth of a step's time and memory: `python -m benchmarks.growth [--axes batch context ...]`.
 
-One axis at a time leaves a base model; all points of an axis live side by side and take turns. A
-slope is that of log(time) or log(bytes) over log(axis): 1 is proportional, 2 is quadratic.
+One axis of a base model varies at a time; all points of an axis take turns. Slopes are of log(time)
+or log(bytes) over log(axis): 1 is linear, 2 is quadratic.
 """
 
 import sys
@@ -21,7 +21,7 @@ from gptjax.errors import UserError, one_line_errors
 
 Axis = Literal["batch", "context", "width", "layers", "corpus"]
 BASE = Config(batch_size=16, model=ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=64))
-CORPUS = 1_000_000  # characters, on all axes but its own
+CORPUS = 1_000_000  # characters, on all axes except corpus
 POINTS: dict[str, tuple[int, ...]] = {
     "batch": (4, 8, 16, 32, 64, 128),
     "context": (32, 64, 128, 256, 512),
@@ -34,23 +34,23 @@ ALPHABET = np.frombuffer(b"\n !$&',-.3:;?" + bytes(range(65, 91)) + bytes(range(
 
 @dataclass(frozen=True)
 class GrowthCommand:
-    """Time a train step of gptjax, and weigh it, while one thing grows."""
+    """Measure time and memory of a train step as one size grows."""
 
     axes: tuple[Axis, ...] = ("batch", "context", "width", "layers", "corpus")
-    """What grows, one after the other."""
+    """Axes to vary, one after the other."""
     points: int | None = None
-    """Only the first so many points of each axis (default: all)."""
+    """Number of points per axis, from the smallest (default: all)."""
     rounds: int = 5
-    """Turns of each point."""
+    """Number of turns per point."""
     seconds: float = 1.0
-    """Of one turn, and whole steps."""
+    """Duration of one turn in seconds, rounded up to whole steps."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/growth.json); the picture goes
-    beside them, as .png."""
+    """Results file (default: benchmarks/results/growth.json); the plot is saved beside it as
+    .png."""
 
 
 def config_of(axis: str, value: int) -> Config:
-    """The base, but for one thing."""
+    """The base config with one size changed."""
     m = BASE.model
     if axis == "batch":
         return replace(BASE, batch_size=value)
@@ -64,7 +64,7 @@ def config_of(axis: str, value: int) -> Config:
 
 
 def point(config: Config, characters: int) -> Callable[..., Any]:
-    """A model in training on a text of that many characters, in its process."""
+    """A side that trains on a random text of this many characters."""
     from benchmarks import jax_gpt
     from gptjax.text.dataset import open_dataset
 
@@ -84,7 +84,7 @@ def point(config: Config, characters: int) -> Callable[..., Any]:
 
 
 def grow(command: GrowthCommand, axis: str) -> list[dict[str, Any]]:
-    """All points of an axis."""
+    """Measure all points of an axis."""
     values = POINTS[axis][: command.points]
     made = {
         str(value): (point, config_of(axis, value), value if axis == "corpus" else CORPUS)
@@ -110,7 +110,7 @@ def grow(command: GrowthCommand, axis: str) -> list[dict[str, Any]]:
 
 
 def slopes(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """Of log y over log x: between the last two points, and of the line through all."""
+    """Slopes of log y over log x: between the last two points, and of a line through all."""
     x, y = np.log(xs), np.log(ys)
     if len(x) < 2:
         return float("nan"), float("nan")
@@ -121,8 +121,8 @@ def _median(row: dict[str, Any]) -> float:
     return measure.spread(row["seconds_per_step"]).median
 
 
-def tell(axis: str, rows: list[dict[str, Any]]) -> None:
-    """Print an axis's table; from the second row on, slopes are those since the row before."""
+def print_tables(axis: str, rows: list[dict[str, Any]]) -> None:
+    """Print an axis's table; slopes are relative to the previous row."""
     body = []
     for i, row in enumerate(rows):
         since = ["", ""]
@@ -144,15 +144,15 @@ def tell(axis: str, rows: list[dict[str, Any]]) -> None:
                 f"{row['reading_seconds']:.2f}",
             ]
         )
-    head = [axis, "ms a step", "slope", "GFLOP/s", "MB", "slope", "first s", "text read s"]
+    head = [axis, "ms per step", "slope", "GFLOP/s", "MB", "slope", "first call s", "read text s"]
     measure.show(f"growth with {axis}", head, body)
 
 
 def draw(axes: dict[str, list[dict[str, Any]]], out: Path) -> None:
-    """Draw time and memory of every axis, both scales logarithmic.
+    """Plot time and memory of every axis on logarithmic scales.
 
     Raises:
-        UserError: a picture that cannot be written.
+        UserError: the plot cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -168,8 +168,8 @@ def draw(axes: dict[str, list[dict[str, Any]]], out: Path) -> None:
             panel.set(xscale="log", yscale="log", xlabel=axis)
             panel.set_title(f"slope {slopes(xs, ys)[1]:.2f}", fontsize="small")
             panel.grid(alpha=0.3)
-    grid[0, 0].set_ylabel("ms a step")
-    grid[1, 0].set_ylabel("MB at most")
+    grid[0, 0].set_ylabel("ms per step")
+    grid[1, 0].set_ylabel("peak MB")
     try:
         figure.savefig(out, dpi=130)
     except OSError as error:
@@ -177,14 +177,14 @@ def draw(axes: dict[str, list[dict[str, Any]]], out: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Let everything grow, and tell."""
+    """Measure every axis, print the tables and plot them."""
     command = cli.parse(GrowthCommand, GrowthCommand(), argv, "benchmarks.growth", "")
     measure.at_least(rounds=command.rounds, seconds=command.seconds, points=command.points)
     here = measure.begin("growth of a train step")
     axes = {}
     for axis in command.axes:
         axes[axis] = grow(command, axis)
-        tell(axis, axes[axis])
+        print_tables(axis, axes[axis])
     measure.console.print(measure.LEGEND)
     out = measure.save(command.out, "growth", here, command, [r for a in axes.values() for r in a])
     draw(axes, out.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""Our sides of the comparisons: gptjax's own functions, called as its commands call them."""
+"""The gptjax sides of the comparisons, which call its functions as its commands do."""
 
 import functools
 import time
@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
+from gptjax.assembly import assemble
+from gptjax.batches import Windows
 from gptjax.config import Config
+from gptjax.parallel import sharding
 from gptjax.parallel.flops import count_params, flops_per_token, matmul_peak
-from gptjax.programs import Programs
 from gptjax.sampling import Sampling, generate
-from gptjax.step import batch_at
 
 
 def flat(params: Any) -> dict[str, np.ndarray]:
@@ -30,23 +31,25 @@ def training(
     """A side that trains as `gptjax.training` does.
 
     Args:
-        config: of the run.
+        config: the run's config.
         vocab_size: rows of the embedding table.
         tokens: (N,) to train on.
-        start: where to write the initial weights and the first batches, as .npz, for other sides.
-        check: steps whose losses are kept, and batches written.
+        start: .npz file to write the initial weights and the first batches to, for other sides.
+        check: number of first steps whose losses are kept and whose batches are written.
 
     Returns:
         `ask("work", seconds)`: a Visit; `ask("peak")`: FLOP/s of a large matmul; `ask("facts")`:
-        the losses of the first steps, seconds of the first call, which compiles, bytes of memory
-        at their peak; of this side also parameters, and FLOPs of one step.
+        losses of the first steps, seconds of the first call (with compilation), bytes of peak
+        memory, and, for gptjax only, parameters and FLOPs per step.
     """
-    programs = Programs(config, vocab_size)
-    state, on_device = programs.start(), programs.put(tokens)
-    train_steps, key, n = programs.train_steps, programs.seed_key, config.steps_per_dispatch
+    setup = assemble(config, vocab_size)
+    state, on_device = setup.start(), sharding.put(setup.mesh, tokens)
+    key, n = setup.seed_key(), config.steps_per_dispatch
     if start is not None:
-        batches = [np.asarray(batch_at(config, on_device, key, step)) for step in range(check)]
-        arrays = flat(state.params) | {"batches": np.stack(batches)}
+        source = Windows(on_device, key, config.batch_size, config.model.block_size)
+        batches = [source.batch(step) for step in range(check)]
+        rows = [np.concatenate([b.inputs, b.targets[:, -1:]], axis=1) for b in batches]
+        arrays = flat(state.params) | {"batches": np.stack(rows)}
         np.savez(start, **arrays)  # pyright: ignore[reportArgumentType]
     params = count_params(state.params)
     flops = flops_per_token(config.model, state.params)
@@ -55,25 +58,27 @@ def training(
     began, losses = time.perf_counter(), []
     while len(losses) < check:
         count = min(n, check - len(losses))
-        state, out = train_steps(state, on_device, key, count)
-        losses += [float(loss) for loss in out.loss[:count]]
+        state, out = setup.steps(state, on_device, key, len(losses), count)
+        losses += [float(loss) for loss in out["loss"][:count]]
         if len(losses) == count:
             compile_seconds = time.perf_counter() - began
     pending: Any = None
+    step = len(losses)
 
     def dispatch() -> int:
-        """As in `train`: the metrics of the call before are read while the device works."""
-        nonlocal state, pending
+        """One call; as in `train`, the previous call's metrics are read while the device works."""
+        nonlocal state, pending, step
         before = pending
-        state, pending = train_steps(state, on_device, key, n)
+        state, pending = setup.steps(state, on_device, key, step, n)
         jax.device_get(before)
+        step += n
         return n
 
     def ask(what: str, seconds: float = 0.0) -> Any:
         if what == "work":
             return measure.work(dispatch, seconds, lambda: jax.block_until_ready(state))
         if what == "peak":
-            return matmul_peak(config.model.dtype) * programs.mesh.size
+            return matmul_peak(config.model.dtype) * setup.mesh.size
         return {
             "params": params,
             "flops": flops,
@@ -86,16 +91,15 @@ def training(
 
 
 def sampling(config: Config, vocab_size: int, weights: Path) -> Callable[..., Any]:
-    """A side that samples as `sample.py` does; it draws the weights and writes them as .npz.
+    """A side that samples as `sample.py` does; it initialises the weights and writes them as .npz.
 
     Returns:
-        `ask("warm", batch, length)`: gets ready for that; `ask("work", batch, length, seconds)`: a
-        Visit counting tokens, of samples of `length` tokens after a prompt of one;
-        `ask("greedy", length)`: the likeliest tokens after token 0; `ask("floor", batch, length)`:
-        a Floor.
+        `ask("warm", batch, length)`: compiles; `ask("work", batch, length, seconds)`: a Visit that
+        counts tokens, for samples of `length` tokens after a prompt of one; `ask("greedy",
+        length)`: greedy tokens after token 0; `ask("floor", batch, length)`: a Floor.
     """
-    programs = Programs(config, vocab_size)
-    model, params, key = programs.model, programs.start().params, programs.seed_key
+    setup = assemble(config, vocab_size)
+    model, params, key = setup.applied, setup.start().params, setup.seed_key()
     np.savez(weights, **flat(params))  # pyright: ignore[reportArgumentType]
     prompt = np.zeros(1, np.int32)
 
@@ -120,23 +124,23 @@ def sampling(config: Config, vocab_size: int, weights: Path) -> Callable[..., An
 
 
 class Floor(NamedTuple):
-    """What no implementation in this precision can beat: tokens/s, and where they come from."""
+    """Roofline of decoding in this precision: an upper bound on tokens/s, and its terms."""
 
     tokens_per_second: float
     bytes_per_step: int
-    """Weights, once for all streams, and the cache of every stream."""
+    """Weights, read once for all streams, and every stream's KV cache."""
     bandwidth: float
-    """Bytes/s at which an array of that size is read here, from a cache if it fits there."""
+    """Measured bytes/s of reading an array of that size, from the CPU cache if it fits."""
     memory_bandwidth: float
-    """The same of an array that fits nowhere."""
+    """Measured bytes/s of reading an array larger than the caches."""
     flops_per_step: int
     peak: float
 
 
 def floor(config: Config, params: Any, batch: int, length: int, peak: float) -> Floor:
-    """The roofline of drawing one token for each of `batch` streams of up to `length` tokens."""
+    """Roofline of one decoding step for `batch` streams of up to `length` tokens."""
     m = config.model
-    # flops_per_token counts 6 for each parameter that is multiplied with, and attention's.
+    # flops_per_token is 6 per matmul parameter plus attention.
     width = m.n_embd * (m.n_kv_head or m.n_head) // m.n_head
     attention = 12 * m.n_layer * m.n_embd * m.block_size
     multiplied = (flops_per_token(m, params) - attention) // 6
@@ -150,7 +154,7 @@ def floor(config: Config, params: Any, batch: int, length: int, peak: float) -> 
 
 @functools.cache
 def read_bandwidth(size: int) -> float:
-    """Bytes/s of reading `size` bytes again and again, by the fastest of three ways."""
+    """Bytes/s of repeatedly reading `size` bytes, by the fastest of three methods."""
     rows = max(1, size // 4096)
     host, vector = np.ones((rows, 1024), np.float32), np.ones(1024, np.float32)
     array, on_device = jnp.asarray(host), jnp.asarray(vector)

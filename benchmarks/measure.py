@@ -1,7 +1,6 @@
-"""What all benchmarks share: sides in processes of their own, turns, spread, tables, JSON.
+"""Shared by all benchmarks: sides in separate processes, turns, statistics, tables, JSON.
 
-Nothing here, and nothing at the top of a benchmark, imports jax or torch: every process loads its
-own side only, so that neither memory nor thread pools are shared.
+Each process loads only its own side, so that sides share neither memory nor thread pools.
 """
 
 import importlib.util
@@ -11,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -27,18 +27,49 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.parallel.flops import processor
+from gptjax.presets import LECTURE_MODELS, PRESETS
 
 RESULTS = Path("benchmarks") / "results"
-BUSY = 0.25  # of the cores' load average, from where on the machine counts as busy
+BUSY = 0.25  # load average per core above which the machine counts as busy
 LEGEND = (
-    "Medians, and in brackets the smallest and largest, over rounds in which the sides take turns; "
-    "ratios are taken within a round."
+    "Medians (smallest to largest) over rounds in which the sides take turns; ratios are taken "
+    "within a round."
 )
 console = Console(highlight=False, soft_wrap=True)
-if not console.is_terminal:  # a file or a pipe takes tables as wide as they are
+if not console.is_terminal:  # do not wrap tables in a file or a pipe
     console.width = 140
+
+
+class Recipe(NamedTuple):
+    """What to train."""
+
+    config: Config
+    model: Any = None  # as `gptjax.train` takes it
+
+
+def recipe(name: str) -> Recipe:
+    """A preset, or a config file such as examples/speedrun/fast.py.
+
+    Raises:
+        UserError: no such preset or file.
+    """
+    if name in PRESETS:
+        if name not in LECTURE_MODELS:
+            return Recipe(PRESETS[name])
+        from gptjax.lecture import models
+
+        return Recipe(PRESETS[name], models.STAGES[LECTURE_MODELS[name]])
+    if not (name.endswith(".py") and Path(name).is_file()):
+        raise UserError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}; or a FILE.py")
+    sys.path.insert(0, str(Path(name).parent.resolve()))  # for the modules beside it
+    try:
+        found = runpy.run_path(name)
+    finally:
+        sys.path.pop(0)
+    return Recipe(found["config"], found.get("model"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -46,10 +77,10 @@ if not console.is_terminal:  # a file or a pipe takes tables as wide as they are
 
 
 class Side:
-    """One side of a comparison, in a fresh process: `make(*args)` there gives a function.
+    """One side of a comparison, in a fresh process that runs the function `make(*args)`.
 
-    Calling the side calls that function in its process, and waits. A side that waits uses no
-    cores, whatever its threads are.
+    Calling the side calls that function in its process and waits for the result. A waiting side
+    uses no CPU time.
     """
 
     def __init__(self, make: Callable[..., Callable[..., Any]], *args: Any):
@@ -61,18 +92,18 @@ class Side:
         self.ready = False
 
     def __call__(self, *args: Any) -> Any:
-        """What the function answers.
+        """Call the function and return its result.
 
         Raises:
-            UserError: the side's own.
-            RuntimeError: it failed; the message is its traceback's last line.
+            UserError: raised by the function.
+            RuntimeError: any other failure; the message is the last line of its traceback.
         """
         self.wait()
         self._here.send(args)
         return self._answer()
 
     def wait(self) -> None:
-        """Until the function is made, compiled or not as `make` decides."""
+        """Wait until `make` has returned the function."""
         if not self.ready:
             self._answer()
             self.ready = True
@@ -95,7 +126,7 @@ class Side:
 
 
 def _serve(there: Any, make: Callable[..., Callable[..., Any]], args: tuple) -> None:
-    """The life of a side's process."""
+    """Main loop of a side's process."""
     try:
         function = make(*args)
         there.send((True, None))
@@ -114,7 +145,7 @@ def _serve(there: Any, make: Callable[..., Callable[..., Any]], args: tuple) -> 
 
 @contextmanager
 def sides(made: Mapping[str, tuple]):
-    """`{name: Side(*args)}`, each made after the one before is ready; all closed at the end."""
+    """`{name: Side(*args)}`, started one after the other and closed at the end."""
     with ExitStack() as stack:
         open_sides = {}
         for name, args in made.items():
@@ -126,7 +157,7 @@ def sides(made: Mapping[str, tuple]):
 
 
 def take_turns(sides: Mapping[str, Side], rounds: int, *args: Any) -> dict[str, list[Any]]:
-    """Ask each side in turn (A B C, A B C, ...): what they answered, by name, one a round."""
+    """Call the sides in turn (A B C, A B C, ...); their results by name, one per round."""
     answers: dict[str, list[Any]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -135,19 +166,19 @@ def take_turns(sides: Mapping[str, Side], rounds: int, *args: Any) -> dict[str, 
 
 
 class Visit(NamedTuple):
-    """What a side did when it was its turn."""
+    """Work that a side did in one turn."""
 
     count: int
     """Steps, or tokens."""
     seconds: float
     cpu_seconds: float
-    """Of all its threads; far below seconds times threads: others had the cores."""
+    """Of all threads; much less than seconds times threads means that the cores were shared."""
 
 
 def work(
     unit: Callable[[], int], seconds: float, finish: Callable[[], Any] = lambda: None
 ) -> Visit:
-    """Do units of work until the seconds are over; each answers how much it did."""
+    """Repeat `unit`, which returns how much it did, until the time is over."""
     count, start, cpu = 0, time.perf_counter(), time.process_time()
     while not count or time.perf_counter() - start < seconds:
         count += unit()
@@ -156,9 +187,9 @@ def work(
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has had resident."""
+    """Peak resident memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage counts what the parent had when it started us
+    if status.exists():  # getrusage includes the parent's memory at the fork
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
         if "VmHWM" in lines:
             return int(lines["VmHWM"].split()[0]) * 1024
@@ -167,12 +198,12 @@ def peak_memory() -> int:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Number of cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def best_seconds(call: Callable[[], Any], repeats: int = 10) -> float:
-    """Of a call that was warmed up by another."""
+    """Shortest duration of a call, after a warm-up call."""
     call()
     times = []
     for _ in range(repeats):
@@ -183,7 +214,7 @@ def best_seconds(call: Callable[[], Any], repeats: int = 10) -> float:
 
 
 def random_tokens(vocab_size: int, count: int = 1_000_000) -> np.ndarray:
-    """(count,) uint16 ids; the speed of a step does not depend on what they say."""
+    """(count,) random uint16 ids; the speed of a step does not depend on their values."""
     return np.random.default_rng(0).integers(vocab_size, size=count, dtype=np.uint16)
 
 
@@ -192,7 +223,7 @@ def random_tokens(vocab_size: int, count: int = 1_000_000) -> np.ndarray:
 
 
 class Spread(NamedTuple):
-    """Smallest, middle and largest of some measurements."""
+    """Minimum, median and maximum of some measurements."""
 
     min: float
     median: float
@@ -203,17 +234,17 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of one or more."""
+    """Spread of one or more values."""
     return Spread(min(values), statistics.median(values), max(values))
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Of each round's ours / theirs: what the machine did in that round, it did to both."""
+    """Spread of ours / theirs, round by round, so that the machine's load affects both alike."""
     return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def figure(value: float) -> str:
-    """Three digits, or all those before the point."""
+    """Format with three significant digits, or all digits of the integer part."""
     if not math.isfinite(value):
         return "-"
     digits = 2 - math.floor(math.log10(abs(value))) if value else 0
@@ -225,28 +256,28 @@ def megabytes(count: float) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Telling
+# Checks and output
 
 
 def need(*packages: str, instead: str) -> None:
-    """Stop, with one line, where something to compare with is not installed.
+    """Check that the packages to compare with are installed.
 
     Raises:
-        UserError: which, and what to do.
+        UserError: some are missing.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"{' and '.join(missing)} to compare with: not installed; pip install "
+            f"the comparison needs {' and '.join(missing)}, not installed here; pip install "
             f"{' '.join(missing)}, or {instead}"
         )
 
 
 def at_least(**flags: float | None) -> None:
-    """Check flags that must be 1 (or, of seconds, 0) or more, if they are given.
+    """Check that flags are at least 1 (seconds: 0), if they are given.
 
     Raises:
-        UserError: one is not.
+        UserError: one is smaller.
     """
     for name, value in flags.items():
         least = 0 if name == "seconds" else 1
@@ -257,7 +288,7 @@ def at_least(**flags: float | None) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures are figures of: processor, load, versions, commit, day."""
+    """Conditions of the measurement: processor, load, versions, commit, date."""
     return {
         "processor": processor(),
         "load": round(os.getloadavg()[0], 2),
@@ -277,7 +308,7 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The repository's, short; with a + where files differ from it."""
+    """Short hash of the repository's commit, with a + if files differ from it."""
     try:
         git = lambda *words: subprocess.run(
             ["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
@@ -288,19 +319,19 @@ def commit() -> str:
 
 
 def begin(title: str) -> dict[str, Any]:
-    """Say what runs where, and whether somebody else does too; the machine, for `save`."""
+    """Print the benchmark and the machine, warn if it is busy; the machine, for `save`."""
     here = machine()
     console.print(f"{title}; {here['processor']}; commit {here['commit']}")
     if here["load"] > BUSY * cores():
         console.print(
-            f"the machine is busy (load {here['load']} on {cores()} cores): keep none of these "
-            f"figures; PyTorch's threads above all wait for one another when a core is taken"
+            f"warning: the machine is busy (load {here['load']} on {cores()} cores), so these "
+            f"figures are unreliable; PyTorch's threads suffer most when a core is taken"
         )
     return here
 
 
 def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: the first column to the left, the others to the right."""
+    """Print a table, its first column left-aligned and the others right-aligned."""
     table = Table(title=title, title_justify="left", box=None)
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
@@ -327,7 +358,7 @@ def save(out: Path | None, name: str, here: dict[str, Any], command: Any, rows: 
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know by itself."""
+    """Convert a value that JSON does not support."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return str(value)

@@ -1,8 +1,8 @@
-"""Sampling against PyTorch's, and against the machine: `python -m benchmarks.sampling`.
+"""Sampling speed against PyTorch and a roofline: `python -m benchmarks.sampling`.
 
-Two tasks: `window` fills the model's context from one token, which all sides can do; `long` draws
-past it, which transformers' GPT-2 cannot. The floor is a roofline: to draw a token for each stream,
-all weights and every stream's cache are read once, and every weight is multiplied once a stream.
+Two tasks: `window` fills the model's context from one token, which all sides support; `long` goes
+past it, which transformers' GPT-2 does not support. The roofline of one decoding step reads all
+weights and every stream's cache once, and multiplies every weight once per stream.
 """
 
 import sys
@@ -24,36 +24,36 @@ CACHED = ("gptjax", "transformers")
 
 @dataclass(frozen=True)
 class SamplingCommand:
-    """Count the tokens a second that gptjax and PyTorch draw, in turns, in processes apart."""
+    """Measure tokens per second of gptjax and PyTorch, in turns, in separate processes."""
 
     sizes: tuple[Literal["0.8M", "10.7M", "124M", "tiny"], ...] = ("0.8M", "10.7M")
     """Models to compare."""
     sides: tuple[SideName, ...] = ("gptjax", "nanogpt", "transformers", "transformers-uncached")
-    """gptjax; a plain GPT that reads all anew for each token, as nanoGPT; transformers' generate,
-    with a KV cache and without."""
+    """gptjax; a plain GPT without a KV cache, like nanoGPT; transformers' generate, with a KV cache
+    and without."""
     batches: tuple[int, ...] = (1, 4, 16, 64)
-    """Streams drawn side by side."""
+    """Numbers of streams sampled in parallel."""
     length: int = 500
-    """Tokens of the long task."""
+    """Tokens per sample in the long task."""
     rounds: int = 5
-    """Turns of each side."""
+    """Number of turns per side."""
     seconds: float = 2.0
-    """Of one turn, and whole samples."""
+    """Duration of one turn in seconds, rounded up to whole samples."""
     patience: float = 10.0
-    """Leave out what should take a side without a cache more seconds than this for one sample."""
+    """Skip a side without a cache where one sample would take longer than this many seconds."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/sampling.json)."""
+    """Results file (default: benchmarks/results/sampling.json)."""
 
 
 def ours(config: Config, vocab_size: int, weights: Path) -> Callable[..., Any]:
-    """Our side, in its process."""
+    """The gptjax side."""
     from benchmarks import jax_gpt
 
     return jax_gpt.sampling(config, vocab_size, weights)
 
 
 def theirs(name: str, config: Config, vocab_size: int, weights: Path) -> Callable[..., Any]:
-    """A side of PyTorch's, in its process."""
+    """A PyTorch side."""
     from benchmarks import torch_gpt
 
     kind = "plain" if name == "nanogpt" else "transformers"
@@ -61,13 +61,13 @@ def theirs(name: str, config: Config, vocab_size: int, weights: Path) -> Callabl
 
 
 def compare(command: SamplingCommand, size: str) -> list[dict[str, Any]]:
-    """All sides on all tasks of one size: a row for each task and batch."""
+    """Measure all sides on all tasks of one size: a row for each task and batch."""
     config, vocab_size = SIZES[size]
     window = config.model.block_size - 1
     results = []
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
-        names = dict.fromkeys(("gptjax", *command.sides))  # it has the weights of all
+        names = dict.fromkeys(("gptjax", *command.sides))  # it writes the weights for all sides
         made = {
             name: (ours, config, vocab_size, weights)
             if name == "gptjax"
@@ -78,7 +78,7 @@ def compare(command: SamplingCommand, size: str) -> list[dict[str, Any]]:
             texts = {name: side("greedy", window) for name, side in sides.items()}
             for name, text in texts.items():
                 if text != texts["gptjax"]:
-                    raise RuntimeError(f"{size}: {name} draws another likeliest text: {texts}")
+                    raise RuntimeError(f"{size}: {name} samples another greedy text: {texts}")
             for task, length in (("window", window), ("long", command.length)):
                 for batch in command.batches:
                     results.append(_row(command, size, task, length, batch, sides))
@@ -93,11 +93,11 @@ def _row(
     batch: int,
     sides: dict[str, measure.Side],
 ) -> dict[str, Any]:
-    """One task at one batch size."""
+    """Measure one task at one batch size."""
     floor = sides["gptjax"]("floor", batch, length)
     able = {}
     for name, side in sides.items():
-        # Without a cache, each token is as much arithmetic as reading all before it.
+        # Without a cache, each token recomputes the whole context before it.
         context = min(length, SIZES[size].config.model.block_size) / 2
         again = 1 if name in CACHED else context
         slow = length * again * floor.flops_per_step / floor.peak > command.patience
@@ -122,7 +122,7 @@ def _row(
     }
 
 
-def tell(results: list[dict[str, Any]], names: list[str]) -> None:
+def print_tables(results: list[dict[str, Any]], names: list[str]) -> None:
     """Print the tables of one size: rates and ratios, then the floor."""
     head = ["task", "streams", *names]
     rows, floors = [], []
@@ -154,17 +154,26 @@ def tell(results: list[dict[str, Any]], names: list[str]) -> None:
             ]
         )
     size, first = results[0]["size"], results[0]["floor"]
-    measure.show(f"{size}: tokens/s of all streams, and what share of gptjax's", head, rows)
+    measure.show(f"{size}: tokens/s over all streams, and fraction of gptjax's", head, rows)
     measure.show(
-        f"{size}: the floor; memory gives {first['memory_bandwidth'] / 1e9:.0f} GB/s, a large "
-        f"matmul {first['peak'] / 1e9:.0f} GFLOP/s",
-        ["task", "streams", "MB a step", "GB/s", "us to read", "us to compute", "tokens/s", "we"],
+        f"{size}: roofline; memory bandwidth {first['memory_bandwidth'] / 1e9:.0f} GB/s, matmul "
+        f"peak {first['peak'] / 1e9:.0f} GFLOP/s",
+        [
+            "task",
+            "streams",
+            "MB per step",
+            "GB/s",
+            "us to read",
+            "us to compute",
+            "tokens/s",
+            "gptjax",
+        ],
         floors,
     )
 
 
 def main(argv: list[str]) -> None:
-    """Compare, and tell."""
+    """Measure all sides and print the tables."""
     command = cli.parse(SamplingCommand, SamplingCommand(), argv, "benchmarks.sampling", "")
     measure.at_least(
         rounds=command.rounds,
@@ -179,7 +188,7 @@ def main(argv: list[str]) -> None:
     results = []
     for size in command.sizes:
         results += (rows := compare(command, size))
-        tell(rows, list(dict.fromkeys(("gptjax", *command.sides))))
+        print_tables(rows, list(dict.fromkeys(("gptjax", *command.sides))))
     measure.console.print(measure.LEGEND)
     measure.save(command.out, "sampling", here, command, results)
 

@@ -1,8 +1,8 @@
-"""How GPTs scale over accelerators, on paper: `python -m benchmarks.scaling [--confirm]`.
+"""Estimated scaling of GPTs over accelerators: `python -m benchmarks.scaling [--confirm]`.
 
-Each point is the fastest step by the arithmetic of `gptjax.plan.estimate` that fits the memory,
-all at published peaks; `--confirm` compiles a few of them ahead of time, and prints both.
-Nothing is run.
+Each point is the fastest step that fits in memory by the estimates of `gptjax.plan.estimate`, at
+published peak rates; `--confirm` compiles a few of them ahead of time and prints both. Nothing is
+run.
 """
 
 import sys
@@ -20,7 +20,7 @@ from gptjax.plan.chips import CHIPS, GIB, Chip, read_target
 from gptjax.presets import PRESETS
 
 COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
-BATCH = {"7b": 1024}  # windows in an update, whatever the devices; 512 of the others
+BATCH = {"7b": 1024}  # sequences per update on any number of devices; 512 for the others
 POINTS = (
     *("gpt2@v5p:2x2x2", "gpt2@v5p:2x4x4", "gpt2@v5p:4x4x4", "gpt2@v5p:4x8x8", "7b@v5p:4x4x4"),
     *("gpt2@h100:8", "gpt2@h100:64", "gpt2-xl@h100:8", "7b@h100:8", "7b@h100:64"),
@@ -29,45 +29,45 @@ POINTS = (
 
 @dataclass(frozen=True)
 class ScalingCommand:
-    """Tell what limits GPTs of 124 M to 7 B parameters on 8 to 1024 accelerators."""
+    """Estimate how GPTs of 124 M to 7 B parameters scale on 8 to 1024 accelerators."""
 
     chips: tuple[str, ...] = ("v5p", "h100")
-    """Of `gptjax.plan.chips`."""
+    """Chips from `gptjax.plan.chips`."""
     models: tuple[str, ...] = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "7b")
-    """Presets."""
+    """Presets to scale."""
     confirm: bool = False
-    """Compile some points, for accelerators that are not here (extra plan; ten minutes)."""
+    """Compile `points` ahead of time (needs the extra plan; takes ten minutes)."""
     points: tuple[str, ...] = POINTS
-    """Which, as MODEL@CHIP:SIZES."""
+    """Points to compile, as MODEL@CHIP:SHAPE."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/scaling.json); the picture goes
-    beside them, as .png."""
+    """Results file (default: benchmarks/results/scaling.json); the plot is saved beside it as
+    .png."""
 
 
 class Point(NamedTuple):
-    """A step of a model on so many chips."""
+    """A step of a model on a number of chips."""
 
     model: str
     chip: str
     count: int
-    axes: str  # which the mesh uses
+    axes: str  # used by the mesh
     mesh: str
-    memory: float  # GiB of a device
-    sent: float  # GB of a device
-    share: float  # of the compute peak, if nothing overlaps
-    bound: float  # if everything does
+    memory: float  # GiB per device
+    sent: float  # GB per device
+    share: float  # MFU without overlap
+    bound: float  # MFU with perfect overlap
     limit: str
 
 
 def config_of(model: str) -> Config:
-    """The preset with a batch of a power of two, and the fast kernel's memory."""
+    """The preset with a batch size that is a power of two, without accumulation."""
     config = PRESETS[model]
     optim = replace(config.optim, accumulate=1)
     return replace(config, batch_size=BATCH.get(model, 512), optim=optim)
 
 
 def meshes(count: int, chip: Chip) -> dict[str, list[MeshConfig]]:
-    """By the axes they use, meshes of so many devices; tensor stays within what links join."""
+    """Meshes of this many devices, by the axes that they use; tensor stays within fast links."""
     ways = [2**n for n in range(count.bit_length()) if count % 2**n == 0]
     wide = [n for n in (2, 4, 8) if n <= min(count, chip.joined)]
     return {
@@ -82,16 +82,16 @@ def meshes(count: int, chip: Chip) -> dict[str, list[MeshConfig]]:
 
 
 def point(model: str, name: str, count: int, axes: str, state: Any) -> Point | None:
-    """The fastest that fits of those meshes; None: none does."""
+    """The fastest of those meshes that fits; None: none does."""
     from gptjax.plan import estimate
 
     chip = CHIPS[name]
     found = estimate.proposals(config_of(model), state, chip, meshes(count, chip)[axes])
-    return told(model, name, count, axes, *found[0]) if found else None
+    return point_of(model, name, count, axes, *found[0]) if found else None
 
 
-def told(model: str, name: str, count: int, axes: str, config: Config, cost: Any) -> Point:
-    """A step of a config at that cost."""
+def point_of(model: str, name: str, count: int, axes: str, config: Config, cost: Any) -> Point:
+    """The point of a config with this cost."""
     from gptjax.plan import estimate
 
     chip, m = CHIPS[name], config.mesh
@@ -106,15 +106,15 @@ def told(model: str, name: str, count: int, axes: str, config: Config, cost: Any
 
 
 def shapes(model: str) -> Any:
-    """Of the train state."""
-    from gptjax.programs import Programs
+    """Shapes of the train state."""
+    from gptjax.assembly import assemble
 
     config = replace(config_of(model), mesh=MeshConfig(1))
-    return Programs(replace(config, model=replace(config.model, attention="plain")), 1).abstract
+    return assemble(replace(config, model=replace(config.model, attention="plain")), 1).layout
 
 
 def grow(command: ScalingCommand) -> list[Point]:
-    """All points of all meshes."""
+    """Estimate the best point of every kind of mesh."""
     found = []
     for model in command.models:
         state = shapes(model)
@@ -126,8 +126,8 @@ def grow(command: ScalingCommand) -> list[Point]:
     return found
 
 
-def tell(command: ScalingCommand, points: list[Point]) -> None:
-    """Print, for each chip, the best mesh of each size; and where each kind of mesh ends."""
+def print_tables(command: ScalingCommand, points: list[Point]) -> None:
+    """Print the best mesh of each size and where each kind of mesh stops scaling, by chip."""
     for name in command.chips:
         body = []
         for model in command.models:
@@ -137,7 +137,7 @@ def tell(command: ScalingCommand, points: list[Point]) -> None:
                 p = max(here, key=lambda p: p.share) if here else None
                 cells.append(f"{100 * p.share:.0f} to {p.bound:.0%}" if p else "")
             body.append([model, *cells])
-        title = f"share of {CHIPS[name].title}'s peak, nothing to everything overlapping"
+        title = f"MFU on {CHIPS[name].title}, without overlap to perfect overlap"
         measure.show(title, ["chips", *map(str, COUNTS)], body)
         body = []
         for model in command.models:
@@ -149,45 +149,45 @@ def tell(command: ScalingCommand, points: list[Point]) -> None:
                     sizes = f"{p.memory:.1f}", f"{p.sent:.1f}"
                     body.append([model, str(count), p.mesh, *sizes, *shares, p.limit])
                 else:
-                    body.append([model, str(count), "none fits and divides", *[""] * 5])
+                    body.append([model, str(count), "none fits", *[""] * 5])
         head = ["model", "chips", "data x fsdp x tensor", "GiB", "GB sent"]
-        head += ["share of peak", "at best", "limit"]
-        measure.show(f"the fastest mesh that fits, of {CHIPS[name].title}", head, body)
+        head += ["MFU", "with overlap", "limit"]
+        measure.show(f"the fastest mesh that fits, on {CHIPS[name].title}", head, body)
         body = [
             [model, axes, *ends(points, model, name, axes)]
             for model in command.models
             for axes in meshes(8, CHIPS[name])
         ]
-        head = ["model", "axes", "fits", "best share", "falls below half of that at", "for"]
-        measure.show(f"where each kind of mesh ends, of {CHIPS[name].title}", head, body)
+        head = ["model", "axes", "fits", "best MFU", "below half of that at", "limit"]
+        measure.show(f"where each kind of mesh stops scaling, on {CHIPS[name].title}", head, body)
 
 
 def ends(points: list[Point], model: str, chip: str, axes: str) -> list[str]:
-    """Where a kind of mesh fits, its best share, where less than half of that is left, and why."""
+    """Where a kind of mesh fits, its best MFU, where less than half of that is left, and why."""
     own = [p for p in points if (p.model, p.chip, p.axes) == (model, chip, axes)]
     if not own:
-        return ["nowhere", "", "", "memory, or what it does not divide"]
+        return ["nowhere", "", "", "memory or divisibility"]
     best = max(own, key=lambda p: p.share)
     fits = f"{own[0].count} to {own[-1].count}"
     for p in own[own.index(best) :]:
         if p.share < best.share / 2:
             return [fits, f"{best.share:.0%}", str(p.count), p.limit]
     more = own[-1].count < COUNTS[-1]
-    return [fits, f"{best.share:.0%}", "", "does not divide more" if more else "not up to 1024"]
+    return [fits, f"{best.share:.0%}", "", "divisibility" if more else "none up to 1024"]
 
 
 def draw(command: ScalingCommand, points: list[Point], compiled: list[Point], out: Path) -> None:
-    """Share of peak, memory and bytes over the chips: the best mesh of each model, and crosses for
-    what was compiled.
+    """Plot MFU, memory and bytes sent over the number of chips, for the best mesh of each model;
+    compiled points are crosses.
 
     Raises:
-        UserError: a picture that cannot be written.
+        UserError: the plot cannot be written.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2 * len(command.chips)), layout="constrained")
     grid = figure.subplots(len(command.chips), 3, squeeze=False)
-    labels = ("share of peak, nothing overlapping", "GiB of a device", "GB sent by a device")
+    labels = ("MFU without overlap", "GiB per device", "GB sent per device")
     for row, name in zip(grid, command.chips, strict=True):
         for model in command.models:
             best = []
@@ -201,7 +201,7 @@ def draw(command: ScalingCommand, points: list[Point], compiled: list[Point], ou
                     if (p.model, p.chip) == (model, name):
                         panel.plot(p.count, getattr(p, values), "x", color=line.get_color())
         for panel, label in zip(row, labels, strict=True):
-            panel.set(xscale="log", xlabel=f"{CHIPS[name].title}, how many", ylabel=label)
+            panel.set(xscale="log", xlabel=f"number of {CHIPS[name].title}", ylabel=label)
             panel.set_xticks(COUNTS, [str(n) for n in COUNTS], fontsize=7)
             panel.minorticks_off()
             panel.grid(alpha=0.3)
@@ -216,10 +216,10 @@ def draw(command: ScalingCommand, points: list[Point], compiled: list[Point], ou
 
 
 def confirm(texts: tuple[str, ...]) -> list[Point]:
-    """Compile some points, and tell what the compiler says beside what the arithmetic said.
+    """Compile some points and print the compiler's figures beside the estimates.
 
     Raises:
-        UserError: the compilers are missing, or nothing fits.
+        UserError: the compilers are missing, or no mesh fits.
     """
     from gptjax.plan import aot, estimate, plan
 
@@ -233,17 +233,17 @@ def confirm(texts: tuple[str, ...]) -> list[Point]:
         every = [mesh for group in meshes(target.count, target.chip).values() for mesh in group]
         proposals = estimate.proposals(config, state, target.chip, every)
         if not proposals:
-            raise UserError(f"--points {text}: no mesh fits and divides; give more chips")
+            raise UserError(f"--points {text}: no mesh fits; give more chips")
         best, cost = proposals[0]
         made = plan.make_plan(best, 1, state, target.count, devices)
         assert made.compiled is not None
-        costs = {"arithmetic": cost}
+        costs = {"estimate": cost}
         if made.compiled.plain:
             plain = replace(best, model=replace(best.model, attention="plain"))
-            costs["arithmetic, plain attention"] = estimate.estimate(plain, state, best.mesh)
-        name = "refused" if made.refused else "compiler"
-        costs[f"{name}, {made.compiled.seconds:.0f} s"] = made.cost
-        steps = [told(model, target.name, target.count, "", best, x) for x in costs.values()]
+            costs["estimate, plain attention"] = estimate.estimate(plain, state, best.mesh)
+        name = "out of memory" if made.refused else "compiled"
+        costs[f"{name} in {made.compiled.seconds:.0f} s"] = made.cost
+        steps = [point_of(model, target.name, target.count, "", best, x) for x in costs.values()]
         body += [
             [
                 *(text, by, p.mesh, f"{100 * p.share:.0f} to {p.bound:.0%}", f"{p.memory:.1f}"),
@@ -253,22 +253,22 @@ def confirm(texts: tuple[str, ...]) -> list[Point]:
         ]
         measure.console.print(f"{text}: {body[-1][1]}")
         found += [] if made.refused else steps[-1:]
-    head = ["point", "by", "mesh", "share of peak", "GiB", "TFLOP", "TB moved", "GB sent", "limit"]
-    measure.show("by arithmetic, and compiled", head, body)
+    head = ["point", "source", "mesh", "MFU, %", "GiB", "TFLOP", "TB moved", "GB sent", "limit"]
+    measure.show("estimated and compiled", head, body)
     return found
 
 
 def main(argv: list[str]) -> None:
-    """Reckon, tell, draw."""
+    """Estimate all points, print the tables and plot them."""
     command = cli.parse(ScalingCommand, ScalingCommand(), argv, "benchmarks.scaling", "")
     for name, known in (("chips", CHIPS), ("models", PRESETS)):
         if unknown := [x for x in getattr(command, name) if x not in known]:
             raise UserError(f"--{name}: unknown {unknown[0]!r}; known: {', '.join(known)}")
     if unknown := [x for x in command.points if x.partition("@")[0] not in PRESETS]:
-        raise UserError(f"--points {unknown[0]}: give MODEL@CHIP:SIZES, such as {POINTS[0]}")
+        raise UserError(f"--points {unknown[0]}: give MODEL@CHIP:SHAPE, such as {POINTS[0]}")
     here = measure.machine()
     points = grow(command)
-    tell(command, points)
+    print_tables(command, points)
     compiled = confirm(command.points) if command.confirm else []
     rows = [p._asdict() for p in points]
     rows += [p._asdict() | {"compiled": True} for p in compiled]

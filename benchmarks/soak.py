@@ -1,8 +1,8 @@
-"""A long run, watched from outside: `python -m benchmarks.soak [--seconds 3600]`.
+"""Soak test of a long run: `python -m benchmarks.soak [--seconds 3600]`.
 
-The `tiny` preset saves and evaluates every hundred steps and is stopped and resumed several times;
-meanwhile memory, open files and threads of its process are read from /proc. All of these, and the
-time of a step, must stay where they are; slopes are fitted over each life after its first fifth.
+The `tiny` preset saves and evaluates every hundred steps and is stopped and resumed several times,
+while its memory, open files and threads are read from /proc. These and the step time must not grow;
+slopes are fitted over each session after its first fifth.
 """
 
 import os
@@ -24,28 +24,27 @@ from gptjax.errors import UserError, one_line_errors
 from gptjax.runs import records
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY = 5.0  # seconds between looks
-WARM = 0.2  # of a life, in which memory may still grow
+EVERY = 5.0  # seconds between samples
+WARM = 0.2  # fraction of a session in which memory may still grow
 OPTIONS = "--config tiny --steps 100000000 --save-every 100 --eval-every 100 --run soak".split()
 
 
 @dataclass(frozen=True)
 class SoakCommand:
-    """Train for long, and see that nothing grows."""
+    """Train for a long time and check that memory, files and threads do not grow."""
 
     seconds: float = 3600.0
-    """Of training in all."""
+    """Total duration of training in seconds."""
     lives: int = 4
-    """Times that the run is started: once, then resumed."""
+    """Number of sessions: the run is started once, then resumed."""
     text: str = "tiny_shakespeare"
-    """What to train on."""
+    """Text to train on."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/soak.json); the picture goes beside
-    them, as .png."""
+    """Results file (default: benchmarks/results/soak.json); the plot is saved beside it as .png."""
 
 
 def look(process: int, run: Path) -> dict[str, float]:
-    """What a process holds at this moment, and how far its run is."""
+    """Current memory, threads and open files of a process, and the step of its run."""
     proc = Path(f"/proc/{process}")
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     return {
@@ -57,13 +56,13 @@ def look(process: int, run: Path) -> dict[str, float]:
 
 
 def last_step(run: Path) -> int:
-    """Of the newest checkpoint; 0 before the first."""
+    """Step of the newest checkpoint; 0 before the first."""
     names = [p.name for p in (run / "checkpoints").glob("*") if p.name.isdecimal()]
     return max(map(int, names), default=0)
 
 
 def live(command: list[str], folder: Path, seconds: float) -> list[dict[str, float]]:
-    """One life of the run: start or resume it, watch it, stop it."""
+    """One session: start or resume the run, sample its resources, stop it."""
     began, seen = time.monotonic(), []
     with (folder / "log").open("a") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
@@ -74,20 +73,22 @@ def live(command: list[str], folder: Path, seconds: float) -> list[dict[str, flo
                 {"seconds": time.monotonic() - began, **look(process.pid, folder / "runs/soak")}
             )
         except OSError:
-            break  # it is gone; its exit code tells
+            break  # it has exited; its exit code is checked below
     process.send_signal(signal.SIGTERM)
     if code := process.wait():
-        raise UserError(f"the run ended with {code}: {(folder / 'log').read_text()[-500:]}")
+        raise UserError(
+            f"the run ended with exit code {code}: {(folder / 'log').read_text()[-500:]}"
+        )
     return seen
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Of a straight line through the points."""
+    """Slope of a straight line fitted to the points."""
     return float(np.polyfit(xs, ys, 1)[0]) if len(set(xs)) > 1 else 0.0
 
 
 def step_times(run: Path, bins: int = 100) -> tuple[list[float], list[float]]:
-    """Steps, and milliseconds a step around them."""
+    """Steps, and milliseconds per step around them."""
     found = [r for r in records.read(run / "metrics.jsonl")[0] if "loss" in r]
     cuts = np.linspace(0, len(found) - 1, min(bins, len(found)) + 1, dtype=int)
     pairs = [(found[a], found[b]) for a, b in pairwise(cuts) if a < b]
@@ -96,7 +97,7 @@ def step_times(run: Path, bins: int = 100) -> tuple[list[float], list[float]]:
 
 
 def summary(life: list[dict[str, float]]) -> dict[str, Any]:
-    """Slopes and ranges of a life, once it is warm."""
+    """Slopes and ranges of a session after its warm-up."""
     warm = life[int(WARM * len(life)) :]
     steps = [x["step"] / 1000 for x in warm]
     return {
@@ -111,10 +112,10 @@ def summary(life: list[dict[str, float]]) -> dict[str, Any]:
 def draw(
     lives: list[list[dict[str, float]]], times: tuple[list[float], list[float]], out: Path
 ) -> None:
-    """Memory, step time, open files and threads over the steps.
+    """Plot memory, step time, open files and threads over the steps.
 
     Raises:
-        UserError: a picture that cannot be written.
+        UserError: the plot cannot be written.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -131,11 +132,11 @@ def draw(
         panel.set_title(title, fontsize="medium")
     panels[3].plot(*times, linewidth=1, color="gray")
     panels[3].set_ylim(bottom=0)
-    panels[3].set_title("ms a step", fontsize="medium")
+    panels[3].set_title("ms per step", fontsize="medium")
     for panel in panels:
         panel.grid(alpha=0.3)
     for panel in panels[2:]:
-        panel.set_xlabel("step; a colour is a life")
+        panel.set_xlabel("step (one colour per session)")
         panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     try:
@@ -145,10 +146,10 @@ def draw(
 
 
 def main(argv: list[str]) -> None:
-    """Train, stop, resume, and tell what grew."""
+    """Train, stop and resume; print and plot what grew."""
     command = cli.parse(SoakCommand, SoakCommand(), argv, "benchmarks.soak", "")
     measure.at_least(lives=command.lives, seconds=command.seconds)
-    here = measure.begin("a long run")
+    here = measure.begin("soak test")
     text = os.path.abspath(command.text) if os.path.exists(command.text) else command.text
     with tempfile.TemporaryDirectory() as name:
         folder, lives = Path(name), []
@@ -168,11 +169,11 @@ def main(argv: list[str]) -> None:
         ]
         for row in rows
     ]
-    head = ["steps", "MB at the end", "MB / 1,000 steps", "open files", "threads"]
-    measure.show("each life, once warm", head, table)
+    head = ["steps", "final MB", "MB / 1,000 steps", "open files", "threads"]
+    measure.show("each session after warm-up", head, table)
     per_step = slope([x / 1000 for x in times[0]], times[1])
     middle = float(np.median(times[1]))
-    print(f"{middle:.3g} ms a step at the median; {per_step:+.2g} ms / 1,000 steps")
+    print(f"{middle:.3g} ms per step (median); {per_step:+.2g} ms / 1,000 steps")
     out = measure.save(command.out, "soak", here, command, [*rows, {"step_times": times}])
     draw(lives, times, out.with_suffix(".png"))
     measure.console.print(f"{out.with_suffix('.png')}")

@@ -1,7 +1,7 @@
-"""From the command to the first step, and to the first sampled character.
+"""Start-up time to the first step and to the first sampled character.
 
-`python -m benchmarks.startup` runs the real commands, each in a fresh process, with an empty cache
-of compiled programs (cold) and then with a filled one (warm).
+`python -m benchmarks.startup` runs the real commands, each in a fresh process, first with an empty
+compilation cache (cold) and then with a filled one (warm).
 """
 
 import os
@@ -24,7 +24,7 @@ from gptjax.text import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 600.0  # seconds after which a command counts as hanging
-FOR_SCALE = {  # what a user of PyTorch waits for before anything happens
+FOR_SCALE = {  # for comparison: imports that a PyTorch script waits for
     "python -c 'pass'": "pass",
     "python -c 'import torch, transformers'": "import torch, transformers",
     "python -c '... GPT2LMHeadModel'": "import torch; from transformers import GPT2LMHeadModel",
@@ -33,21 +33,21 @@ FOR_SCALE = {  # what a user of PyTorch waits for before anything happens
 
 @dataclass(frozen=True)
 class StartupCommand:
-    """Time how long a command needs before the first step, or the first character."""
+    """Measure the time from a command to its first step or first character."""
 
     config: str = "small"
-    """Preset to start."""
+    """Preset to train."""
     text: str | None = None
-    """Another text than the preset's."""
+    """Text to train on (default: the preset's)."""
     rounds: int = 3
-    """Times that each command is run, cold and warm."""
+    """Number of runs of each command, cold and warm."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/startup.json)."""
+    """Results file (default: benchmarks/results/startup.json)."""
 
 
 @contextmanager
 def _command(words: list[str], cache: Path):
-    """A command of the repository as a user gives it, its programs cached in `cache`."""
+    """Run a command of the repository with its compilation cache in `cache`."""
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
@@ -68,7 +68,7 @@ def _command(words: list[str], cache: Path):
 def first_step(command: StartupCommand, run: Path, cache: Path) -> float:
     """Seconds from `python train.py` to the line of step 1 in its metrics.
 
-    That line is written after step 2, for one dispatch is read while the next one runs.
+    That line is written after step 2, because a dispatch is read while the next one runs.
     """
     start, metrics = time.perf_counter(), run / "metrics.jsonl"
     words = [*_train_words(command), "--run", str(run)]
@@ -103,7 +103,7 @@ def first_character(run: Path, cache: Path) -> float:
 
 
 class _Marks(Report):
-    """A report that notes when a run gets where."""
+    """A report that records when a run reaches each stage."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -123,14 +123,14 @@ class _Marks(Report):
 
 
 def traced(started: float, argv: list[str], cache: str) -> Callable[[], dict[str, float]]:
-    """In a fresh process: do what train.py does; how many seconds each part took."""
+    """In a fresh process, do what train.py does; returns the seconds of each part."""
     marks = _Marks()
-    marks.mark("interpreter, arguments")  # what stands above is all that train.py needs for them
+    marks.mark("interpreter, arguments")  # this module's imports include train.py's
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     import jax
 
     marks.mark("import jax")
-    from gptjax.cache import use_compilation_cache
+    from gptjax.cli.compilation_cache import use_compilation_cache
     from gptjax.training import train
 
     marks.mark("import flax, optax, orbax")
@@ -158,14 +158,14 @@ def traced(started: float, argv: list[str], cache: str) -> Callable[[], dict[str
 
 
 def parts(command: StartupCommand, run: Path, cache: Path) -> dict[str, float]:
-    """Seconds of each part of a start, as `traced` finds them."""
+    """Seconds of each part of a start, from `traced`."""
     words = [*_train_words(command), "--run", str(run)]
     with measure.sides({"": (traced, time.time(), words, str(cache))}) as sides:
         return sides[""]()
 
 
 def main(argv: list[str]) -> None:
-    """Start everything, and tell."""
+    """Run all commands and print the tables."""
     command = cli.parse(StartupCommand, StartupCommand(), argv, "benchmarks.startup", "")
     measure.at_least(rounds=command.rounds)
     if command.config not in PRESETS:
@@ -191,14 +191,14 @@ def main(argv: list[str]) -> None:
                 if done.returncode == 0:
                     note(name, time.perf_counter() - start, heat="")
     rows = [[name, str(measure.spread(seconds))] for name, seconds in times.items()]
-    measure.show("seconds from the command to", ["", "seconds"], rows)
+    measure.show("seconds from the start of the command", ["", "seconds"], rows)
     middle = lambda heat, part: measure.spread([one[part] for one in split[heat]]).median
     measure.show(
-        "where the time goes until the first step: seconds",
+        "seconds of each part until the first step",
         ["part", *split],
         [[part, *(f"{middle(heat, part):.2f}" for heat in split)] for part in split["cold"][0]],
     )
-    measure.console.print("The rows named all cut through the others. " + measure.LEGEND)
+    measure.console.print("Rows named all ... overlap with the others. " + measure.LEGEND)
     measure.save(command.out, "startup", here, command, {"seconds": times, "parts": split})
 
 

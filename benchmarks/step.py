@@ -1,7 +1,7 @@
-"""A train step against PyTorch's: `python -m benchmarks.step [--sizes 0.8M 10.7M 124M]`.
+"""Train step against PyTorch: `python -m benchmarks.step [--sizes 0.8M 10.7M 124M]`.
 
-One step is: cut a batch, forward, backward, clip, AdamW. All sides begin with the same weights and
-the same batches; their first losses must agree before anything is timed.
+One step is: cut a batch, forward, backward, clip, AdamW. All sides start from the same weights and
+batches, and their first losses must agree before anything is timed.
 """
 
 import sys
@@ -17,7 +17,7 @@ from gptjax.config import Config, ModelConfig, OptimConfig
 from gptjax.errors import one_line_errors
 
 SideName = Literal["gptjax", "plain", "plain-compiled", "transformers", "transformers-compiled"]
-TOLERANCE = 1e-4  # of the losses of the first steps, which differ by less than 1e-6
+TOLERANCE = 1e-4  # relative, for the first losses, which differ by less than 1e-6
 
 
 class Size(NamedTuple):
@@ -33,18 +33,18 @@ def _size(layers: int, heads: int, width: int, block: int, batch: int, vocab: in
     return Size(Config(batch_size=batch, steps_per_dispatch=n, model=model, optim=optim), vocab)
 
 
-# Steps per dispatch: the default, or as many as make ten seconds.
+# Steps per dispatch: the default, or as many as take ten seconds.
 SIZES = {
     "0.8M": _size(4, 4, 128, 64, 12, 65, 8),  # nanoGPT's CPU setting
     "10.7M": _size(6, 6, 384, 256, 8, 65, 8),  # nanoGPT's character model; its batch is 64
-    "124M": _size(12, 12, 768, 256, 2, 50257, 4),  # GPT-2, of a shorter context
-    "tiny": _size(2, 2, 32, 16, 4, 65, 4),  # to see whether this works
+    "124M": _size(12, 12, 768, 256, 2, 50257, 4),  # GPT-2 with a shorter context
+    "tiny": _size(2, 2, 32, 16, 4, 65, 4),  # smoke test
 }
 
 
 @dataclass(frozen=True)
 class StepCommand:
-    """Time a train step of gptjax and of PyTorch, in turns, each in a process of its own."""
+    """Time a train step of gptjax and of PyTorch, in turns, in separate processes."""
 
     sizes: tuple[Literal["0.8M", "10.7M", "124M", "tiny"], ...] = ("0.8M", "10.7M", "124M")
     """Models to compare."""
@@ -55,26 +55,26 @@ class StepCommand:
         "transformers",
         "transformers-compiled",
     )
-    """gptjax, and PyTorch in eager mode or by torch.compile: a plain GPT, transformers' GPT-2."""
+    """gptjax, and a plain GPT and transformers' GPT-2 in PyTorch, eager or with torch.compile."""
     rounds: int = 7
-    """Turns of each side."""
+    """Number of turns per side."""
     seconds: float = 3.0
-    """Of one turn, and whole steps."""
+    """Duration of one turn in seconds, rounded up to whole steps."""
     batch: int | None = None
-    """Another batch size (default: 12, 8 and 2)."""
+    """Batch size (default: 12, 8 and 2, by size)."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/step.json)."""
+    """Results file (default: benchmarks/results/step.json)."""
 
 
 def ours(config: Config, vocab_size: int, start: Path) -> Callable[..., Any]:
-    """Our side, in its process."""
+    """The gptjax side."""
     from benchmarks import jax_gpt
 
     return jax_gpt.training(config, vocab_size, measure.random_tokens(vocab_size), start)
 
 
 def theirs(name: str, config: Config, vocab_size: int, start: Path) -> Callable[..., Any]:
-    """A side of PyTorch's, in its process."""
+    """A PyTorch side."""
     from benchmarks import torch_gpt
 
     kind, _, compiled = name.partition("-")
@@ -83,10 +83,10 @@ def theirs(name: str, config: Config, vocab_size: int, start: Path) -> Callable[
 
 
 def compare(command: StepCommand, size: str) -> dict[str, Any]:
-    """All sides at one size: a row of figures for each, and the matmul peak."""
+    """Measure all sides at one size, and the matmul peak."""
     config, vocab_size = SIZES[size]
     config = replace(config, batch_size=command.batch or config.batch_size)
-    names = dict.fromkeys(("gptjax", *command.sides))  # it has the weights of all
+    names = dict.fromkeys(("gptjax", *command.sides))  # it writes the weights for all sides
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start.npz"
         made = {
@@ -129,10 +129,10 @@ def compare(command: StepCommand, size: str) -> dict[str, Any]:
 
 
 def check_losses(losses: dict[str, list[float]]) -> None:
-    """All sides must compute the same: the losses of their first steps are those of gptjax.
+    """Check that the first losses of all sides equal those of gptjax.
 
     Raises:
-        RuntimeError: a comparison with this side would say nothing.
+        RuntimeError: a side computes something else, so a comparison would be meaningless.
     """
     for name, values in losses.items():
         for a, b in zip(values, losses["gptjax"], strict=True):
@@ -140,7 +140,7 @@ def check_losses(losses: dict[str, list[float]]) -> None:
                 raise RuntimeError(f"{name} computes something else than gptjax: {losses}")
 
 
-def tell(result: dict[str, Any]) -> None:
+def print_tables(result: dict[str, Any]) -> None:
     """Print the table of one size."""
     peak = max(result["matmul_peak"].values())
     rows = []
@@ -160,15 +160,24 @@ def tell(result: dict[str, Any]) -> None:
         )
     measure.show(
         f"{result['size']}: {result['params']:,} parameters, batch {result['batch']} x "
-        f"{result['block']}, {result['flops_per_step'] / 1e9:.3g} GFLOP a step, matmul peak "
+        f"{result['block']}, {result['flops_per_step'] / 1e9:.3g} GFLOP per step, matmul peak "
         f"{peak / 1e9:.0f} GFLOP/s",
-        ["side", "ms a step", "gptjax / it", "at best", "of peak", "cores", "MB", "first s"],
+        [
+            "side",
+            "ms per step",
+            "gptjax / side",
+            "fastest",
+            "of peak",
+            "cores",
+            "MB",
+            "first call s",
+        ],
         rows,
     )
 
 
 def main(argv: list[str]) -> None:
-    """Compare, and tell."""
+    """Measure all sides and print the tables."""
     command = cli.parse(StepCommand, StepCommand(), argv, "benchmarks.step", "")
     measure.at_least(rounds=command.rounds, seconds=command.seconds, batch=command.batch)
     if others := {name.partition("-")[0] for name in command.sides} - {"gptjax"}:
@@ -177,7 +186,7 @@ def main(argv: list[str]) -> None:
     results = []
     for size in command.sizes:
         results.append(compare(command, size))
-        tell(results[-1])
+        print_tables(results[-1])
     measure.console.print(measure.LEGEND)
     measure.save(command.out, "step", here, command, results)
 

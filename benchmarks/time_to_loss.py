@@ -1,9 +1,9 @@
-"""Seconds of training to a validation loss: `python -m benchmarks.time_to_loss --config NAME`.
+"""Training time to a validation loss: `python -m benchmarks.time_to_loss --config NAME`.
 
-The rules: Tiny Shakespeare's first 90 % trains, the rest validates, whole, in windows of the
-model's own context; the clock runs while training, compilation included (and nothing compiled
-before is used); reading the text, drawing the weights, evaluating and saving are outside it. Every
-seed counts. The target's time is that of the first evaluation at or below it.
+Rules: the first 90 % of Tiny Shakespeare trains, the rest validates, all of it, in windows of the
+model's own context. The clock runs during training, including compilation without a cache; reading
+the text, initialising the weights, evaluating and saving are not timed. Every seed counts. The time
+to the target is that of the first evaluation at or below it.
 """
 
 import itertools
@@ -19,7 +19,6 @@ from gptjax import cli
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError, one_line_errors
-from gptjax.presets import PRESETS
 from gptjax.runs.run import Run
 
 LEADERBOARD = Path("docs") / "leaderboard.md"
@@ -36,39 +35,37 @@ NANOGPT = Config(
 
 @dataclass(frozen=True)
 class TimeToLossCommand:
-    """Train a preset with several seeds; when is it at a loss, and where does it end?"""
+    """Train a preset with several seeds; report the time to a target loss and the final loss."""
 
     config: str = "small"
-    """Preset to train."""
+    """Preset or config file to train."""
     target: float = 1.8857
-    """Validation loss to reach (nanoGPT's in its CPU setting; 1.4697 is its A100 figure)."""
+    """Target validation loss (default: nanoGPT's CPU figure; 1.4697 is its A100 figure)."""
     seeds: int = 3
-    """Runs, with seeds 1337, 1338, ..."""
+    """Number of runs, with seeds 1337, 1338, ..."""
     baseline: bool = False
-    """After each run, train nanoGPT's CPU setting by PyTorch, with the same seed."""
+    """After each run, train nanoGPT's CPU setting with PyTorch and the same seed."""
     steps: int | None = None
-    """Updates of each run (default: the preset's)."""
+    """Number of updates per run (default: the preset's)."""
     eval_every: int | None = None
-    """Steps between evaluations, which are outside the clock (default: the preset's)."""
+    """Steps between evaluations, which are not timed (default: the preset's)."""
     baseline_steps: int = NANOGPT.steps
-    """Updates of each run of the baseline."""
+    """Number of updates per run of the baseline."""
     text: str | None = None
-    """Another text than the preset's."""
+    """Text to train on (default: the preset's)."""
     docs: bool = False
-    """Append rows to docs/leaderboard.md."""
+    """Append the rows to docs/leaderboard.md."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/time_to_loss.json)."""
+    """Results file (default: benchmarks/results/time_to_loss.json)."""
 
 
 def configs(command: TimeToLossCommand) -> dict[str, Config]:
-    """By the recipe's name: what is trained.
+    """Configs to train, by recipe name.
 
     Raises:
-        UserError: no such preset.
+        UserError: an unknown preset or file.
     """
-    if command.config not in PRESETS:
-        raise UserError(f"unknown preset {command.config!r}; presets: {', '.join(PRESETS)}")
-    preset = PRESETS[command.config]
+    preset = measure.recipe(command.config).config
     steps = command.steps or preset.steps
     ours = replace(
         preset,
@@ -78,7 +75,8 @@ def configs(command: TimeToLossCommand) -> dict[str, Config]:
         optim=replace(preset.optim, warmup_steps=min(preset.optim.warmup_steps, steps)),
         data=replace(preset.data, text=command.text or preset.data.text),
     )
-    recipe = command.config + (f", {steps} steps" if steps != preset.steps else "")
+    recipe = Path(command.config).stem if command.config.endswith(".py") else command.config
+    recipe += f", {steps} steps" if steps != preset.steps else ""
     if not command.baseline:
         return {recipe: ours}
     steps = command.baseline_steps
@@ -92,7 +90,12 @@ def configs(command: TimeToLossCommand) -> dict[str, Config]:
     return {recipe: ours, name: theirs}
 
 
-def train_ours(config: Config) -> Callable[[int], list[dict[str, float]]]:
+def train_recipe(config: Config, name: str) -> Callable[[int], list[dict[str, float]]]:
+    """`train_ours`, with the model of a preset or config file."""
+    return train_ours(config, measure.recipe(name).model)
+
+
+def train_ours(config: Config, model: Any = None) -> Callable[[int], list[dict[str, float]]]:
     """Our side, in its process: from a seed to the records with an evaluation."""
     import jax
 
@@ -103,7 +106,8 @@ def train_ours(config: Config) -> Callable[[int], list[dict[str, float]]]:
     def run(seed: int) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder) / "run"
-            train(replace(config, seed=seed), directory, report=Report(quiet=True))
+            report = Report(quiet=True)
+            train(replace(config, seed=seed), directory, model=model, report=report)
             records = Run(directory).metrics()
         return _evaluations(records, config.steps_per_dispatch)
 
@@ -111,9 +115,9 @@ def train_ours(config: Config) -> Callable[[int], list[dict[str, float]]]:
 
 
 def _evaluations(records: list[dict[str, float]], dispatch: int) -> list[dict[str, float]]:
-    """Those with an evaluation; the first of them tells how long compiling took.
+    """The evaluation records; the first also has `compile_seconds`.
 
-    That is: the seconds of the first call, less those of the median call after it.
+    That is the duration of the first call minus the median of the later ones.
     """
     ends = [r["seconds"] for r in records if r["step"] and r["step"] % dispatch == 0]
     compiling = ends[0] if ends else records[-1]["seconds"]
@@ -126,7 +130,7 @@ def _evaluations(records: list[dict[str, float]], dispatch: int) -> list[dict[st
 
 
 def train_theirs(config: Config) -> Callable[[int], list[dict[str, float]]]:
-    """The baseline, in its process."""
+    """The baseline side."""
     from benchmarks import torch_gpt
     from gptjax.text import sources
     from gptjax.text.tokenizers import CharTokenizer
@@ -139,12 +143,12 @@ def train_theirs(config: Config) -> Callable[[int], list[dict[str, float]]]:
 
 
 def seconds_to(records: list[dict[str, float]], target: float) -> float | None:
-    """Of training until the first evaluation at or below the target; None: it was never there."""
+    """Training time to the first evaluation at or below the target; None: never reached."""
     return next((r["seconds"] for r in records if r["val_loss"] <= target), None)
 
 
 def summary(recipe: str, target: float, histories: list[list[dict[str, float]]]) -> dict[str, Any]:
-    """One recipe's runs: mean and range over the seeds."""
+    """Results of one recipe, a list entry per seed."""
     times = [seconds_to(history, target) for history in histories]
     return {
         "recipe": recipe,
@@ -159,7 +163,7 @@ def summary(recipe: str, target: float, histories: list[list[dict[str, float]]])
 
 
 def _mean(values: list[Any], form: str) -> str:
-    """Mean, and smallest to largest; a dash where one is missing."""
+    """Mean (smallest to largest), or how many seeds have a value."""
     if any(value is None for value in values):
         return f"reached by {sum(v is not None for v in values)} of {len(values)}"
     mean = f"{sum(values) / len(values):{form}}"
@@ -169,15 +173,15 @@ def _mean(values: list[Any], form: str) -> str:
 HEAD = [
     "recipe",
     "target",
-    "seconds to it",
-    "of them compiling",
-    "seconds in all",
-    "loss at the end",
+    "seconds to target",
+    "compile seconds",
+    "total seconds",
+    "final loss",
 ]
 
 
 def cells(result: dict[str, Any]) -> list[str]:
-    """A recipe's row, under HEAD."""
+    """A recipe's row, with the columns of HEAD."""
     return [
         result["recipe"],
         f"{result['target']:.4f}",
@@ -189,10 +193,10 @@ def cells(result: dict[str, Any]) -> list[str]:
 
 
 def append(page: Path, lines: list[list[str]]) -> None:
-    """Add rows to the leaderboard's table, which ends the page.
+    """Append rows to the leaderboard's table, which is at the end of the page.
 
     Raises:
-        UserError: no such page.
+        UserError: the page does not exist or cannot be written.
     """
     try:
         text = page.read_text(encoding="utf-8")
@@ -200,11 +204,13 @@ def append(page: Path, lines: list[list[str]]) -> None:
             file.write("" if text.endswith("\n") else "\n")
             file.writelines(f"| {' | '.join(line)} |\n" for line in lines)
     except OSError as error:
-        raise UserError(f"cannot write {page}: {error.strerror}; run it where it is") from None
+        raise UserError(
+            f"cannot write {page}: {error.strerror}; run this from the repository's root"
+        ) from None
 
 
 def main(argv: list[str]) -> None:
-    """Train, and tell."""
+    """Train all recipes and print the results."""
     command = cli.parse(TimeToLossCommand, TimeToLossCommand(), argv, "benchmarks.time_to_loss", "")
     measure.at_least(
         seeds=command.seeds,
@@ -214,24 +220,25 @@ def main(argv: list[str]) -> None:
     )
     recipes = configs(command)
     if command.baseline:
-        measure.need("torch", instead="leave --baseline out")
+        measure.need("torch", instead="omit --baseline")
     here = measure.begin(f"time to a validation loss of {command.target}")
     histories: dict[str, list[list[dict[str, float]]]] = {recipe: [] for recipe in recipes}
     for seed in range(1337, 1337 + command.seeds):
         for recipe, config in recipes.items():  # each run in a fresh process, one after the other
-            side = train_theirs if recipe.startswith(BASELINE) else train_ours
-            with measure.sides({recipe: (side, config)}) as sides:
+            theirs = recipe.startswith(BASELINE)
+            side = (train_theirs, config) if theirs else (train_recipe, config, command.config)
+            with measure.sides({recipe: side}) as sides:
                 history = sides[recipe](seed)
             histories[recipe].append(history)
             reached = seconds_to(history, command.target)
             measure.console.print(
                 f"{recipe}, seed {seed}: {history[-1]['val_loss']:.4f} after "
                 f"{history[-1]['seconds']:.1f} s; "
-                + (f"the target after {reached:.1f} s" if reached is not None else "not there")
+                + (f"target after {reached:.1f} s" if reached is not None else "target not reached")
             )
     results = [summary(recipe, command.target, runs) for recipe, runs in histories.items()]
     measure.show(
-        f"seconds of training, mean of {command.seeds} seeds (range)",
+        f"training time, mean of {command.seeds} seeds (range)",
         HEAD,
         [cells(result) for result in results],
     )
@@ -239,7 +246,7 @@ def main(argv: list[str]) -> None:
         reached, whole = results[0]["seconds_to_target"], results[1]["seconds"]
         if None not in reached:
             measure.console.print(
-                f"gptjax to the target / {BASELINE} from start to end, seed by seed: "
+                f"gptjax to the target / whole run of {BASELINE}, seed by seed: "
                 f"{measure.ratios(reached, whole)}"
             )
     if command.docs:

@@ -1,7 +1,7 @@
-"""What gptjax is compared with: GPT-2 in PyTorch, trained and sampled as nanoGPT does it.
+"""The PyTorch sides of the comparisons: GPT-2, trained and sampled as in nanoGPT.
 
-Two networks: a plain one, with PyTorch's fused attention, and that of transformers. PyTorch gets
-all cores, its fused AdamW and its fused tanh GELU, which are its fastest on a CPU.
+Two models: a plain one with PyTorch's fused attention, and that of transformers. PyTorch gets all
+cores, fused AdamW and fused tanh GELU, its fastest options on a CPU.
 """
 
 import math
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2, its parameters named as everywhere; drawn as GPT-2's are."""
+    """GPT-2 with the usual parameter names and GPT-2's initialisation."""
 
     def __init__(self, c: ModelConfig, vocab_size: int):
         super().__init__()
@@ -77,7 +77,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, tokens: Any) -> Any:
-        """(B, T) ids to (B, T, V) logits."""
+        """(B, T) ids -> (B, T, V) logits."""
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
         x = F.dropout(x, self.dropout, self.training)
         for block in self.h:
@@ -86,7 +86,7 @@ class GPT(nn.Module):
 
 
 def build(kind: str, c: ModelConfig, vocab_size: int) -> tuple[Any, Callable[[Any], Any]]:
-    """The "plain" network or that of "transformers", and its (B, T) ids to (B, T, V) logits."""
+    """The "plain" or "transformers" model, and its function from (B, T) ids to (B, T, V) logits."""
     if kind == "plain":
         model = GPT(c, vocab_size)
         return model, model
@@ -105,7 +105,7 @@ def build(kind: str, c: ModelConfig, vocab_size: int) -> tuple[Any, Callable[[An
             n_head=c.n_head,
             n_embd=c.n_embd,
             layer_norm_epsilon=c.norm_eps,
-            activation_function="gelu_pytorch_tanh",  # as the default, but one kernel
+            activation_function="gelu_pytorch_tanh",  # the default's function in one kernel
             bos_token_id=None,
             eos_token_id=None,
             **others,
@@ -115,7 +115,7 @@ def build(kind: str, c: ModelConfig, vocab_size: int) -> tuple[Any, Callable[[An
 
 
 def load(model: Any, arrays: Any) -> None:
-    """Take over gptjax's parameters, from `jax_gpt.flat`."""
+    """Load gptjax's parameters, from `jax_gpt.flat`."""
     plain = isinstance(model, GPT)
     state = {}
     for name, array in arrays.items():
@@ -125,7 +125,7 @@ def load(model: Any, arrays: Any) -> None:
         stacked = path[0] == "h"
         for i, value in enumerate(array if stacked else [array]):
             names = ["h", str(i), *path[1:]] if stacked else path
-            if leaf == "kernel":  # heads have axes of their own there, and not here
+            if leaf == "kernel":  # gptjax keeps separate axes for heads
                 out = path[-1] == "c_proj"
                 value = value.reshape((-1, value.shape[-1]) if out else (len(value), -1))
                 value = value.T if plain else value
@@ -137,7 +137,7 @@ def load(model: Any, arrays: Any) -> None:
 
 
 def adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Matrices and embeddings decay, biases and norms do not."""
+    """AdamW with weight decay for matrices and embeddings, none for biases and norms."""
     o, params = config.optim, list(model.parameters())
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": o.weight_decay},
@@ -147,7 +147,7 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def random_batch(tokens: np.ndarray, batch: int, block: int) -> tuple[Any, Any]:
-    """x, y: (batch, block) ids at random places of the text, cut on the host as nanoGPT does."""
+    """x, y: (batch, block) ids at random positions, cut on the host as in nanoGPT."""
     starts = torch.randint(len(tokens) - block, (batch,))
     cut = lambda i: torch.from_numpy(tokens[i : i + block].astype(np.int64))
     return torch.stack([cut(i) for i in starts]), torch.stack([cut(i + 1) for i in starts])
@@ -160,7 +160,7 @@ def cross_entropy(logits: Any, targets: Any, reduction: str = "mean") -> Any:
 def make_update(
     model: nn.Module, forward: Callable[[Any], Any], config: Config, compiled: bool
 ) -> tuple[Callable[[Any, Any], float], torch.optim.Optimizer]:
-    """`update(x, y)`: forward, backward, clip, AdamW; the loss. And its optimizer."""
+    """`update(x, y) -> loss` (forward, backward, clip, AdamW), and its optimizer."""
     optimizer, clip = adamw(model, config), config.optim.grad_clip
     model.train()
 
@@ -189,10 +189,10 @@ def training(
     tokens: np.ndarray,
     start: Path,
 ) -> Callable[..., Any]:
-    """A side that trains; it begins with the weights and batches of `jax_gpt.training`.
+    """A side that trains from the weights and first batches of `jax_gpt.training`.
 
     Returns:
-        As there.
+        The same interface.
     """
     torch.set_num_threads(measure.cores())
     torch.manual_seed(config.seed)
@@ -230,11 +230,11 @@ def training(
 def time_to_loss(
     config: Config, vocab_size: int, train: np.ndarray, val: np.ndarray
 ) -> Callable[[int], list[dict[str, float]]]:
-    """A side that trains the plain network in eager mode, as nanoGPT does on a CPU.
+    """A side that trains the plain model in eager mode, as nanoGPT does on a CPU.
 
     Returns:
-        `run(seed)`: a record of each evaluation, of the whole validation split; its seconds are of
-        training alone.
+        `run(seed)`: a record for each evaluation of the whole validation split, with the seconds of
+        training so far.
     """
     torch.set_num_threads(measure.cores())
     B, T, o = config.batch_size, config.model.block_size, config.optim
@@ -259,7 +259,7 @@ def time_to_loss(
         return records
 
     def learning_rate(step: int, config: Config) -> float:
-        """nanoGPT's: linear warm-up, then a cosine down to a share of the peak."""
+        """nanoGPT's schedule: linear warm-up, then a cosine down to a fraction of the peak."""
         if step < o.warmup_steps:
             return o.learning_rate * (step + 1) / (o.warmup_steps + 1)
         share = (step - o.warmup_steps) / max(1, config.steps - o.warmup_steps)
@@ -273,7 +273,7 @@ def time_to_loss(
 def whole_split_loss(
     model: nn.Module, forward: Callable[[Any], Any], val: np.ndarray, T: int
 ) -> float:
-    """Mean loss of all of `val`, in windows that predict each token but the first once."""
+    """Mean loss over `val`, in windows that predict each token except the first once."""
     model.eval()
     padded = torch.from_numpy(np.pad(val.astype(np.int64), (0, T + 1), constant_values=0))
     starts, total = np.arange(0, len(val) - 1, T), 0.0
@@ -289,12 +289,12 @@ def whole_split_loss(
 def sampling(
     kind: str, cache: bool, config: Config, vocab_size: int, weights: Path
 ) -> Callable[..., Any]:
-    """A side that samples: the plain network as nanoGPT, which reads all anew for each token and
-    forgets what is before its window; or transformers' `generate`, with or without a cache.
+    """A side that samples: the plain model as in nanoGPT, without a cache and with cropped context;
+    or transformers' `generate`, with or without a cache.
 
     Returns:
-        As `jax_gpt.sampling`, without the floor; getting ready is to find out whether one thread
-        or all are faster.
+        The interface of `jax_gpt.sampling` without the floor; "warm" chooses between one thread and
+        all.
     """
     torch.manual_seed(config.seed)
     model, forward = build(kind, config.model, vocab_size)

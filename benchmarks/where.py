@@ -1,8 +1,8 @@
-"""Where the time of a train step goes: `python -m benchmarks.where [--presets small record]`.
+"""Where the time of a train step goes: `python -m benchmarks.where [--presets small]`.
 
-A few steps are traced by JAX's profiler; every operation that ran is found again in the compiled
-program, whose metadata names the part of the model that it came from. Operations may run side by
-side, so shares are of the sum of their times.
+A few steps are traced with JAX's profiler; each operation is looked up in the compiled program,
+whose metadata names the part of the model that it belongs to. Operations may run in parallel, so
+shares are of the sum of their times.
 """
 
 import itertools
@@ -18,11 +18,10 @@ from benchmarks import measure
 from gptjax import cli
 from gptjax.errors import UserError, one_line_errors
 from gptjax.plan.hlo import Program
-from gptjax.presets import PRESETS
 
 VOCABULARY = 65
-CONTAINERS = {"while", "conditional", "call"}  # their time is that of what they run
-# The first that is found in an operation's name is the part it belongs to.
+CONTAINERS = {"while", "conditional", "call"}  # their time is that of their bodies
+# The first pattern found in an operation's name gives its part.
 PARTS = {
     "optimizer": r"/cond",
     "attention: linear layers": r"/attn/c_",
@@ -38,18 +37,18 @@ PARTS = {
 
 @dataclass(frozen=True)
 class WhereCommand:
-    """Trace a train step, and tell which part of the model takes which share of it."""
+    """Trace a train step and print the time of each part of the model."""
 
     presets: tuple[str, ...] = ("small",)
-    """Which to train."""
+    """Presets or config files to train."""
     steps: int = 5
-    """How many to trace."""
+    """Number of steps to trace."""
     out: Path | None = None
-    """Where to write the results (default: benchmarks/results/where.json)."""
+    """Results file (default: benchmarks/results/where.json)."""
 
 
 def instructions(hlo: str) -> dict[str, tuple[str, str]]:
-    """By the name of an instruction of a compiled program: what it does, and where it is from."""
+    """Opcode and source name of each instruction of a compiled program, by instruction name."""
     found = {}
     for instruction in itertools.chain(*Program(hlo).computations.values()):
         source = re.search(r'op_name="([^"]*)"', instruction.attributes)
@@ -58,13 +57,13 @@ def instructions(hlo: str) -> dict[str, tuple[str, str]]:
 
 
 def part(source: str) -> str:
-    """What an operation belongs to."""
+    """Part of the model that an operation belongs to."""
     found = (name for name, pattern in PARTS.items() if re.search(pattern, source))
     return next(found, "copies and the rest")
 
 
 def durations(events: Iterable[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
-    """(name, start, end) of operations; one that goes on in the pool ends with its `end:` event."""
+    """(name, start, end) of operations; one in the thread pool ends with its `end:` event."""
     running: dict[str, list[int]] = {}
     found: list[tuple[str, float, float]] = []
     for name, start, end in sorted(events, key=lambda event: event[1]):
@@ -88,22 +87,24 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def trace(preset: str, steps: int) -> dict[str, Any]:
-    """Milliseconds of a step, in all and by part."""
+    """Milliseconds per step, in total and by part."""
     import jax
 
-    from gptjax.programs import Programs
+    from gptjax.assembly import assemble
+    from gptjax.parallel import sharding
 
-    config = replace(PRESETS[preset], steps=10**6, steps_per_dispatch=steps)
-    programs = Programs(config, VOCABULARY)
-    tokens = programs.put(measure.random_tokens(VOCABULARY))
-    state = programs.start()
-    program = programs.train_steps.lower(state, tokens, programs.seed_key, steps).compile()
+    recipe = measure.recipe(preset)
+    config = replace(recipe.config, steps=10**6, steps_per_dispatch=steps)
+    setup = assemble(config, VOCABULARY, model=recipe.model)
+    tokens = sharding.put(setup.mesh, measure.random_tokens(VOCABULARY))
+    state, key = setup.start(), setup.seed_key()
+    program = setup.steps.lower(state, tokens, key, 0, steps).compile()
     of = instructions(program.as_text() or "")
-    state, log = program(state, tokens, programs.seed_key, steps)
+    state, log = program(state, tokens, key, 0, steps)
     jax.block_until_ready(log)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            state, log = program(state, tokens, programs.seed_key, steps)
+            state, log = program(state, tokens, key, steps, steps)
             jax.block_until_ready(log)
         [file] = Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(file)).planes
@@ -116,7 +117,7 @@ def trace(preset: str, steps: int) -> dict[str, Any]:
         ]
     found = [e for e in durations(events) if of[e[0]][0] not in CONTAINERS]
     if not found:
-        raise UserError("the profiler told of no operation of the program; run this on a CPU")
+        raise UserError("the profiler recorded no operation of the program; run this on a CPU")
     spans = [(start, end) for _, start, end in found]
     wall = max(end for _, end in spans) - min(start for start, _ in spans)
     parts: dict[str, float] = {}
@@ -132,11 +133,11 @@ def trace(preset: str, steps: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Trace, and tell."""
+    """Trace all presets and print the tables."""
     command = cli.parse(WhereCommand, WhereCommand(), argv, "benchmarks.where", "")
     measure.at_least(steps=command.steps)
-    if unknown := set(command.presets) - set(PRESETS):
-        raise UserError(f"unknown preset {min(unknown)!r}; presets: {', '.join(PRESETS)}")
+    for preset in command.presets:
+        measure.recipe(preset)
     here = measure.begin("where the time of a train step goes")
     rows = [trace(preset, command.steps) for preset in command.presets]
     for row in rows:
@@ -145,8 +146,8 @@ def main(argv: list[str]) -> None:
             [name, measure.figure(ms), f"{ms / total:.0%}"] for name, ms in row["parts"].items()
         ]
         measure.show(
-            f"{row['preset']}: {measure.figure(row['milliseconds'])} ms a step, traced; some "
-            f"operation ran in {row['covered']:.0%} of it",
+            f"{row['preset']}: {measure.figure(row['milliseconds'])} ms per step when "
+            f"profiled, {row['covered']:.0%} of it in operations",
             ["part", "ms", "share"],
             table,
         )

@@ -163,7 +163,7 @@ class Clock:
 def before(
     setup: Setup, tokenizer: Tokenizer, dataset: Dataset | None, start: int
 ) -> dict[str, str]:
-    """The run that is about to go on from step `start`, in a few rows."""
+    """A summary of the run that starts, or continues at step `start`."""
     config, mesh, layout = setup.config, setup.mesh, setup.layout
     trained = count_params(layout.params)
     count = trained + count_params(layout.frozen)
@@ -200,7 +200,7 @@ def _shape(setup: Setup) -> str:
 
 
 def warning(setup: Setup, dataset: Dataset | None) -> str | None:
-    """What to know before the run starts, if anything."""
+    """A warning before the run starts, if there is one."""
     if dataset is None:
         return None
     config, layout = setup.config, setup.layout
@@ -229,16 +229,17 @@ def after(setup: Setup, run: Run, record: Record) -> dict[str, str]:
     rows = {}
     if "val_bits_per_byte" in record:
         rows["validation loss"] = (
-            f"{record['val_loss']:.4f} over the whole split, "
+            f"{record['val_loss']:.4f} after step {record['step']}, over the whole split, "
             f"{record['val_bits_per_byte']:.4f} bits per byte"
         )
     rows["training"] = (
         f"{seconds / 60:.2f} minutes, {seconds / config.steps * 1e3:.3g} ms a step, "
         f"{tokens_per_second:,.0f} tokens/s, compilation included"
     )
-    rows["kept"] = f"{run.directory}" + (
-        "" if best is None else f", best checkpoint at step {best}"
-    )
+    rows["kept"] = str(run.directory)
+    if best is not None:
+        key = "val_loss" if config.eval_batches is None else "val_sampled_loss"
+        rows["kept"] += f"; sample.py uses the checkpoint of step {best}, of the lowest {key}"
     if "model" not in run.parts:
         params = optim.unite(setup.layout.params, setup.layout.frozen)
         rate = flops_per_token(config.model, params) * tokens_per_second

@@ -142,8 +142,8 @@ def _read(
 
 
 def _skip(job: Job, state: TrainState, step: int, bad: str) -> TrainState:
-    """Keep what is needed to look at a step that was not finite; the state to go on with, in which
-    its batch is left out."""
+    """Keep the state and the batch of a non-finite step for inspection; the state to continue with,
+    past that batch."""
     bad_steps.keep(job.run, state, step, job.source.batch(step - 1))
     job.report.say(
         f"step {step} skipped ({bad}); to look at it: "

@@ -40,6 +40,24 @@ def next_token_loss(
     return (losses * batch.mask).sum() / jnp.maximum(batch.mask.sum(), TINY), {}
 
 
+def check_metrics(metrics: Metrics, reserved: tuple[str, ...] = ()) -> None:
+    """See that metrics of the caller's can be logged.
+
+    Raises:
+        UserError: one is not a scalar, or has a name that the log uses itself.
+    """
+    for name, x in metrics.items():
+        if name in reserved:
+            raise UserError(
+                f"the metric {name!r} has a name that gptjax logs itself ({', '.join(reserved)}); "
+                f"give it another"
+            )
+        if jnp.shape(x) != ():
+            raise UserError(
+                f"the metric {name!r} has the shape {jnp.shape(x)}; give a scalar, such as a mean"
+            )
+
+
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Next-token loss of each position.
 
@@ -145,7 +163,8 @@ def evaluate_batch(
         weight = mask.sum()
         sums["loss"] = jnp.where(mask > 0, losses * mask, 0.0).sum()
     if metrics is not None:
-        sums |= {name: x * weight for name, x in metrics(model, params, batch).items()}
+        check_metrics(found := metrics(model, params, batch))
+        sums |= {name: x * weight for name, x in found.items()}
     return sums, weight
 
 

@@ -1,10 +1,10 @@
-"""Sampling: token ids in, token ids out; nothing here knows about text or files.
+"""Sampling: token ids in, token ids out, without text or files.
 
-Two programs serve a whole session: `prefill` takes in a context, `decode` draws tokens one
-after the other inside a device loop and returns to the host once per chunk. Past block_size a
-model with a KV cache reads the last half of its window anew and goes on, so its context varies
-between half a window and a whole one; a model without a cache looks at the last block_size tokens
-each time, as the lecture's `generate` does.
+Two compiled functions serve a whole session: `prefill` reads a context, `decode` draws tokens one
+after the other in a device loop and returns to the host once per chunk. Past block_size a model
+with a KV cache prefills the last half of its window again, so its context varies between half a
+window and a whole one; a model without a cache reads the last block_size tokens for each token, as
+the lecture's `generate` does.
 """
 
 import functools
@@ -53,22 +53,31 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
         (B,) int32.
     """
     logits = logits[:, : sampling.vocab_size]
-    likeliest = logits.argmax(axis=-1).astype(jnp.int32)
-    # The largest is made 0, so that no temperature, however small, can overflow it.
+    most_likely = logits.argmax(axis=-1).astype(jnp.int32)
+    # With 0 as the largest logit no temperature, however small, overflows it.
     logits = logits - logits.max(axis=-1, keepdims=True)
     logits = logits / jnp.maximum(sampling.temperature, 1e-30)
     V = logits.shape[-1]
     if sampling.top_k is not None and sampling.top_k < V:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
+        logits = jnp.where(_largest(logits, kth, sampling.top_k), logits, -jnp.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # of the tokens that are likelier
-        least = jnp.where(before < sampling.top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        before = jnp.cumsum(probs, axis=-1) - probs  # of more likely tokens
+        n = (before < sampling.top_p).sum(axis=-1, keepdims=True)
+        nth = jnp.take_along_axis(ordered, n - 1, axis=-1)
+        logits = jnp.where(_largest(logits, nth, n), logits, -jnp.inf)
     drawn = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-    return jnp.where(sampling.temperature == 0, likeliest, drawn)
+    return jnp.where(sampling.temperature == 0, most_likely, drawn)
+
+
+def _largest(logits: jax.Array, nth: jax.Array, n: jax.Array | int) -> jax.Array:
+    """Mask of the n largest of (B, V) logits, the n-th of which is `nth` (B, 1): by rank, so that
+    of equal logits the first ones count."""
+    above, equal = logits > nth, logits == nth
+    missing = n - above.sum(axis=-1, keepdims=True)
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= missing))
 
 
 def generate(
@@ -80,7 +89,7 @@ def generate(
     sampling: Sampling,
     num_samples: int = 1,
 ) -> Iterator[np.ndarray]:
-    """Go on from a prompt.
+    """Continue a prompt, token by token.
 
     Args:
         model: any module of the contract in `model.py`.
@@ -89,10 +98,10 @@ def generate(
         key: sample i's t-th token is drawn with this key folded with i, then t.
         max_new_tokens: of each sample, 1 or more.
         sampling: how tokens are drawn.
-        num_samples: B, drawn side by side.
+        num_samples: B, drawn as one batch.
 
     Yields:
-        (B, n) int32 of new ids, n <= CHUNK, as they come; max_new_tokens in all.
+        (B, n) int32 of new ids, n <= CHUNK, as they are drawn; max_new_tokens in total.
     """
     S = model.config.block_size
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_samples))
@@ -104,18 +113,18 @@ def generate(
         text = np.concatenate([text, new], axis=1)[:, -S:]
         if made == max_new_tokens:
             return
-        room = CHUNK if isinstance(state, Window) else S - int(state.length)
-        if room == 0:  # the cache is full: its positions cannot move, so read half of them anew
+        space = CHUNK if isinstance(state, Window) else S - int(state.length)
+        if space == 0:  # the cache is full and its positions are fixed: prefill half of them again
             drawn, state = _start(model, params, text[:, -max(1, S // 2) :], keys, made, sampling)
             made, new = made + 1, np.asarray(drawn)[:, None]
         else:
-            n = min(CHUNK, max_new_tokens - made, room)
+            n = min(CHUNK, max_new_tokens - made, space)
             drawn, state, chunk = decode(model, params, drawn, state, keys, made, n, sampling)
             made, new = made + n, np.asarray(chunk)[:, :n]
 
 
 class Window(NamedTuple):
-    """What a model without a cache reads each time: tokens (B, S), of which `length` are real."""
+    """The context of a model without a cache: tokens (B, S), of which the first `length` count."""
 
     tokens: jax.Array
     length: jax.Array

@@ -20,11 +20,11 @@ import optax.contrib
 
 from gptjax import optim
 from gptjax.batches import DROPOUT, INIT, LORA, Batch, random_key
-from gptjax.loss import TINY, LossFn, Metrics, next_token_loss
+from gptjax.loss import TINY, LossFn, Metrics, check_metrics, next_token_loss
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes, and the frozen parameters.
+    """What training changes, and the frozen parameters.
 
     Attributes:
         step: () int32, updates tried; a skipped one counts.
@@ -55,6 +55,7 @@ class TrainState(NamedTuple):
         return averaged or optim.has_lora(self.params)
 
 
+RESERVED = ("step", "loss", "grad_norm", "lr", "finite", "skipped", "seconds")  # logged names
 Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
 
@@ -110,6 +111,9 @@ def train_step(
 
     Returns:
         The state after it, and its metrics: "loss", "grad_norm" and those of `loss_fn`.
+
+    Raises:
+        UserError: a metric of `loss_fn` that is not a scalar, or has one of the names RESERVED.
     """
 
     def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -117,6 +121,7 @@ def train_step(
 
     gradient = accumulated(jax.value_and_grad(loss, has_aux=True), accumulate)
     (value, metrics), grads = gradient(state.params, batch, key)
+    check_metrics(metrics, RESERVED)
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
         grads,
         state.opt_state,
@@ -160,8 +165,8 @@ def accumulated(gradient: Callable[..., Any], n: int) -> Callable[..., Any]:
 
 
 def with_ema(step: Step, decay: float) -> Step:
-    """A step that moves `state.ema` too: slowly at first, so that the first parameters are soon
-    forgotten, then with the decay."""
+    """A step that also updates `state.ema`, the exponential moving average of the parameters. The
+    decay is warmed up from 0.1, so that the initial parameters do not linger in it."""
 
     def averaged(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         rate = 1 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
@@ -173,8 +178,8 @@ def with_ema(step: Step, decay: float) -> Step:
 
 
 def with_learning_rate(step: Step, schedule: optax.Schedule | None) -> Step:
-    """A step that logs the learning rate it used as "lr", if it can be told: the schedule's, or
-    that of `optax.inject_hyperparams`."""
+    """A step that logs the learning rate it used as "lr": the schedule's, or that of
+    `optax.inject_hyperparams`; nothing for an optimizer that does not expose it."""
 
     def logged(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         new, metrics = step(state, batch, key)
@@ -190,8 +195,8 @@ def with_learning_rate(step: Step, schedule: optax.Schedule | None) -> Step:
 
 
 def skip_nonfinite(step: Step) -> Step:
-    """A step that keeps the state if the loss or the gradient is not finite, step count included;
-    "finite" in its metrics says which."""
+    """A step that is a no-op, step count included, if the loss or the gradient is not finite;
+    "finite" in its metrics says whether they were."""
 
     def guarded(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         new, metrics = step(state, batch, key)
@@ -205,12 +210,12 @@ def skip_nonfinite(step: Step) -> Step:
 def repeat(
     step: Step, batch_at: Callable[[Any, jax.Array, jax.Array], Any], limit: int
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Many steps in one call of the device: to be jitted once, with its state donated.
+    """Many steps in one dispatch: to be jitted once, with its state donated.
 
     Args:
         step: from `skip_nonfinite`.
         batch_at: `batch_at(data, seed_key, step)`, the batch of a step.
-        limit: most steps of a call.
+        limit: most steps of a dispatch.
 
     Returns:
         `steps(state, data, seed_key, first, n)`: makes n <= limit steps from step `first` on; gives

@@ -103,6 +103,7 @@ def train(
         tokenizer, text = dataset.tokenizer, fingerprint(dataset)
     else:
         tokenizer, text = _own_tokenizer(batches, config), batches_module.fingerprint(batches)
+    data_name = config.data.text if batches is None else "of batches="
     if run is None and config.init is not None:
         pretrained.check_tokenizer(loaded, tokenizer)
 
@@ -137,15 +138,15 @@ def train(
             Run.create(directory, config, tokenizer, own)
             return {}
         parts.check(run, own)
-        run.use_text(config.data.text, text)
+        run.use_text(data_name, text)
         return {**run.changed, **run.check_config(config)}
 
     with ExitStack() as stack:
         changed = distributed.first_does(open_folder)
         run = Run(directory)
-        run.use_text(config.data.text, text)
+        run.use_text(data_name, text)
         checkpoints = Checkpoints(run.checkpoints_path, run.keep)
-        start = distributed.first_does(lambda: _newest_sound_step(checkpoints))
+        start = distributed.first_does(lambda: _newest_sound_step(run, checkpoints))
         if start > config.steps:
             raise UserError(
                 f"{directory} is at step {start} already, past steps={config.steps}; give more "
@@ -172,17 +173,25 @@ def train(
         job = Job(setup, run, checkpoints, dataset, source, key, evaluate, report, trace)
         record, state = run_job(job, state, start)
         if record["step"] == config.steps:
-            report.say("a sample:\n" + _sample(setup, tokenizer, state.weights))
+            report.say(
+                f"a sample of step {config.steps}:\n" + _sample(setup, tokenizer, state.weights)
+            )
             _say_next(job)
         return record
 
 
-def _newest_sound_step(checkpoints: Checkpoints) -> int:
+def _newest_sound_step(run: Run, checkpoints: Checkpoints) -> int:
     """The step to continue from: 0 without a checkpoint.
 
     Raises:
-        UserError: there are checkpoints, and every one is damaged.
+        UserError: there are checkpoints, and every one is damaged; or all of them are gone.
     """
+    last = max((record["step"] for record in run.metrics()), default=0)
+    if last >= run.config.save_every and not checkpoints.exist():
+        raise UserError(
+            f"{run.directory} has metrics up to step {last} and no checkpoint: put its folder "
+            f"checkpoints back, or start a new run"
+        )
     sound = checkpoints.newest_sound()
     if sound is None and checkpoints.steps():
         raise UserError(f"every checkpoint in {checkpoints.path} is damaged; start a new run")

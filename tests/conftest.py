@@ -1,4 +1,4 @@
-"""What all tests share: one numerical setting, and the texts they read."""
+"""Shared test setup: numerical settings, compilation cache, and texts."""
 
 import hashlib
 import itertools
@@ -12,10 +12,10 @@ import pytest
 
 from gptjax.text import corpora
 
-os.environ.setdefault("MPLBACKEND", "Agg")  # no test may open a window
+os.environ.setdefault("MPLBACKEND", "Agg")  # tests must not open windows
 
-# Tests compile much and compute little, so LLVM may optimise less; what XLA itself does to a
-# program stays as it is. Commands run by tests inherit this and the cache.
+# Tests compile a lot and compute little, so LLVM optimises less; XLA's own passes are unchanged.
+# Commands run by tests inherit this setting and the cache.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 # One cache of compiled programs for the session, its worker processes, and commands run by tests.
@@ -25,13 +25,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-# Eight devices, so that sharding can be tested anywhere; full precision and no silent
-# broadcasting, so that a parity test compares formulas and not roundings.
+# Eight simulated devices, to test sharding anywhere. Full matmul precision and no implicit rank
+# promotion, so that parity tests compare formulas rather than rounding.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same examples in each run; compiling may take longer than hypothesis's deadline.
+# Deterministic examples; no deadline, because compilation takes longer than hypothesis allows.
 hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("gptjax")
 
@@ -45,23 +45,23 @@ WORDS = (
 
 @pytest.fixture(scope="session")
 def shakespeare() -> str:
-    """The real Tiny Shakespeare, from wherever it already is: tests fetch nothing."""
+    """The real Tiny Shakespeare, if it is on this machine; tests download nothing."""
     repo = Path(__file__).resolve().parents[1]
     for path in (
-        corpora.DATA_DIR / "texts" / f"{SHAKESPEARE}.txt",
+        corpora.local_copy(SHAKESPEARE),
         repo.parent / "shared" / "data" / f"{SHAKESPEARE}.txt",
     ):
         if path.is_file():
             raw = path.read_bytes()
             if hashlib.sha256(raw).hexdigest() == SHAKESPEARE_SHA256:
                 return raw.decode("ascii")
-    pytest.skip("the real Tiny Shakespeare is not here; train once with it, and it is kept")
+    pytest.skip("Tiny Shakespeare is not on this machine; train on it once to cache it")
 
 
 @pytest.fixture(scope="session")
 def play() -> str:
-    """About 6,000 characters of made-up play: speakers, lines, punctuation."""
-    # Multiples of the golden ratio, modulo 1: even and unordered, without a random generator.
+    """About 6,000 characters of a synthetic play: speakers, lines, punctuation."""
+    # Multiples of the golden ratio modulo 1: evenly spread, without a random generator.
     numbers = (n * 0.6180339887498949 % 1 for n in itertools.count(1))
     pick = lambda choices: choices[int(next(numbers) * len(choices))]
     lines, length = [], 0

@@ -1,8 +1,8 @@
-"""What a stranger may send us, mutated: `python tests/fuzz.py TARGET [--seconds 60]`.
+"""Coverage-guided fuzzing of untrusted files: `python tests/fuzz.py TARGET [--seconds 60]`.
 
-Needs `pip install atheris`, which follows the branches that an input takes. Each target reads bytes
-as gptjax would read a file, and may refuse them in one line (`UserError`), but nothing else. The
-tests of `test_fuzz.py` run the same targets with fewer inputs, by hypothesis.
+Needs `pip install atheris`. Each target parses bytes as gptjax would parse a file, and may only
+succeed or refuse them in one line (`UserError`). `test_fuzz.py` runs the same targets on fewer
+inputs, with hypothesis.
 """
 
 import argparse
@@ -35,7 +35,11 @@ HF = {
 RECORD = b'{"step": 0, "val_loss": 4.5, "seconds": 0.0}\n{"step": 1, "loss": 4.25, "lr": 0.001}\n'
 SEALED = b'{"format": 1, "files": {"params/d/0": "00"}}'
 SEEDS: dict[str, list[bytes]] = {
-    "config": [config_json.to_json(Config()).encode()],
+    "config": [
+        config_json.to_json(Config()).encode(),
+        config_json.to_json(Config(), {"model": "Mine(n=3)", "config": "mine.py"}).encode(),
+        b'{"format": 1, "model": {"kind": "bigram", "qkv_bias": true, "ngram": 1}}',
+    ],
     "tokenizer": [
         CharTokenizer.fit("hello\n").to_json().encode(),
         b'{"type": "byte", "end_of_text": 256}',
@@ -58,12 +62,12 @@ def written(name: str, data: bytes) -> Path:
 
 
 def read_config(data: bytes) -> None:
-    config = files.read_file(written("config.json", data), config_json.from_json)
-    assert config_json.from_json(config_json.to_json(config)) == config
+    stored = files.read_file(written("config.json", data), config_json.from_json)
+    assert config_json.from_json(config_json.to_json(*stored)) == stored
 
 
 def read_tokenizer(data: bytes) -> None:
-    """What is accepted must work, and come back from its own JSON."""
+    """An accepted tokenizer must work and survive a JSON round trip."""
     found = files.read_file(written("tokenizer.json", data), tokenizer.from_json)
     assert found.vocab_size > 0
     for text in ("hello", "\u00e9\U0001f600\n"):
@@ -74,7 +78,7 @@ def read_tokenizer(data: bytes) -> None:
 
 
 def read_metrics(data: bytes) -> None:
-    """Whatever is there, the records that are left are in order, and the best can be asked for."""
+    """Whatever the input, the valid records are in order, and the best step can be found."""
     path = written("run/metrics.jsonl", data)
     steps = [record["step"] for record in records.read(path)[0]]
     assert steps == sorted(set(steps))
@@ -86,13 +90,13 @@ def read_metrics(data: bytes) -> None:
     assert [record["step"] for record in last] == steps[len(steps) - len(last) :]
     again, damage = records.read(path)
     assert [record["step"] for record in again] == steps
-    assert damage is None or "expected" in damage  # a step that is missing stays missing
+    assert damage is None or "expected" in damage  # a missing step stays missing
     for copy in path.parent.glob("*.damaged-*"):
         copy.unlink()
 
 
 def read_checksums(data: bytes) -> None:
-    """No list of checksums makes a file pass that is another one."""
+    """No list of checksums may accept this folder, whose file matches none of the seeds."""
     written("sealed/params/d/0", b"a number")
     written("sealed/sha256.json", data)
     with contextlib.suppress(UserError):
@@ -116,20 +120,20 @@ TARGETS = {
 
 
 def try_one(target: str, data: bytes) -> None:
-    """Read bytes; a refusal is one short line.
+    """Parse bytes; a refusal must be one short line.
 
     Raises:
-        Exception: whatever else there is: a bug.
+        Exception: anything else, which is a bug.
     """
     try:
         TARGETS[target](data)
     except UserError as error:
-        assert len(str(error).splitlines()) == 1, "a refusal of several lines"
-        assert len(str(error)) < 2000, "a refusal that floods the screen"
+        assert len(str(error).splitlines()) == 1, "an error of several lines"
+        assert len(str(error)) < 2000, "an error that is too long"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Mutate what is read from strangers.")
+    parser = argparse.ArgumentParser(description="Fuzz the parsers of untrusted files.")
     parser.add_argument("target", choices=list(TARGETS))
     parser.add_argument("--seconds", type=int, default=60)
     arguments = parser.parse_args()

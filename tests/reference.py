@@ -1,7 +1,7 @@
-"""A reference GPT in plain numpy: float64, one example and one head at a time.
+"""Reference GPT for parity tests: plain numpy, float64, one example and one head at a time.
 
-Written from the definitions of GPT-2 and Llama, not from `gptjax.model`, with which it shares
-nothing but the layout of the parameters.
+Written from the definitions of GPT-2 and Llama, independently of `gptjax.model`; they share only
+the parameter layout.
 """
 
 import math
@@ -59,7 +59,7 @@ def _one(
 
 
 def _queries_keys_values(x: np.ndarray, layer: Any, config: ModelConfig) -> list[np.ndarray]:
-    """Three (T, C); keys and values are repeated for each query head that shares them."""
+    """Queries, keys and values, each (T, C); shared key/value heads are repeated per query head."""
     H, G = config.n_head, config.n_kv_head or config.n_head
     if "c_attn" in layer:
         q, k, v = np.split(linear(x, layer["c_attn"]), 3, axis=-1)  # GPT-2's fused weight
@@ -114,7 +114,7 @@ def _head(
 
 
 def float64(tree: Any) -> Any:
-    """The same tree in numpy and double precision."""
+    """The tree as numpy float64."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
@@ -125,17 +125,18 @@ def linear(x: np.ndarray, layer: Any) -> np.ndarray:
 
 
 def layer_norm(x: np.ndarray, layer: Any, config: ModelConfig) -> np.ndarray:
-    """GPT-2's."""
+    """LayerNorm, as in GPT-2."""
     centred = x - x.mean(axis=-1, keepdims=True)
     return over_rms(centred, config.norm_eps) * layer["scale"] + layer.get("bias", 0.0)
 
 
 def rms_norm(x: np.ndarray, layer: Any, config: ModelConfig) -> np.ndarray:
-    """Llama's."""
+    """RMSNorm, as in Llama."""
     return over_rms(x, config.norm_eps) * layer["scale"]
 
 
 def over_rms(x: np.ndarray, eps: float) -> np.ndarray:
+    """Divide by the root mean square over the last axis."""
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
 
 

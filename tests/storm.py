@@ -1,13 +1,13 @@
-"""A kill storm: training is killed at random moments, and must end as if nothing had happened.
+"""Kill storm: training is killed at random moments, and must end as if never interrupted.
 
     python tests/storm.py --kills 200
 
-Every life is the real `train.py` in a process of its own, forked from this one so that the
-libraries need not be imported anew. It dies by SIGKILL, SIGTERM, SIGINT, or a power cut (stopped,
-its folder copied, killed, and only the copy goes on), at a random time, or while a save, a removal
-or a line of metrics is under way. After each death the folder is looked at; when the run is at its
-end, its parameters, optimizer state, metrics (but the seconds) and samples are compared with those
-of a run that was left alone, bit for bit.
+Each session runs the real `train.py` in a process forked from this one, so that the libraries are
+imported only once. It is ended by SIGKILL, SIGTERM, SIGINT or a simulated power cut (stop the
+process, copy the folder, kill the process, continue with the copy), at a random time or during a
+save, a removal or a write of metrics. The folder is checked after each kill. A finished run is
+compared bit for bit with an uninterrupted one: parameters, optimizer state, metrics (except the
+seconds) and samples.
 """
 
 import argparse
@@ -39,12 +39,12 @@ VARIANTS = {
 }
 SIGNALS = ["SIGKILL"] * 5 + ["SIGTERM", "SIGINT", "power cut"]
 MOMENTS = ["any time"] * 2 + ["orbax writes", "before the name", "a removal", "a line of metrics"]
-LIMIT = 300  # seconds that a life may last
+LIMIT = 300  # longest session, in seconds
 
 
 @dataclass
 class Tally:
-    """What happened so far."""
+    """Counts so far."""
 
     kills: Counter[str] = field(default_factory=Counter)
     moments: Counter[str] = field(default_factory=Counter)
@@ -53,11 +53,11 @@ class Tally:
 
 
 class Lost(Exception):
-    """A promise was broken."""
+    """A guarantee was violated."""
 
 
 def command(text: Path, directory: Path, variant: str) -> list[str]:
-    """What a person would type: a new run, or to go on with it."""
+    """The command line that starts or resumes the run."""
     if (directory / "config.json").exists():
         return ["train.py", "--run", str(directory), "--resume"]
     options = ["--run", str(directory), "--data.text", str(text)]
@@ -65,7 +65,7 @@ def command(text: Path, directory: Path, variant: str) -> list[str]:
 
 
 def spawn(work: Callable[[], object], log: Path) -> int:
-    """Let a child do some work; gives its process id."""
+    """Run `work` in a forked child with its output in `log`; returns the process id."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -89,23 +89,23 @@ def spawn(work: Callable[[], object], log: Path) -> int:
 
 
 def live(text: Path, directory: Path, variant: str) -> None:
-    """One life: `train.py`, as typed."""
+    """One session of `train.py`."""
     sys.argv = command(text, directory, variant)
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 def wait(child: int) -> int:
-    """The exit code, or minus the signal."""
+    """The exit code, or the negative signal number."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def has_ended(child: int) -> bool:
-    """Whether it has, without taking its exit code away."""
+    """Whether the child has exited; its exit code can still be waited for."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def moment_has_come(moment: str, directory: Path, lines: int) -> bool:
-    """Whether what we wait for is under way."""
+    """Whether the operation to interrupt is in progress."""
     folder = directory / "checkpoints"
     if moment == "orbax writes":
         return any(folder.glob("*.orbax-checkpoint-tmp"))
@@ -121,7 +121,7 @@ def size(path: Path) -> int:
 
 
 def kill(child: int, how: str, directory: Path) -> None:
-    """End a life."""
+    """End a session."""
     if how != "power cut":
         os.kill(child, getattr(signal, how))
         return
@@ -134,11 +134,15 @@ def kill(child: int, how: str, directory: Path) -> None:
     copy.rename(directory)
 
 
-def look(directory: Path, before: int) -> int:
-    """After a death: metrics and checkpoints are in order, and nothing was lost.
+def check(directory: Path, before: int) -> int:
+    """Check after a kill that metrics and checkpoints are consistent and nothing was lost.
+
+    Args:
+        directory: the run's folder.
+        before: step of the newest checkpoint after the previous kill.
 
     Returns:
-        The step of the newest sound checkpoint.
+        The step of the newest intact checkpoint.
     """
     from gptjax.runs import records
     from gptjax.runs.checkpoint import Checkpoints
@@ -152,9 +156,9 @@ def look(directory: Path, before: int) -> int:
     if newest != max(checkpoints.steps(), default=0):
         raise Lost(f"the newest checkpoint of {checkpoints.steps()} is damaged")
     if newest < before:
-        raise Lost(f"checkpoint {before} was there before, and now the newest is {newest}")
+        raise Lost(f"checkpoint {before} existed before, but now the newest is {newest}")
     if newest and found and found[-1]["step"] < newest - 1:
-        raise Lost(f"checkpoint {newest}, and the metrics end at {found[-1]['step']}")
+        raise Lost(f"checkpoint {newest} exists, but the metrics end at {found[-1]['step']}")
     return newest
 
 
@@ -162,10 +166,9 @@ def same(reference: Path, directory: Path) -> None:
     """Compare two finished runs, bit for bit."""
     import jax
 
-    from gptjax.cache import use_compilation_cache
-    from gptjax.cli import SampleCommand
-    from gptjax.inference import stream
-    from gptjax.programs import Programs
+    import gptjax
+    from gptjax.assembly import assemble
+    from gptjax.cli.compilation_cache import use_compilation_cache
     from gptjax.runs import records
     from gptjax.runs.checkpoint import Checkpoints
     from gptjax.runs.run import Run
@@ -174,22 +177,21 @@ def same(reference: Path, directory: Path) -> None:
     ends = []
     for path in (reference, directory):
         run = Run(path)
-        programs = Programs(run.config, run.tokenizer.vocab_size)
-        state = programs.restore(Checkpoints(run.checkpoints_path), run.config.steps)
+        setup = assemble(run.config, run.tokenizer.vocab_size)
+        state = Checkpoints(run.checkpoints_path).restore(run.config.steps, setup.layout)
         lines = [{**record, "seconds": 0} for record in records.read(run.metrics_path)[0]]
-        sampling = SampleCommand(run=str(path), checkpoint="last", max_new_tokens=60)
-        text = "".join(parts[0] for parts in stream(sampling))
+        text = "".join(gptjax.load(path, "last").generate(max_new_tokens=60))
         ends.append(([jax.device_get(x).tobytes() for x in jax.tree.leaves(state)], lines, text))
     for name, a, b in zip(("arrays", "metrics", "samples"), *ends, strict=True):
         if a != b:
-            raise Lost(f"{name} of {directory} are not those of {reference}")
+            raise Lost(f"{name} of {directory} differ from {reference}")
 
 
 def storm(kills: int, seed: int, folder: Path, variants: list[str], say: Callable) -> Tally:
-    """Kill so many times, each run to its end.
+    """Kill and resume runs until `kills` kills are made and the last run is finished.
 
     Raises:
-        Lost: and the folder is left as it was, to be looked at.
+        Lost: a guarantee was violated; the folder is kept for inspection.
     """
 
     chance, tally, text = random.Random(seed), Tally(), folder / "play.txt"
@@ -203,7 +205,7 @@ def storm(kills: int, seed: int, folder: Path, variants: list[str], say: Callabl
             if code := wait(child):
                 raise Lost(f"the reference ended with {code}: {log.read_text()[-2000:]}")
             durations[variant] = time.monotonic() - began
-    say(f"a life that is left alone lasts {durations} s")
+    say(f"an uninterrupted session takes {durations} s")
     while sum(tally.kills.values()) < kills:
         variant = variants[tally.runs % len(variants)]
         directory, reference = folder / f"{variant}-{tally.runs}", folder / f"{variant}-reference"
@@ -223,7 +225,7 @@ def storm(kills: int, seed: int, folder: Path, variants: list[str], say: Callabl
                     time.sleep(chance.choice((0, 0, 0.002, 0.02)))
                     break
                 if time.monotonic() - began > LIMIT:
-                    raise Lost(f"a life of {directory} lasts over {LIMIT} s")
+                    raise Lost(f"a session of {directory} took over {LIMIT} s")
                 time.sleep(0.0005)
             if has_ended(child) or last:
                 code = wait(child)
@@ -235,10 +237,10 @@ def storm(kills: int, seed: int, folder: Path, variants: list[str], say: Callabl
             tally.kills[how] += 1
             tally.moments[moment] += 1
             killed += 1
-            # Stopped in order (0), killed, or interrupted before it could listen (130).
+            # Clean stop (0), killed, or interrupted before the signal handler was installed (130).
             if code not in (0, -signal.SIGKILL, -signal.SIGTERM, 130):
                 raise Lost(f"{how} at {moment}: ended with {code}: {log.read_text()[-2000:]}")
-            newest = look(directory, newest)
+            newest = check(directory, newest)
         if wait(spawn(lambda r=reference, d=directory: same(r, d), log)):
             raise Lost(f"{directory}: {log.read_text()[-2000:]}")
         tally.survived += killed

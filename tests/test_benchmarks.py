@@ -1,4 +1,4 @@
-"""Tests of the benchmarks: each command end to end, tiny, and the arithmetic of their figures."""
+"""Tests of the benchmarks: each command end to end at a tiny size, and its arithmetic."""
 
 import json
 from dataclasses import replace
@@ -25,16 +25,18 @@ from benchmarks import (
     time_to_loss,
     where,
 )
-from gptjax.build import build_model
+from gptjax.assembly import assemble, evaluate_split
 from gptjax.config import Config, MeshConfig, ModelConfig
 from gptjax.errors import UserError
+from gptjax.model import GPT
+from gptjax.parallel import sharding
 from gptjax.plan import aot
-from gptjax.presets import PRESETS
-from gptjax.programs import Programs
+
+SPEEDRUN = Path(__file__).resolve().parents[1] / "examples" / "speedrun"
 
 
 def results(path: Path, name: str) -> Any:
-    """What a benchmark wrote, after what is common to all of them."""
+    """Rows that a benchmark wrote, after checking the common fields."""
     content = json.loads(path.read_text())
     assert content["benchmark"] == name
     assert content["machine"]["processor"] and content["machine"]["versions"]["jax"]
@@ -51,7 +53,7 @@ def text(tmp_path: Path, play: str) -> str:
 def test_scaling(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """By arithmetic alone: no device is asked for anything."""
+    """Estimates only: no device is used."""
     monkeypatch.setattr(scaling, "COUNTS", (8, 16))
     out = tmp_path / "scaling.json"
     scaling.main(f"--models gpt2 --chips h100 --out {out}".split())
@@ -59,17 +61,17 @@ def test_scaling(
     assert {row["count"] for row in rows} == {8, 16}
     assert all(0 < row["share"] <= row["bound"] < 1 and 0 < row["memory"] < 60 for row in rows)
     printed = capsys.readouterr().out
-    assert "the fastest mesh that fits, of NVIDIA H100" in printed
-    assert "where each kind of mesh ends" in printed
+    assert "the fastest mesh that fits, on NVIDIA H100" in printed
+    assert "where each kind of mesh stops scaling" in printed
     assert out.with_suffix(".png").stat().st_size > 10_000
     for axes, found in scaling.meshes(16, scaling.CHIPS["h100"]).items():
         assert found and all((m.data or 1) * m.fsdp * m.tensor == 16 for m in found), axes
 
 
-def test_compiled_points_stand_beside_those_of_arithmetic(
+def test_confirm_adds_compiled_points(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Here for the simulated devices, in place of those that the point names."""
+    """Compiled for the simulated devices instead of those that the point names."""
     monkeypatch.setattr(scaling, "COUNTS", (8,))
     monkeypatch.setattr(aot, "topology", lambda target: jax.devices())
     out = tmp_path / "scaling.json"
@@ -78,7 +80,7 @@ def test_compiled_points_stand_beside_those_of_arithmetic(
     assert compiled.pop("compiled")
     [same] = [p for p in points if p["mesh"] == compiled["mesh"]]
     assert 0 < compiled["share"] <= compiled["bound"] and compiled["memory"] < 10 * same["memory"]
-    assert "tiny@h100:8  compiler, " in capsys.readouterr().out
+    assert "tiny@h100:8  compiled in " in capsys.readouterr().out
     monkeypatch.setattr(aot, "topology", lambda target: None)
     with pytest.raises(UserError, match="--confirm needs compilers: pip install -e"):
         scaling.confirm(("tiny@h100:8",))
@@ -96,15 +98,15 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert len(times[name]) == 2
         quotients = [a / b for a, b in zip(times["gptjax"], times[name], strict=True)]
         assert side["gptjax_over_this"]["median"] == pytest.approx(np.median(quotients))
-        # Far closer than what is let by: the same weights, batches and updates.
+        # Much closer than the tolerance: same weights, batches and updates.
         np.testing.assert_allclose(
             side["first_losses"], row["sides"]["gptjax"]["first_losses"], rtol=1e-5
         )
         assert side["peak_memory"] > 50e6
-    assert "ms a step" in capsys.readouterr().out
+    assert "ms per step" in capsys.readouterr().out
 
 
-def test_sides_that_compute_something_else_are_not_compared():
+def test_sides_with_different_losses_are_not_compared():
     same = [4.17, 4.16]
     step.check_losses({"gptjax": same, "plain": [4.1701, 4.1601]})
     with pytest.raises(RuntimeError, match="plain computes something else than gptjax"):
@@ -126,13 +128,13 @@ def test_sampling(tmp_path: Path):
     assert all(0 < row["share_of_floor"] < 1 for row in rows)
 
 
-def test_the_floor_of_sampling():
+def test_the_sampling_roofline():
     """A token needs each weight and each cached vector once."""
     model = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, n_embd=8, block_size=16, bias=False)
     tokens = jax.numpy.zeros((1, 1), int)
-    params = jax.eval_shape(build_model(model, 5).init, jax.random.key(0), tokens)["params"]
+    params = jax.eval_shape(GPT(model, 5).init, jax.random.key(0), tokens)["params"]
     floor = jax_gpt.floor(Config(model=model), params, 3, 100, peak=1e9)
-    norms = 2 * 8  # of a layer
+    norms = 2 * 8  # per layer
     matrices = 2 * (8 * 8 + 8 * 2 * 4 + 8 * 8 + 2 * 8 * 32 + norms) + 5 * 8
     cached = 3 * 2 * 2 * 8 * 4  # streams, layers, keys and values, half a window, half the width
     assert floor.bytes_per_step == 4 * (matrices + cached)
@@ -197,7 +199,7 @@ def test_time_to_loss(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
     assert ours["recipe"] == "tiny, 6 steps" and theirs["recipe"] == "nanoGPT's, PyTorch, 3 steps"
     [history] = ours["histories"]
     assert [record["step"] for record in history] == [0, 3, 6]
-    assert ours["seconds_to_target"] == [0.0]  # a model that knows nothing is below 5 already
+    assert ours["seconds_to_target"] == [0.0]  # an untrained model is below 5 already
     assert 0 < ours["compile_seconds"][0] <= ours["seconds"][0]
     assert [record["step"] for record in theirs["histories"][0]] == [0, 3]
     lines = page.read_text().splitlines()
@@ -214,7 +216,7 @@ def test_the_target_is_reached_at_the_first_evaluation_below_it():
     assert time_to_loss.cells(result)[4:] == ["25.0 (10.0 to 40.0)", "1.8000 (1.7000 to 1.9000)"]
 
 
-def test_compile_time_is_the_first_call_less_a_usual_one():
+def test_compile_time_is_the_first_call_minus_the_median():
     seconds = [9.0, 9.0, 10.0, 10.0, 11.0, 11.0]
     records: list[dict[str, float]] = [{"step": 0, "seconds": 0.0, "val_loss": 4.2}]
     records += [{"step": i + 1, "seconds": s} for i, s in enumerate(seconds)]
@@ -223,18 +225,18 @@ def test_compile_time_is_the_first_call_less_a_usual_one():
 
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", ["plain", "transformers"])
-def test_their_networks_measure_the_same_loss(kind: str):
-    """Our weights in them, far from where they begin; a split that no window divides."""
+def test_pytorch_models_compute_the_same_loss(kind: str):
+    """With gptjax's perturbed weights, and a split that is no multiple of the window."""
     pytest.importorskip("transformers")
-    torch_gpt = pytest.importorskip("benchmarks.torch_gpt", reason="torch is not here")
+    torch_gpt = pytest.importorskip("benchmarks.torch_gpt", reason="needs torch")
     config = Config(batch_size=4, model=step.SIZES["tiny"].config.model)
-    programs = Programs(replace(config, mesh=MeshConfig(data=1)), 65)
-    params = programs.start().params
+    setup = assemble(replace(config, mesh=MeshConfig(data=1)), 65)
+    params = setup.start().params
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
     val = measure.random_tokens(65, 333)
     theirs, forward = torch_gpt.build(kind, config.model, 65)
     torch_gpt.load(theirs, jax_gpt.flat(params))
-    ours = programs.mean_loss(params, programs.put(val), 0, whole=True)
+    ours = evaluate_split(setup, params, sharding.put(setup.mesh, val))["loss"]
     loss = torch_gpt.whole_split_loss(theirs, forward, val, config.model.block_size)
     assert loss == pytest.approx(ours, rel=1e-6)
 
@@ -263,18 +265,18 @@ def failing(kind: str) -> Any:
         ("death", RuntimeError, "died with exit code 3"),
     ],
 )
-def test_a_side_that_fails_says_so(kind: str, error: type, message: str):
+def test_a_failing_side_raises_its_error(kind: str, error: type, message: str):
     with pytest.raises(error, match=message), measure.sides({"a": (failing, kind)}):
         pass
 
 
-def test_errors_a_user_can_cause(tmp_path: Path):
+def test_user_errors(tmp_path: Path):
     for command, message in {
         lambda: step.main(["--rounds", "0"]): "--rounds 0 is too small; give 1 or more",
         lambda: step.main(["--seconds", "-1"]): "--seconds -1.0 is too small; give 0 or more",
         lambda: scaling.main(["--chips", "v7"]): "--chips: unknown 'v7'; known: v4, v5e, v5p, v6e",
         lambda: scaling.main(["--points", "x"]): (
-            "--points x: give MODEL@CHIP:SIZES, such as gpt2@v5p:2x2x2"
+            "--points x: give MODEL@CHIP:SHAPE, such as gpt2@v5p:2x2x2"
         ),
         lambda: growth.main(["--points", "0"]): "--points 0 is too small; give 1 or more",
         lambda: feed.main(["--preset", "x"]): "unknown preset 'x'; presets: bigram, tiny",
@@ -284,10 +286,10 @@ def test_errors_a_user_can_cause(tmp_path: Path):
         lambda: startup.main(["--config", "x"]): "unknown preset 'x'; presets: bigram, tiny",
         lambda: time_to_loss.main(["--config", "x"]): "unknown preset 'x'; presets: bigram, tiny",
         lambda: measure.need("torch_x", instead="--sides gptjax"): (
-            "torch_x to compare with: not installed; pip install torch_x, or --sides gptjax"
+            "the comparison needs torch_x, not installed here; pip install torch_x"
         ),
         lambda: time_to_loss.append(tmp_path / "no.md", []): (
-            f"cannot write {tmp_path}/no.md: No such file or directory; run it where it is"
+            f"cannot write {tmp_path}/no.md: No such file or directory"
         ),
         lambda: measure.save(Path("/dev/null/x.json"), "x", {}, None, []): (
             "cannot write /dev/null/x.json: File exists; give another --out"
@@ -316,32 +318,49 @@ def test_feed(tmp_path: Path):
         assert all(0 < share < 1 for share in row["stalled"])
 
 
-def test_without_the_checks_there_are_none():
-    """Else the two sides would be the same program."""
-    x, branches = jax.numpy.zeros(3), []
+def test_unchecked_removes_the_checks():
+    """Otherwise the two sides would be the same program."""
+
+    def program() -> str:
+        setup = assemble(replace(step.SIZES["tiny"].config, mesh=MeshConfig(data=1)), 65)
+        tokens = jax.ShapeDtypeStruct((1000,), np.uint16)
+        return str(setup.steps.trace(setup.layout, tokens, setup.seed_key(), 0, 1).jaxpr)
+
+    assert "is_finite" in program()
     with checks.unchecked():
-        jax.lax.cond(False, lambda x: branches.append(x), lambda x: x, x)
-        assert optax.tree.norm(x + 1) == 0
-    assert len(branches) == 1
+        assert "is_finite" not in program()
+        assert optax.tree.norm(jax.numpy.ones(3)) == 0
 
 
 def test_ablation(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "ablation.json"
-    ablation.main(f"--options muon --steps 2 --seeds 1 --text {text} --out {out}".split())
+    ablation.main(f"--options recall --steps 2 --seeds 1 --text {text} --out {out}".split())
     rows = results(out, "ablation")
     assert [row["recipe"] for row in rows] == [
-        *("classic", "classic + muon", "modern", "modern - muon"),
+        *("classic", "classic + recall", "modern", "modern - recall"),
     ]
     assert len({row["ends"][0]["val_loss"] for row in rows}) == 4
     assert "mean of 1 seeds" in capsys.readouterr().out
 
 
 def test_every_option_of_an_ablation_changes_the_recipe():
+    plain = ablation.with_options((), 300, "x")
     for name in ablation.OPTIONS:
-        assert ablation.with_options((name,), 300, "x") != ablation.with_options((), 300, "x")
+        assert ablation.with_options((name,), 300, "x") != plain or ablation.tables((name,))
     modern = ablation.with_options(ablation.MODERN, 5, "x")
     assert modern.optim.kind == "muon" and modern.optim.warmup_steps == 5
-    assert replace(modern.model, n_layer=1, block_size=1024) == PRESETS["fast"].model
+    fast = measure.recipe(str(SPEEDRUN / "fast.py"))
+    assert replace(modern.model, n_layer=1, block_size=1024) == fast.config.model
+    assert ablation.tables(ablation.MODERN) == fast.model.keywords
+    assert ablation.tables(("muon", "ngram")) == {"ngram": 3}
+
+
+def test_recipes_are_presets_or_config_files():
+    assert measure.recipe("small").model is None
+    assert measure.recipe("bigram").model.__name__ == "Bigram"
+    for name in ("fast", "record"):
+        config, model = measure.recipe(str(SPEEDRUN / f"{name}.py"))
+        assert type(model(config.model, 65)).__name__ == "NGramGPT"
 
 
 def test_where(tmp_path: Path):
@@ -353,7 +372,7 @@ def test_where(tmp_path: Path):
     assert sum(row["parts"].values()) >= row["covered"] * row["milliseconds"] * 0.99
 
 
-def test_what_ran_and_where_it_is_from():
+def test_operations_are_assigned_to_parts_and_durations():
     hlo = """
 ENTRY %main (a: f32[]) -> f32[] {
   %dot.1 = f32[8,4]{1,0} dot(%a, %b), metadata={op_name="jit(f)/h/attn/c_proj/dot"}
@@ -372,9 +391,9 @@ ENTRY %main (a: f32[]) -> f32[] {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks into /proc")
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_soak(tmp_path: Path, text: str):
-    """Two short lives; whether memory is flat only a long one can tell."""
+    """Two short sessions; only a long run can show whether memory is flat."""
     out = tmp_path / "soak.json"
     soak.main(f"--seconds 60 --lives 2 --text {text} --out {out}".split())
     *lives, times = results(out, "soak")

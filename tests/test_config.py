@@ -1,4 +1,4 @@
-"""Tests of the configs: nothing but a sound one can be made, and JSON is read without trust."""
+"""Tests of the configs: values are checked, and JSON is validated as untrusted."""
 
 import json
 from dataclasses import fields, is_dataclass
@@ -7,16 +7,19 @@ from typing import Any, get_args, get_type_hints
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import by_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.build import build_model
+from gptjax.assembly import make_model
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, differences
 from gptjax.errors import UserError
+from gptjax.lecture.models import STAGES
 from gptjax.optim import make_optimizer
-from gptjax.presets import PRESETS
-from gptjax.runs.config_json import FORMAT, from_json, to_json
-from gptjax.step import init_state
+from gptjax.presets import LECTURE_MODELS, PRESETS
+from gptjax.runs.config_json import FORMAT, REMOVED, Stored, from_json, to_json
+
+pytestmark = pytest.mark.core
 
 VOCAB = 65  # of Tiny Shakespeare
 
@@ -49,24 +52,29 @@ def with_format(**values: Any) -> str:
 @pytest.mark.parametrize("name", PRESETS)
 def test_json_round_trip(name):
     config = PRESETS[name]
-    assert from_json(to_json(config)) == config
+    assert from_json(to_json(config)) == Stored(config, {})
     assert json.loads(to_json(config))["format"] == FORMAT
+
+
+def test_parts_round_trip():
+    parts = {"model": "NGramHead(n=4)", "config": "examples/fast.py"}
+    assert from_json(to_json(Config(), parts)) == Stored(Config(), parts)
 
 
 def test_missing_fields_keep_their_defaults():
     """An old run's config.json lacks the fields that came after it."""
-    assert from_json(with_format()) == Config()
-    partial = from_json(with_format(model={"n_layer": 2}))
+    assert from_json(with_format()) == Stored(Config(), {})
+    partial = from_json(with_format(model={"n_layer": 2})).config
     assert partial == Config(model=ModelConfig(n_layer=2))
 
 
 def test_an_int_counts_as_a_float():
-    rate = from_json(with_format(optim={"learning_rate": 1})).optim.learning_rate
+    rate = from_json(with_format(optim={"learning_rate": 1})).config.optim.learning_rate
     assert rate == 1.0 and type(rate) is float
 
 
 MODEL_FIELDS = ", ".join(f.name for f in fields(ModelConfig))
-KINDS = get_args(get_type_hints(ModelConfig)["kind"])
+NORMS = get_args(get_type_hints(ModelConfig)["norm"])
 CONFIG_FIELDS = ", ".join(f.name for f in fields(Config))
 
 
@@ -76,9 +84,9 @@ CONFIG_FIELDS = ", ".join(f.name for f in fields(Config))
         ("[]", "expected a JSON object, got list"),
         ("1", "expected a JSON object, got int"),
         ("null", "expected a JSON object, got NoneType"),
-        ("{}", "format None is not the format 1 this gptjax reads; update gptjax"),
-        ('{"format": 2}', "format 2 is not the format 1 this gptjax reads; update gptjax"),
-        ('{"format": "1"}', "format '1' is not the format 1 this gptjax reads; update gptjax"),
+        ("{}", "format None is not the format 2 this gptjax reads; update gptjax"),
+        ('{"format": 3}', "format 3 is not the format 2 this gptjax reads; update gptjax"),
+        ('{"format": "2"}', "format '2' is not the format 2 this gptjax reads; update gptjax"),
         (with_format(stepz=1), f"unknown key 'stepz'; known: {CONFIG_FIELDS}"),
         (
             with_format(model={"n_layr": 1}),
@@ -94,9 +102,11 @@ CONFIG_FIELDS = ", ".join(f.name for f in fields(Config))
         (with_format(optim=None), "optim: expected an object, got None"),
         (with_format(data=[1]), "data: expected an object, got [1]"),
         (
-            with_format(model={"kind": ["gpt"]}),
-            f"model.kind: expected one of {KINDS}, got ['gpt']",
+            with_format(model={"norm": ["rms"]}),
+            f"model.norm: expected one of {NORMS}, got ['rms']",
         ),
+        (with_format(parts=["model"]), "parts: expected an object of strings, got ['model']"),
+        (with_format(parts={"model": 1}), "parts: expected an object of strings, got {'model': 1}"),
         ("", "not JSON: Expecting value: line 1 column 1 (char 0)"),
     ],
 )
@@ -111,14 +121,14 @@ def test_deep_nesting_is_refused():
 
 def test_values_are_checked_as_anywhere_else():
     assert refusal(with_format(steps=0)) == "steps=0 is too small; give 1 or more"
-    infinite = '{"format": 1, "optim": {"learning_rate": Infinity}}'
+    infinite = '{"format": 2, "optim": {"learning_rate": Infinity}}'
     assert refusal(infinite) == "optim.learning_rate=inf is out of range; give a number above 0"
-    nan = '{"format": 1, "model": {"dropout": NaN}}'
+    nan = '{"format": 2, "model": {"dropout": NaN}}'
     assert refusal(nan) == "model.dropout=nan is out of range; give 0.0 <= model.dropout < 1.0"
 
 
 def test_an_int_too_large_for_a_float_is_refused():
-    refusal('{"format": 1, "optim": {"learning_rate": 1' + "0" * 400 + "}}")
+    refusal('{"format": 2, "optim": {"learning_rate": 1' + "0" * 400 + "}}")
 
 
 def test_a_message_is_one_line_whatever_the_key():
@@ -138,7 +148,7 @@ scalars = st.one_of(
     st.integers(-(10**320), 10**320),
     st.floats(),
     st.text(),
-    st.sampled_from(["gpt", "cosine", "float32"]),
+    st.sampled_from(["gpt", "bigram", "cosine", "float32"]),
 )
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8
@@ -160,18 +170,77 @@ def objects(cls: type) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional=values)
 
 
-config_like = objects(Config).map(lambda values: {"format": FORMAT, **values})
+config_like = st.builds(
+    lambda version, values, removed: {
+        "format": version,
+        **values,
+        **({"model": {**values["model"], **removed}} if "model" in values else {}),
+    },
+    st.sampled_from([1, FORMAT]),
+    objects(Config),
+    st.fixed_dictionaries({}, optional={name: scalars for name in REMOVED}),
+)
 
 
 @given(st.one_of(st.text(), anything.map(json.dumps), config_like.map(json.dumps)))
 @settings(max_examples=300, deadline=None)
 def test_any_text_gives_a_config_or_a_user_error(text):
     try:
-        config = from_json(text)
+        stored = from_json(text)
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert isinstance(config, Config) and from_json(to_json(config)) == config
+        assert isinstance(stored.config, Config) and from_json(to_json(*stored)) == stored
+
+
+# ---------------------------------------------------------------------------------------------
+# config.json of gptjax 0.1 (format 1)
+
+# What its presets wrote for the fields that are gone.
+HARMLESS: dict[str, Any] = {
+    **{"kind": "gpt", "qkv_bias": True, "ngram": 1, "pair_rows": None, "recall": None},
+}
+
+
+def format_1(**model: Any) -> str:
+    return json.dumps({"format": 1, "model": {**HARMLESS, **model}, "steps": 7})
+
+
+def test_removed_fields_at_their_defaults_are_read():
+    assert set(HARMLESS) == set(REMOVED)
+    assert from_json(format_1()) == Stored(Config(steps=7), {})
+    shape: Any = {"n_layer": 2, "bias": False, "norm": "rms", "init": "zero", "window": 8}
+    expected = Config(steps=7, model=ModelConfig(**shape))
+    assert from_json(format_1(**shape)) == Stored(expected, {})
+    # qkv_bias meant nothing without the other biases.
+    assert from_json(format_1(**shape, qkv_bias=False)) == Stored(expected, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("recall", 4), ("pair_rows", 30_000), ("ngram", 2), ("qkv_bias", False)],
+        *[("norm", "none"), ("init", "torch"), ("kind", "attention"), ("kind", "averaging")],
+    ],
+)
+def test_removed_settings_are_refused_with_the_version_that_has_them(name, value):
+    refused = refusal(format_1(**{name: value}))
+    assert refused.startswith(f"model.{name}={value!r} is a setting of gptjax 0.1 ")
+    assert "\n" not in refused and "gptjax==0.1" in refused
+
+
+def test_a_bigram_of_format_1_is_the_lectures():
+    """Whatever its other fields said, for a table has none."""
+    stored = from_json(format_1(kind="bigram", n_layer=1, norm="none", block_size=8))
+    assert stored == Stored(Config(steps=7, model=ModelConfig(block_size=8)), {"model": "Bigram"})
+    assert stored.parts["model"] in STAGES
+    padded = from_json(format_1(kind="bigram", block_size=8, vocab_size=100)).config
+    assert padded.model.vocab_size == 100  # rows of the table
+
+
+def test_removed_fields_are_unknown_to_the_new_format():
+    for name, value in HARMLESS.items():
+        assert refusal(with_format(model={name: value})).startswith(f"unknown key 'model.{name}'")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -210,19 +279,14 @@ CHECKS = [
     ),
     (
         lambda: ModelConfig(remat_saves="dots"),
-        "model.remat_saves=dots says what rematerialisation keeps, and model.remat is off; add "
-        "--model.remat",
+        "model.remat_saves=dots needs model.remat, which is off; add --model.remat",
     ),
-    (lambda: ModelConfig(pair_rows=0), small("model.pair_rows", 0)),
-    (lambda: ModelConfig(recall=0), small("model.recall", 0)),
+    (lambda: ModelConfig(n_kv_head=0), small("model.n_kv_head", 0)),
+    (lambda: ModelConfig(window=0), small("model.window", 0)),
     (lambda: Config(loss_chunk=0), small("loss_chunk", 0)),
     (
         lambda: Config(loss_chunk=7),
         "model.block_size=64 is not divisible by loss_chunk=7; change one of them",
-    ),
-    (
-        lambda: Config(loss_chunk=8, model=ModelConfig(kind="bigram")),
-        "loss_chunk=8 needs model.kind=gpt, and it is bigram; leave --loss-chunk out",
     ),
     (
         lambda: DataConfig(val_fraction=1.0),
@@ -335,11 +399,18 @@ def test_field_cap():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds(name):
     config = PRESETS[name]
-    model = build_model(config.model, VOCAB)
-    optimizer = make_optimizer(config)
-    state = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    stage = LECTURE_MODELS.get(name)
+    model = make_model(config.model, VOCAB, STAGES[stage] if stage else None)
     tokens = jax.ShapeDtypeStruct((2, config.model.block_size), jnp.int32)
-    logits, _ = jax.eval_shape(model.apply, {"params": state.params}, tokens)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    jax.eval_shape(make_optimizer(config.optim, config.steps).init, params)
+    assert {leaf.dtype for leaf in by_path(params).values()} == {jnp.dtype("float32")}
+    logits, _ = jax.eval_shape(model.apply, {"params": params}, tokens)
     assert logits.shape == (2, config.model.block_size, config.model.vocab_size or VOCAB)
     assert logits.dtype == jnp.float32
+
+
+def test_the_lectures_presets_name_its_stages():
+    assert set(LECTURE_MODELS) <= set(PRESETS) and set(LECTURE_MODELS.values()) <= set(STAGES)
+    stages = [name for name in PRESETS if name.startswith("lecture/")]
+    assert len(stages) == 8 and set(stages) <= set(LECTURE_MODELS)

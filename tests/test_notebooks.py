@@ -1,4 +1,4 @@
-"""Tests of the notebooks: tidy as committed, and they run from top to bottom."""
+"""Tests of the notebooks: committed without outputs, and executable from top to bottom."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from gptjax.text import corpora
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
-MAX_LINES = 30  # of a cell: one idea, and it fits on a screen
+MAX_LINES = 30  # per cell, so that it fits on a screen
 TIMEOUT = 300  # seconds for one cell
 PICTURES = {"lets_build_gpt": 12, "extend_gptjax": 1}
 
@@ -24,30 +24,30 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 
 @pytest.fixture(autouse=True)
 def jupyter_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jupyter's own files go to a folder of the test, where nobody's settings are."""
+    """Keep Jupyter's files in a folder of the test, isolated from the user's settings."""
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # without it jupyter_core warns
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
 
 
 def read(path: Path) -> Any:
-    nbformat = pytest.importorskip("nbformat", reason="needs nbformat, of the extra 'test'")
+    nbformat = pytest.importorskip("nbformat", reason="needs nbformat (extra test)")
     return nbformat.read(path, as_version=nbformat.NO_CONVERT)
 
 
 def execute(path: Path, cwd: Path, **environment: str) -> Any:
-    """The notebook with its outputs, from a new kernel with one device; fast.
+    """Run a notebook in fast mode, in a new kernel; returns it with its outputs.
 
     Raises:
         CellExecutionError: a cell failed.
     """
     for package in ("nbclient", "ipykernel"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}, of the extra 'test'")
+            pytest.skip(f"needs {package} (extra test)")
     from nbclient import NotebookClient
 
     env = os.environ | {"GPTJAX_FAST": "1"} | environment
-    env.pop("MPLBACKEND", None)  # pictures go into the notebook
+    env.pop("MPLBACKEND", None)  # plots go into the notebook
     notebook = read(path)
     NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3").execute(cwd=str(cwd), env=env)
     return notebook
@@ -65,7 +65,7 @@ def outputs(notebook: Any) -> list[Any]:
 
 
 def printed(notebook: Any, name: str = "stdout") -> str:
-    """All that the cells printed on one stream."""
+    """Output of all cells on one stream."""
     return "".join(output.text for output in outputs(notebook) if output.get("name") == name)
 
 
@@ -73,7 +73,7 @@ def pictures(notebook: Any) -> int:
     return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
 
 
-def test_both_are_here():
+def test_both_notebooks_exist():
     assert NAMES == sorted(PICTURES)
 
 
@@ -90,7 +90,7 @@ def test_format(path: Path):
 
 
 @each
-def test_is_stripped(path: Path):
+def test_outputs_are_stripped(path: Path):
     for cell in read(path).cells:
         assert not cell.metadata, cell.id
         if cell.cell_type == "code":
@@ -109,15 +109,15 @@ def test_ruff(path: Path, command: list[str], tmp_path: Path):
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     ruff = shutil.which("ruff", path=places)
     if ruff is None:
-        pytest.skip("needs ruff, of the extra 'dev'")
-    # A file that is named is checked even where pyproject.toml excludes its folder.
+        pytest.skip("needs ruff (extra dev)")
+    # A file given explicitly is checked even if pyproject.toml excludes its folder.
     argv = [ruff, *command, "--cache-dir", str(tmp_path), str(path)]
     done = subprocess.run(argv, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def check_run(path: Path, cwd: Path, **environment: str) -> str:
-    """Run it; what it printed."""
+    """Run a notebook, check its plots, and return what it printed."""
     notebook = execute(path, cwd, **environment)
     assert printed(notebook, "stderr") == ""
     assert pictures(notebook) == PICTURES[path.stem]
@@ -126,14 +126,14 @@ def check_run(path: Path, cwd: Path, **environment: str) -> str:
 
 @pytest.mark.shared
 def test_lets_build_gpt(shakespeare: str):
-    """As a reader runs it: in its own folder, and the lecture's exact figures are asserted."""
-    local = corpora.DATA_DIR / "texts" / "tiny_shakespeare.txt"  # where the notebook looks first
+    """As a reader runs it, in its own folder, asserting the lecture's exact figures."""
+    local = corpora.local_copy("tiny_shakespeare")  # where the notebook looks first
     if not local.exists():
-        local.parent.mkdir(exist_ok=True)
+        local.parent.mkdir(parents=True, exist_ok=True)
         local.write_bytes(shakespeare.encode("ascii"))
-    said = check_run(REPO / "notebooks" / "lets_build_gpt.ipynb", REPO / "notebooks")
-    assert "characters: 1115394\n" in said
-    assert "(another text" not in said
+    output = check_run(REPO / "notebooks" / "lets_build_gpt.ipynb", REPO / "notebooks")
+    assert "characters: 1115394\n" in output
+    assert "(another text" not in output
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_lets_build_gpt_on_another_text(other_text: Path, tmp_path: Path):
 
 
 def test_extend_gptjax(other_text: Path, tmp_path: Path):
-    """From another folder, on another text; what it trains goes with its temporary folder."""
+    """In another folder, on another text; its runs are deleted with its temporary folder."""
     (tmp_path / "tmp").mkdir()
     environment = {"GPTJAX_TEXT": str(other_text), "TMPDIR": str(tmp_path / "tmp")}
     check_run(REPO / "notebooks" / "extend_gptjax.ipynb", tmp_path, **environment)

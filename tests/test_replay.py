@@ -1,4 +1,4 @@
-"""Steps that are not finite: skipped, kept, made again. And one process at a time on a run."""
+"""Tests of non-finite steps (skipped, stored, replayed) and of the lock on a run."""
 
 import io
 import json
@@ -17,17 +17,21 @@ import numpy as np
 import optax
 import pytest
 from rich.console import Console
+from run_helpers import QUIET, arrays, assert_same, contents, message, text_file
+from run_helpers import records as lines
 
+from gptjax.assembly import assemble
+from gptjax.batches import Batch, windows_at
 from gptjax.config import Config, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
+from gptjax.loss import cross_entropy
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
-from gptjax.programs import Programs
 from gptjax.runs import folders
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
-from gptjax.step import batch_at, cross_entropy
+from gptjax.text.dataset import open_dataset
 from gptjax.tools.replay import replay
 from gptjax.training import train
 
@@ -41,11 +45,10 @@ CONFIG = Config(
     model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8),
     optim=OptimConfig(learning_rate=1e-2),
 )
-QUIET = Report(quiet=True)
 
 
 class Choosy(GPT):
-    """A GPT that chokes, while training, on a batch that begins with a vowel or a newline."""
+    """A GPT whose training loss is NaN on batches whose first token is divisible by 5."""
 
     def __call__(self, tokens: jax.Array, cache: Any = None, train: bool = False) -> Any:
         logits, cache = super().__call__(tokens, cache, train)
@@ -59,15 +62,8 @@ def chokes(tokens: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory, play) -> Path:
-    path = tmp_path_factory.mktemp("text") / "play.txt"
-    path.write_text(play)
-    return path
-
-
-@pytest.fixture(scope="module")
-def config(text) -> Config:
-    return replace(CONFIG, data=replace(CONFIG.data, text=str(text)))
+def config(tmp_path_factory, play) -> Config:
+    return replace(CONFIG, data=text_file(tmp_path_factory.mktemp("text"), play))
 
 
 def choosy(config: Config, directory: Path, resume: bool = False) -> dict[str, Any]:
@@ -79,19 +75,6 @@ def vocab_size(config: Config) -> int:
     return len(set(Path(config.data.text).read_text()))
 
 
-def lines(directory: Path) -> list[dict[str, Any]]:
-    strict = lambda constant: pytest.fail(f"{constant} is not JSON")
-    text = (directory / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line, parse_constant=strict) for line in text]
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
-
-
-def params_of(config: Config, directory: Path) -> list[np.ndarray]:
-    programs = Programs(config, vocab_size(config))
-    state = programs.restore(Checkpoints(directory / "checkpoints"), config.steps)
-    return [np.asarray(x) for x in jax.tree.leaves(state)]
-
-
 @pytest.fixture(scope="module")
 def skipping(config, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "skipping"
@@ -99,19 +82,20 @@ def skipping(config, tmp_path_factory) -> Path:
     return directory
 
 
-def bad_steps(config: Config) -> list[int]:
-    """By the definition of a batch, without training."""
-    from gptjax.text.dataset import open_dataset
-
+def batches(config: Config) -> list[Batch]:
+    """One for each step, computed without training."""
     tokens = jnp.asarray(open_dataset(config.data, config.model.block_size).train)
-    key = jax.random.key(config.seed)
-    batches = [batch_at(config, tokens, key, step) for step in range(config.steps)]
-    return [step + 1 for step, batch in enumerate(batches) if chokes(batch[:, :-1])]
+    key, shape = jax.random.key(config.seed), (config.batch_size, config.model.block_size)
+    return [windows_at(tokens, key, step, *shape) for step in range(config.steps)]
 
 
-def test_bad_steps_are_skipped_once_and_the_rest_are_made(config, skipping):
+def bad_steps(config: Config) -> list[int]:
+    return [step + 1 for step, batch in enumerate(batches(config)) if chokes(batch.inputs)]
+
+
+def test_non_finite_steps_are_skipped_once(config, skipping):
     wanted = bad_steps(config)
-    assert 1 <= len(wanted) <= 6, "choose a seed with which the test means something"
+    assert 1 <= len(wanted) <= 6, "choose a seed that gives 1 to 6 bad steps"
     found = lines(skipping)
     assert [r["step"] for r in found] == list(range(config.steps + 1))
     assert [r["step"] for r in found if "skipped" in r] == wanted
@@ -119,46 +103,42 @@ def test_bad_steps_are_skipped_once_and_the_rest_are_made(config, skipping):
     assert all(("loss" in r) != ("skipped" in r) for r in found[1:])
 
 
-def test_the_parameters_are_those_of_a_loop_that_leaves_the_batches_out(config, skipping):
-    """A plain loop: no dispatches, no cond, no NaN."""
-    from gptjax.text.dataset import open_dataset
-
-    dataset = open_dataset(config.data, config.model.block_size)
-    programs = Programs(config, vocab_size(config))
-    model, optimizer = programs.model, make_optimizer(config)
-    params = programs.start().params
+def test_skipping_equals_a_loop_without_the_bad_batches(config, skipping):
+    """The reference is a plain Python loop without dispatches, cond or NaN."""
+    setup = assemble(config, vocab_size(config))
+    model, optimizer = setup.model, make_optimizer(config.optim, config.steps)
+    params = setup.start().params
     opt_state = optimizer.init(params)
 
     @jax.jit
-    def gradient(params: Any, batch: jax.Array) -> Any:
+    def gradient(params: Any, batch: Batch) -> Any:
         def loss(params: Any) -> jax.Array:
-            logits, _ = model.apply({"params": params}, batch[:, :-1])
-            return cross_entropy(logits, batch[:, 1:]).mean()
+            logits, _ = model.apply({"params": params}, batch.inputs)
+            return cross_entropy(logits, batch.targets).mean()
 
         return jax.grad(loss)(params)
 
-    for step in range(config.steps):
-        batch = batch_at(config, jnp.asarray(dataset.train), jax.random.key(config.seed), step)
-        if chokes(batch[:, :-1]):
+    for batch in batches(config):
+        if chokes(batch.inputs):
             continue
         updates, opt_state = optimizer.update(gradient(params, batch), opt_state, params)
         params = optax.apply_updates(params, updates)
-    trained = programs.restore(Checkpoints(skipping / "checkpoints"), config.steps)
-    assert int(trained.step) == config.steps  # a step that is skipped counts
+    trained = Checkpoints(skipping / "checkpoints").restore(config.steps, setup.layout)
+    assert int(trained.step) == config.steps  # skipped steps count
     for ours, plain in zip(jax.tree.leaves(trained.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("per_dispatch", [1, 3, 12])
-def test_calls_of_any_length_skip_the_same(config, skipping, tmp_path, per_dispatch):
+def test_steps_per_dispatch_does_not_change_the_skips(config, skipping, tmp_path, per_dispatch):
     choosy(replace(config, steps_per_dispatch=per_dispatch), tmp_path / "run")
     for found, wanted in zip(lines(tmp_path / "run"), lines(skipping), strict=True):
-        assert found.pop("lr", 0) == pytest.approx(wanted.pop("lr", 0))  # rounded where it is shown
+        assert found.pop("lr", 0) == pytest.approx(wanted.pop("lr", 0))  # rounded when logged
         assert found == wanted
 
 
-def test_a_resumed_run_skips_the_same(config, skipping, tmp_path):
-    """From the checkpoint of step 5 alone, as if killed after it."""
+def test_resuming_gives_the_same_skips(config, skipping, tmp_path):
+    """Resume from the checkpoint of step 5, as if killed after it."""
     directory = tmp_path / "run"
     shutil.copytree(skipping, directory)
     shutil.rmtree(directory / "bad")
@@ -167,11 +147,10 @@ def test_a_resumed_run_skips_the_same(config, skipping, tmp_path):
             shutil.rmtree(directory / "checkpoints" / str(step))
     choosy(config, directory, resume=True)
     assert lines(directory) == lines(skipping)
-    for ours, theirs in zip(*(params_of(config, d) for d in (directory, skipping)), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same(arrays(directory, config.steps), arrays(skipping, config.steps))
 
 
-def test_what_is_kept_of_a_bad_step(config, skipping):
+def test_files_stored_for_a_bad_step(config, skipping):
     last = bad_steps(config)[-1]
     kept = json.loads((skipping / "bad" / f"step-{last}.json").read_text())
     assert kept["step"] == last and np.shape(kept["tokens"]) == (4, 9)
@@ -181,19 +160,16 @@ def test_what_is_kept_of_a_bad_step(config, skipping):
     assert Checkpoints(skipping / "bad").steps()[-1] == last - 1
 
 
-def test_too_many_in_a_row_end_the_run(config, tmp_path):
+def test_too_many_consecutive_skips_end_the_run(config, tmp_path):
     wanted = bad_steps(config)
     config = replace(config, stop_after_skips=1)
     with pytest.raises(UserError) as caught:
         choosy(config, tmp_path / "run")
-    assert str(caught.value) == (
-        f"the loss or the gradient was not finite for 1 steps in a row, up to step {wanted[0]} "
-        f"(loss nan, gradient norm nan): training has diverged; look at it with --replay "
-        f"{wanted[0]}, or go on from the last checkpoint with --resume and a lower "
-        f"--optim.learning-rate"
-    )
+    error = str(caught.value)
+    assert f"step {wanted[0]} " in error and "training has diverged" in error
+    assert f"--replay {wanted[0]}" in error and "--optim.learning-rate" in error
     assert lines(tmp_path / "run")[-1]["step"] == wanted[0]
-    # The limit is a setting, not part of the numbers: with another the run goes on to its end.
+    # The limit may change on resume: with a higher one the run finishes.
     choosy(replace(config, stop_after_skips=3), tmp_path / "run", resume=True)
     assert [r["step"] for r in lines(tmp_path / "run") if "skipped" in r] == wanted
 
@@ -203,32 +179,37 @@ def test_too_many_in_a_row_end_the_run(config, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 2, 6, 11, 12])
-def test_a_step_made_again_is_the_same_to_the_bit(config, skipping, step):
+def test_a_replayed_step_is_bit_identical(config, skipping, step):
     model = Choosy(config.model, vocab_size(config))
-    before = {p: p.stat().st_mtime_ns for p in skipping.rglob("*")}
+    before = contents(skipping)
     again = replay(skipping, step, model=model, report=QUIET)
     record = lines(skipping)[step]
     if "skipped" in record:
         assert np.isnan(again["loss"]) and np.isnan(again["grad_norm"])
     else:
         assert (again["loss"], again["grad_norm"]) == (record["loss"], record["grad_norm"])
-    assert {p: p.stat().st_mtime_ns for p in skipping.rglob("*")} == before
+    assert contents(skipping) == before
 
 
-def test_replay_shows_what_was_logged_and_the_text(config, skipping):
+def test_replay_shows_the_logged_values_and_the_text(config, skipping):
     console = Console(record=True, width=200, file=io.StringIO())
     step = bad_steps(config)[-1]
     model = Choosy(config.model, vocab_size(config))
     replay(skipping, step, model=model, report=Report(console))
     shown = console.export_text()
-    assert f"step {step} again, from the state after step {step - 1}" in shown
-    assert "nan, logged: loss nan, gradient norm nan" in shown
+    assert f"step {step} " in shown and f"step {step - 1}" in shown
+    assert "logged: loss nan, gradient norm nan" in shown
     kept = json.loads((skipping / "bad" / f"step-{step}.json").read_text())
     assert repr(kept["text"][0]) in shown
 
 
-def test_replay_of_what_is_not_a_step(config, skipping):
-    with pytest.raises(UserError, match=r"^--replay 13 is not a step of this run; give 1 to 12$"):
+def test_replay_needs_the_model_of_the_run(skipping):
+    refused = message(replay, skipping, 3, report=QUIET)
+    assert "was trained with a model that is not part of gptjax, Choosy; " in refused
+
+
+def test_replay_of_a_step_out_of_range(config, skipping):
+    with pytest.raises(UserError, match=r"^--replay 13 .* 1 to 12"):
         replay(skipping, 13, report=QUIET)
 
 
@@ -245,36 +226,34 @@ with folders.locked(Path(sys.argv[1])):
 """
 
 
-def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(config, tmp_path):
+def test_a_second_process_is_refused_until_the_first_dies(config, tmp_path):
     directory = tmp_path / "run"
     command = [sys.executable, "-c", HOLD, str(directory)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "held\n"
         with pytest.raises(UserError) as caught:
             train(config, directory, report=QUIET)
-        assert str(caught.value) == (
-            f"another process is training {directory}; wait until it ends, or stop it"
-        )
+        assert str(caught.value).startswith(f"another process is training {directory}; ")
         assert [p.name for p in directory.iterdir()] == [".lock"]  # nothing was written
         process.send_signal(signal.SIGKILL)
     assert train(replace(config, steps=1), directory, report=QUIET)["step"] == 1
 
 
-def test_a_run_made_meanwhile_is_not_overwritten(config, skipping):
-    """Two processes may choose the same free name; whoever is second finds the folder full."""
+def test_a_run_created_meanwhile_is_not_overwritten(config, skipping):
+    """Two processes may choose the same free name; the second finds the folder in use."""
     before = (skipping / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=re.escape(f"{skipping} holds another run already")):
+    with pytest.raises(UserError, match=re.escape(f"{skipping} already contains a run")):
         train(config, skipping, report=QUIET)
     assert (skipping / "metrics.jsonl").read_bytes() == before
 
 
-def test_the_lock_is_free_again_after_an_error(tmp_path):
+def test_the_lock_is_released_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), folders.locked(tmp_path):
         raise ZeroDivisionError
     with folders.locked(tmp_path):
         pass
 
 
-def test_a_run_opens_while_it_is_trained(skipping):
+def test_a_run_can_be_read_while_it_is_trained(skipping):
     with folders.locked(skipping):
         assert Run(skipping).metrics()

@@ -1,4 +1,4 @@
-"""Tests of sampling: the same tokens as a plain loop over `model.apply` would draw."""
+"""Tests of sampling: the same tokens as a plain loop over `model.apply` draws."""
 
 import functools
 import itertools
@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import random_params
+from helpers import random_params
 
-from gptjax import sampling as generate_module
+from gptjax import sampling as sampling_module
 from gptjax.config import ModelConfig
-from gptjax.model import GPT, Bigram
+from gptjax.lecture.models import Bigram
+from gptjax.model import GPT
 from gptjax.plan.hlo import Program
 from gptjax.sampling import CHUNK, Sampling, draw, generate
+
+pytestmark = pytest.mark.core
 
 V = 11
 GREEDY = Sampling(temperature=0.0)
@@ -28,7 +31,7 @@ KEY = jax.random.key(42)
 
 
 class Cacheless(GPT):
-    """A model of one's own that has no use for a cache."""
+    """A model of one's own without a cache."""
 
     @nn.nowrap
     def init_cache(self, batch: int) -> Any:
@@ -37,13 +40,13 @@ class Cacheless(GPT):
 
 @functools.cache
 def gpt(
-    block_size: int = 8, kind: type[nn.Module] = GPT, seed: int = 8, **options: Any
+    block_size: int = 8, model_class: type[nn.Module] = GPT, seed: int = 8, **options: Any
 ) -> tuple[Any, Any]:
     """A model, and random parameters that are large: its greedy text is varied, without ties,
     and depends on all of the context and on its positions."""
     config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=block_size, tie_head=False)
     config = replace(config, **options)
-    model = kind(config, V)
+    model = model_class(config, V)
     large = lambda path, leaf: (
         leaf * {"kernel": 4.0, "bias": 1.0, "scale": 1.0}.get(path[-1].key, 20.0)
     )
@@ -97,7 +100,7 @@ def slide(context: list[int], token: int, S: int) -> list[int]:
 
 
 def halve(context: list[int], token: int, S: int) -> list[int]:
-    """A full window makes room: the last half of the text is read anew."""
+    """A full window makes room: the last half of the text is read again."""
     return [*context, token][-max(1, S // 2) :] if len(context) == S else [*context, token]
 
 
@@ -137,7 +140,7 @@ def test_greedy_through_the_cache_equals_reading_all_again(length: int):
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 20])
 @pytest.mark.parametrize("length", [1, 2, 4, 30])
-def test_past_the_window_the_last_half_is_read_anew(block_size: int, length: int):
+def test_past_the_window_the_last_half_is_read_again(block_size: int, length: int):
     model, params = gpt(block_size)
     prompt = np.random.default_rng(length).integers(V, size=length).tolist()
     n = 3 * block_size + 2
@@ -147,11 +150,11 @@ def test_past_the_window_the_last_half_is_read_anew(block_size: int, length: int
 @pytest.mark.parametrize(
     "options",
     # Seeds of a varied text.
-    [{"ngram": 3, "pair_rows": 30, "recall": 1, "seed": 1}, {"window": 3, "seed": 7}],
-    ids=["looks back", "windows of attention"],
+    [{"seed": 1}, {"window": 3, "seed": 7}, {"norm": "rms", "qk_norm": True, "seed": 1}],
+    ids=["rotary", "sliding window", "normed"],
 )
 def test_a_modern_model_past_its_window(options: dict[str, Any]):
-    """Positions that turn, shared heads and looks back all begin anew with the half window."""
+    """Rotary positions and the keys of shared heads start again with the half window."""
     model, params = gpt(position="rotary", n_kv_head=1, **options)
     expected = plain_loop(model, params, [1, 2, 3], 30, halve)
     assert run(model, params, [1, 2, 3], 30)[0].tolist() == expected
@@ -186,19 +189,19 @@ def test_bigram_equals_the_lectures_loop():
     assert run(model, params, [0], 40, Sampling())[0].tolist() == idx[1:]
 
 
-@pytest.mark.parametrize("kind", [GPT, Cacheless, Bigram])
-def test_a_long_prompt_is_read_from_its_end(kind: type[nn.Module]):
-    model, params = gpt(8, kind)
+@pytest.mark.parametrize("model_class", [GPT, Cacheless, Bigram])
+def test_a_long_prompt_is_read_from_its_end(model_class: type[nn.Module]):
+    model, params = gpt(8, model_class)
     prompt = np.random.default_rng(0).integers(V, size=50).tolist()
     expected = run(model, params, prompt[-8:], 12)
     assert run(model, params, prompt, 12).tolist() == expected.tolist()
     assert run(model, params, prompt[::-1], 12).tolist() != expected.tolist()
 
 
-@pytest.mark.parametrize("kind", [GPT, Bigram])
+@pytest.mark.parametrize("model_class", [GPT, Bigram])
 @pytest.mark.parametrize("n", [1, 2, CHUNK, CHUNK + 1, CHUNK + 2, 3 * CHUNK + 5])
-def test_chunks_add_up(kind: type[nn.Module], n: int):
-    model, params = gpt(20, kind)
+def test_chunks_add_up(model_class: type[nn.Module], n: int):
+    model, params = gpt(20, model_class)
     chunks = list(generate(model, params, np.array([1, 2]), KEY, n, GREEDY, 2))
     assert sum(chunk.shape[1] for chunk in chunks) == n
     for chunk in chunks:
@@ -351,11 +354,11 @@ def test_padding_rows_are_not_generated():
 # Compilation
 
 
-@pytest.mark.parametrize("kind", [GPT, Bigram])
-def test_a_session_compiles_once(kind: type[nn.Module]):
+@pytest.mark.parametrize("model_class", [GPT, Bigram])
+def test_a_session_compiles_once(model_class: type[nn.Module]):
     """Prompts, lengths and keys of any kind run the programs that the first calls compiled."""
-    model, params = gpt(8, kind)
-    programs: tuple[Any, ...] = (generate_module._read, generate_module._write)
+    model, params = gpt(8, model_class)
+    programs: tuple[Any, ...] = (sampling_module.prefill, sampling_module.decode)
     sampling = replace(Sampling(), temperature=0.77)  # no other test's programs
     compiled = lambda: [program._cache_size() for program in programs]
     before = compiled()
@@ -373,17 +376,17 @@ def test_a_session_compiles_once(kind: type[nn.Module]):
 def test_a_short_prompt_of_a_long_window_is_read_in_a_short_one(monkeypatch: pytest.MonkeyPatch):
     """256 places for it, not half of 1024; and the same tokens."""
     widths: list[int] = []
-    read = generate_module._read
+    read = sampling_module.prefill
 
     def counting(model: Any, params: Any, text: Any, *rest: Any) -> Any:
         widths.append(text.shape[1])
         return read(model, params, text, *rest)
 
-    monkeypatch.setattr(generate_module, "_read", counting)
+    monkeypatch.setattr(sampling_module, "prefill", counting)
     model, params = gpt(1024, GPT)
     long = run(model, params, [1, 2, 3], 4, Sampling(temperature=0))
     run(model, params, list(range(V)) * 100, 4, Sampling(temperature=0))
-    assert widths == [256, 1024, 512]  # the last is the full cache read anew
+    assert widths == [256, 1024, 512]  # the last is half of the full cache, read again
     ids = [1, 2, 3]
     for _ in range(4):
         logits, _ = model.apply({"params": params}, jnp.asarray([ids]))
@@ -392,12 +395,12 @@ def test_a_short_prompt_of_a_long_window_is_read_in_a_short_one(monkeypatch: pyt
 
 
 def arrays_made(model: Any, params: Any) -> tuple[int, int]:
-    """How many arrays of the shape of a layer's MLP weights each turn of `_write` makes, and how
+    """How many arrays of the shape of a layer's MLP weights each turn of `decode` makes, and how
     many of the shape of the keys or values of a layer or of a stack of them."""
     keys = jax.random.split(KEY, 2)
-    token, state = generate_module._read(model, params, np.ones((2, 8), int), 1, keys, 0, PLAIN)
-    write: Any = generate_module._write
-    write = write.__wrapped__  # traced anew, for what it calls may be replaced
+    token, state = sampling_module.prefill(model, params, np.ones((2, 8), int), 1, keys, 0, PLAIN)
+    write: Any = sampling_module.decode
+    write = write.__wrapped__  # traced again, for what it calls may be replaced
     traced = jax.jit(lambda params, *state: write(model, params, *state, keys, 1, 4, PLAIN))
     compiled = traced.lower(params, token, state).compile()
     program = Program(str(compiled.as_text()))
@@ -414,7 +417,7 @@ def arrays_made(model: Any, params: Any) -> tuple[int, int]:
 def test_a_loop_over_tokens_copies_neither_weights_nor_cache(monkeypatch: pytest.MonkeyPatch):
     model, params = gpt(8, GPT, n_layer=3)
     assert arrays_made(model, params) == (0, 3 * 2)  # a token is written into each in its place
-    monkeypatch.setattr(generate_module, "_apart", lambda tree: tree)
+    monkeypatch.setattr(sampling_module, "unstack", lambda tree: tree)
     jax.clear_caches()
     weights, cached = arrays_made(model, params)
     assert weights == 3 and cached > 3 * 2  # so XLA needs the help, and this would notice
@@ -423,7 +426,6 @@ def test_a_loop_over_tokens_copies_neither_weights_nor_cache(monkeypatch: pytest
 def test_a_model_too_deep_to_unroll_draws_the_same(monkeypatch: pytest.MonkeyPatch):
     model, params = gpt(8, GPT, n_layer=3, n_head=4)
     tokens = run(model, params, [1, 2], 20, GREEDY, 2)
-    for module in ("model", "generate"):
-        monkeypatch.setattr(f"gptjax.{module}.UNROLL_UP_TO", 2)
+    monkeypatch.setattr("gptjax.model.UNROLL_UP_TO", 2)
     jax.clear_caches()  # of the programs of the unrolled one
     np.testing.assert_array_equal(run(model, params, [1, 2], 20, GREEDY, 2), tokens)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.errors import UserError
+from gptjax.presets import PRESETS
 from gptjax.text import corpora, sources
 from gptjax.text.sources import Piece
 
@@ -279,3 +280,8 @@ def test_pieces_are_bounded(tmp_path, monkeypatch):
     path.write_text("0123456789")
     found = list(sources.read(sources.find(str(path), print), "utf-8", "text"))
     assert found == [Piece("0123", False), Piece("4567", False), Piece("89", True)]
+
+
+def test_the_gpt2_presets_ask_for_their_text():
+    with pytest.raises(UserError, match=r"OpenWebText.*--data\.text FOLDER"):
+        sources.find(PRESETS["gpt2"].data.text, print)

@@ -1,4 +1,5 @@
-"""Tests of the train step: the same numbers however it is cut, and nothing but (seed, step)."""
+"""Tests of the train step: a pure function of state, batch and key, the same numbers however calls
+are grouped, and nothing random but what follows from (seed, step)."""
 
 import functools
 import json
@@ -7,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,24 +16,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick_jit, random_tokens
+from run_helpers import MeanOfThePast, assert_close, assert_same, text_file
 
-from gptjax.build import build_model
-from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
+from gptjax import assembly
+from gptjax.assembly import Setup, assemble, evaluate_random, evaluate_split
+from gptjax.batches import Batch, Windows, windows_at
+from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
-from gptjax.optim import make_optimizer
+from gptjax.lecture.models import Bigram
+from gptjax.loss import cross_entropy, next_token_loss
+from gptjax.model import GPT
+from gptjax.optim import make_optimizer, make_schedule
 from gptjax.presets import PRESETS
 from gptjax.step import (
     TrainState,
-    cross_entropy,
-    eval_starts,
+    accumulated,
     init_state,
-    make_evaluate,
-    make_gradient,
-    make_train_steps,
+    repeat,
+    skip_nonfinite,
+    train_step,
+    with_ema,
+    with_learning_rate,
 )
 from gptjax.text.tokenizers import CharTokenizer
 from gptjax.training import train
+
+pytestmark = pytest.mark.core
 
 VOCAB = 13
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, dropout=0.2)
@@ -43,70 +54,31 @@ CONFIG = Config(
     steps_per_dispatch=4,
     model=MODEL,
     optim=OptimConfig(learning_rate=0.01, warmup_steps=3, accumulate=2),
+    mesh=MeshConfig(data=1),
 )
-BIGRAM = replace(CONFIG, model=ModelConfig(kind="bigram", block_size=8))
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, 400), jnp.uint16)
-# Tiny programs take longer to compile than to run; this way a third as long.
-QUICK = {"xla_backend_optimization_level": 0}
 KEY = jax.random.key(0)
 GOLDEN = Path(__file__).with_name("golden_cpu.json")
 
 
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
-
-
-class Program(NamedTuple):
-    """The compiled functions of a config, as `train` makes them, on one device."""
-
-    init: Callable[[jax.Array], TrainState]
-    steps: Any  # jitted
-    evaluate: Any  # jitted
-
-
 @functools.cache
-def init_params(model: nn.Module) -> Any:
-    no_optimizer = optax.identity()
-    return quick_jit(lambda key: init_state(model, no_optimizer, key).params)
-
-
-@functools.cache
-def program(config: Config, sgd: bool = False) -> Program:
-    model = build_model(config.model, VOCAB)
-    optimizer = optax.sgd(0.5) if sgd else make_optimizer(config)
-    # Configs that differ in nothing else start from the same parameters: compile that once.
-    undropped = build_model(replace(config.model, dropout=0.0), VOCAB)
-
-    def init(key: jax.Array) -> TrainState:
-        params = init_params(undropped)(key)
-        average = None if config.optim.ema is None else jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
-
-    return Program(
-        init,
-        quick_jit(make_train_steps(model, optimizer, config), donate_argnums=0),
-        quick_jit(make_evaluate(model, config)),
-    )
+def setup_of(config: Config, sgd: bool = False) -> Setup:
+    """A run's functions, as `train` makes them."""
+    return assemble(config, VOCAB, optimizer=optax.sgd(0.5) if sgd else None)
 
 
 def trained(
     config: Config, *calls: int, sgd: bool = False, seed: int = 0, tokens: jax.Array = TOKENS
 ) -> tuple[TrainState, np.ndarray]:
     """The state after calls of so many updates each, and the loss of every update."""
-    run, key = program(config, sgd), jax.random.key(seed)
-    state, losses = run.init(key), []
+    setup = setup_of(replace(config, seed=seed), sgd)
+    key = setup.seed_key()
+    state, losses, first = setup.start(), [], 0
     for n in calls:
-        state, out = run.steps(state, tokens, key, n)
-        losses.append(np.asarray(out.loss)[:n])
+        state, out = setup.steps(state, tokens, key, first, n)
+        losses.append(np.asarray(out["loss"])[:n])
+        first += n
     return state, np.concatenate(losses)
-
-
-def assert_same(a: Any, b: Any) -> None:
-    """Bit for bit."""
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), a, b)
-
-
-def assert_close(a: Any, b: Any, atol: float) -> None:
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=0), a, b)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,17 +111,24 @@ HEADS = [
 ]
 
 
+@functools.cache
+def large_params(config: ModelConfig) -> Any:
+    """Far from those at the start, with which all logits are alike."""
+    init = quick_jit(GPT(config, VOCAB).init)
+    return jax.tree.map(lambda x: x * 5, init(KEY, jnp.zeros((1, 1), jnp.int32))["params"])
+
+
 def gradient_of(config: Config) -> tuple[jax.Array, Any]:
-    model = build_model(config.model, VOCAB)
-    params = jax.tree.map(  # far from the start, where all logits are alike
-        lambda x: x * 5, init_params(build_model(replace(config.model, dropout=0.0), VOCAB))(KEY)
-    )
-    windows = TOKENS[: 4 * 9].reshape(4, 9).astype(jnp.int32)
-    return quick_jit(make_gradient(model, config))(params, windows, KEY, 3)
+    """Loss and gradient of one batch, with dropout."""
+    model = GPT(config.model, VOCAB)
+    params = large_params(replace(config.model, dropout=0.0))
+    batch = Batch.of_windows(TOKENS[: 4 * 9].reshape(4, 9).astype(jnp.int32))
+    loss = lambda params: next_token_loss(model, params, batch, KEY, config.loss_chunk)[0]
+    return quick_jit(jax.value_and_grad(loss))(params)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_loss_in_chunks_is_the_loss_and_so_is_its_gradient(head):
+def test_chunked_loss_and_gradient_equal_the_whole(head):
     config = replace(ONE, model=replace(ONE.model, **head))
     loss, gradient = gradient_of(config)
     chunked_loss, chunked = gradient_of(replace(config, loss_chunk=2))
@@ -157,8 +136,8 @@ def test_a_loss_in_chunks_is_the_loss_and_so_is_its_gradient(head):
     assert_close(chunked, gradient, 1e-6 * float(optax.tree.norm(gradient)))
 
 
-def test_chunks_of_bfloat16_add_up_in_float32():
-    """The head's gradient is a sum over chunks; rounding each of them is all that may differ."""
+def test_chunked_loss_accumulates_bfloat16_in_float32():
+    """The head's gradient is a sum over chunks, each rounded on its own."""
     config = replace(ONE, model=replace(ONE.model, dtype="bfloat16", dropout=0.0))
     loss, gradient = gradient_of(config)
     chunked_loss, chunked = gradient_of(replace(config, loss_chunk=1))
@@ -175,15 +154,17 @@ def test_chunked_logits_never_exist_at_once():
     assert part in chunked and whole not in chunked and f"f32[32,{VOCAB}]" not in chunked
 
 
-def test_a_large_vocabulary_takes_less_memory_in_chunks():
+def test_chunked_loss_takes_less_memory():
     """64 x 8 logits of 20,000 tokens are 41 MB, and an eighth of that in chunks of one."""
     config = replace(ONE, batch_size=64, model=replace(ONE.model, vocab_size=20_000, dropout=0.0))
 
     def temporaries(config: Config) -> int:
-        model = build_model(config.model, VOCAB)
-        params = jax.eval_shape(functools.partial(init_state, model, optax.identity()), KEY).params
-        windows = jax.ShapeDtypeStruct((64, 9), jnp.int32)
-        lowered = quick_jit(make_gradient(model, config)).lower(params, windows, KEY, 0)
+        model = GPT(config.model, VOCAB)
+        tokens = jax.ShapeDtypeStruct((64, 8), jnp.int32)
+        params = jax.eval_shape(model.init, KEY, tokens)["params"]
+        loss = functools.partial(next_token_loss, model, chunk=config.loss_chunk)
+        gradient = quick_jit(jax.grad(lambda *args: loss(*args)[0]))
+        lowered = gradient.lower(params, Batch(tokens, tokens), KEY)
         memory: Any = lowered.compile().memory_analysis()
         return memory.temp_size_in_bytes
 
@@ -192,24 +173,51 @@ def test_a_large_vocabulary_takes_less_memory_in_chunks():
     assert temporaries(replace(config, loss_chunk=1)) < 0.75 * logits
 
 
-def test_a_model_of_your_own_without_a_head_has_no_chunks():
-    model = MeanOfThePast(MODEL, VOCAB)
-    with pytest.raises(UserError) as caught:
-        jax.eval_shape(
-            make_gradient(model, replace(CONFIG, loss_chunk=4)), {}, jnp.zeros((4, 9), int), KEY, 0
-        )
-    assert str(caught.value) == (
-        "loss_chunk=4 needs a model with the methods features and head, as GPT has; leave "
-        "loss_chunk out"
+def test_chunks_need_a_model_with_features_and_a_head():
+    model, batch = MeanOfThePast(MODEL, VOCAB), Batch.of_windows(jnp.zeros((4, 9), int))
+    with pytest.raises(UserError, match=r"^loss_chunk=4 needs .* features and head, .*; leave "):
+        next_token_loss(model, {}, batch, KEY, chunk=4)
+
+
+def masked_batch(rows: int = 4) -> Batch:
+    """Weights of 0, 1 and between; the first row counts for nothing, the others differ in sum."""
+    windows = jnp.asarray(random_tokens(rows, 9, VOCAB))
+    mask = np.random.default_rng(3).choice([0.0, 0.5, 1.0], (rows, 8)).astype(np.float32)
+    mask[0] = 0.0
+    assert len(set(mask.sum(axis=1).tolist())) == rows
+    return Batch.of_windows(windows)._replace(mask=jnp.asarray(mask))
+
+
+def test_a_mask_weighs_the_positions():
+    model, batch = GPT(replace(MODEL, dropout=0.0), VOCAB), masked_batch()
+    params = large_params(model.config)
+    logits, _ = quick_jit(model.apply)({"params": params}, batch.inputs)
+    losses = numpy_cross_entropy(np.asarray(logits), np.asarray(batch.targets))
+    expected = np.average(losses, weights=np.asarray(batch.mask))
+    assert abs(expected - losses.mean()) > 0.01
+    for chunk in (None, 2):
+        found, _ = next_token_loss(model, params, batch, KEY, chunk)
+        assert float(found) == pytest.approx(expected, rel=1e-5)
+    ones = batch._replace(mask=jnp.ones((4, 8)))
+    assert float(next_token_loss(model, params, ones, KEY)[0]) == pytest.approx(
+        losses.mean(), rel=1e-5
     )
 
 
-def test_a_new_model_knows_nothing():
+def test_a_batch_without_a_target_has_no_loss_and_no_gradient():
+    model, batch = GPT(replace(MODEL, dropout=0.0), VOCAB), masked_batch()
+    batch = batch._replace(mask=jnp.zeros((4, 8)))
+    loss = lambda params: next_token_loss(model, params, batch, KEY)[0]
+    value, gradient = quick_jit(jax.value_and_grad(loss))(large_params(model.config))
+    assert value == 0 and not any(np.any(np.asarray(x)) for x in jax.tree.leaves(gradient))
+
+
+def test_the_first_loss_is_that_of_uniform_predictions():
     _, losses = trained(CONFIG, 1)
     assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.1)
 
 
-def test_one_batch_can_be_learnt_by_heart():
+def test_one_batch_can_be_memorised():
     config = replace(
         CONFIG,
         steps=100,
@@ -223,23 +231,25 @@ def test_one_batch_can_be_learnt_by_heart():
 
 
 # ---------------------------------------------------------------------------------------------
-# The average
+# EMA
 
 
-def test_the_average_is_that_of_the_parameters_after_each_step():
+def test_ema_averages_the_parameters_after_each_step():
     config = replace(CONFIG, optim=replace(CONFIG.optim, ema=0.3))
-    run, key = program(config), jax.random.key(0)
-    state = run.init(key)
-    assert state.weights is state.average
+    setup, key = setup_of(config), KEY
+    state = setup.start()
+    assert state.weights is state.ema
     expected = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
     for step in range(8):
-        state, _ = run.steps(state, TOKENS, key, 1)
+        state, _ = setup.steps(state, TOKENS, key, step, 1)
         decay = min(0.3, (1 + step) / (10 + step))
         mean = lambda a, p, decay=decay: decay * a + (1 - decay) * np.asarray(p, np.float64)
         expected = jax.tree.map(mean, expected, state.params)
     assert decay == 0.3  # the cap was reached, and the rise before it was seen
-    assert_close(state.average, expected, 1e-6)
-    plain, _ = trained(CONFIG, 4, 4)
+    assert_close(state.ema, expected, 1e-6)
+    state, plain = setup_of(config).start(), setup_of(CONFIG).start()
+    state, _ = setup.steps(state, TOKENS, key, 0, 4)
+    plain, _ = setup_of(CONFIG).steps(plain, TOKENS, key, 0, 4)
     assert_close(state.params, plain.params, 1e-6)  # it changes nothing else
     assert plain.weights is plain.params
 
@@ -254,31 +264,55 @@ def accumulating(G: int) -> Config:
 
 
 @pytest.mark.parametrize("G", [2, 4])
-def test_micro_batches_make_the_same_update(G):
-    """With plain SGD: Adam would divide the gradient's size away, and blow up its rounding."""
+def test_accumulation_makes_the_same_update(G):
+    """With plain SGD: Adam divides by the gradient's size, and amplifies its rounding."""
     whole, whole_losses = trained(accumulating(1), 3, sgd=True)
     parts, losses = trained(accumulating(G), 3, sgd=True)
     assert_close(parts.params, whole.params, 1e-6)
     np.testing.assert_allclose(losses, whole_losses, rtol=1e-6)
 
 
-def test_micro_batches_make_the_same_update_under_adamw():
+def test_accumulation_makes_the_same_update_under_adamw():
     whole, _ = trained(accumulating(1), 3)
     parts, _ = trained(accumulating(2), 3)
     assert_close(parts.params, whole.params, 1e-4)
 
 
 def jaxpr(config: Config) -> str:
-    model, optimizer = build_model(config.model, VOCAB), optax.sgd(0.5)
-    key = jax.random.key(0)
-    state = jax.eval_shape(functools.partial(init_state, model, optimizer), key)
-    return str(jax.make_jaxpr(make_train_steps(model, optimizer, config))(state, TOKENS, key, 1))
+    return str(assembly.trace(setup_of(config, sgd=True), len(TOKENS)).jaxpr)
 
 
 def test_micro_batches_are_smaller():
-    """What the tests above compare are different programs: 4 rows at once, or 2."""
+    """The tests above compare different programs: 4 rows at once, or 2."""
     assert "i32[4,8]" in jaxpr(accumulating(1)) and "i32[2,8]" not in jaxpr(accumulating(1))
     assert "i32[2,8]" in jaxpr(accumulating(2)) and "i32[4,8]" not in jaxpr(accumulating(2))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_accumulation_weighs_masked_micro_batches_as_the_whole_batch(n):
+    """The masks of the micro-batches differ in their sums, and one of four is 0 everywhere."""
+    model, batch = GPT(replace(MODEL, dropout=0.0), VOCAB), masked_batch()
+    params = large_params(model.config)
+
+    def loss(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return next_token_loss(model, params, batch, key)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    (whole, _), expected = quick_jit(gradient)(params, batch, KEY)
+    (value, _), found = quick_jit(accumulated(gradient, n))(params, batch, KEY)
+    assert float(value) == pytest.approx(float(whole), rel=1e-6)
+    assert_close(found, expected, 1e-6 * max(1.0, float(optax.tree.norm(expected))))
+
+
+def test_accumulated_metrics_are_means_too():
+    def loss(params: jax.Array, batch: jax.Array, key: jax.Array) -> Any:
+        return (params * batch).mean(), {"largest": batch.max()}
+
+    rows = jnp.asarray([[1.0], [2.0], [3.0], [8.0]])
+    gradient = accumulated(jax.value_and_grad(loss, has_aux=True), 2)
+    (value, metrics), slope = gradient(jnp.float32(2.0), rows, KEY)
+    assert (float(value), float(slope)) == (7.0, 3.5)
+    assert float(metrics["largest"]) == (3 + 8) / 2  # rows 0 and 2, rows 1 and 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -305,23 +339,38 @@ def test_steps_per_dispatch_never_changes_the_numbers():
 
 
 def test_metrics_beyond_the_updates_made_are_empty():
-    run, key = program(CONFIG), jax.random.key(0)
-    _, out = run.steps(run.init(key), TOKENS, key, 3)
-    for values in out:
+    setup = setup_of(CONFIG)
+    _, out = setup.steps(setup.start(), TOKENS, KEY, 0, 3)
+    assert set(out) == {"loss", "grad_norm", "lr"}
+    for values in out.values():
         assert values.shape == (4,) and values.dtype == jnp.float32
         assert np.all(np.asarray(values)[:3] > 0) and values[3] == 0
     # The rate of each update, as the optimizer uses it.
-    np.testing.assert_allclose(out.lr[:3], [0.0025, 0.005, 0.0075], rtol=1e-6)
+    np.testing.assert_allclose(out["lr"][:3], [0.0025, 0.005, 0.0075], rtol=1e-6)
 
 
 def test_the_logged_norm_is_that_of_the_gradient_before_clipping():
-    """Plain SGD tells the gradient: it moves by 0.5 times that."""
-    run, key = program(accumulating(2), sgd=True), jax.random.key(0)
-    before = run.init(key)
+    """Plain SGD shows the gradient: the parameters move by 0.5 times that."""
+    setup = setup_of(accumulating(2), sgd=True)
+    before = setup.start()
     old = jax.tree.map(np.asarray, before.params)
-    after, out = run.steps(before, TOKENS, key, 1)
+    after, out = setup.steps(before, TOKENS, KEY, 0, 1)
     moved = jax.tree.map(lambda x, y: (x - np.asarray(y)) / 0.5, old, after.params)
-    assert float(out.grad_norm[0]) == pytest.approx(float(optax.tree.norm(moved)), rel=1e-4)
+    assert float(out["grad_norm"][0]) == pytest.approx(float(optax.tree.norm(moved)), rel=1e-4)
+    assert "lr" not in out  # nobody knows the rate of another's optimizer
+
+
+def test_a_call_for_another_step_is_a_no_op():
+    """A call that was dispatched ahead finds the state before a step that was skipped: it must not
+    train on the batches of later steps."""
+    setup = setup_of(CONFIG)
+    state = setup.start()
+    before = jax.device_get(state)
+    state, out = setup.steps(state, TOKENS, KEY, 3, 4)
+    assert_same(before, jax.device_get(state))
+    assert not any(np.any(np.asarray(values)) for values in out.values())
+    state, _ = setup.steps(state, TOKENS, KEY, 0, 2)
+    assert int(state.step) == 2
 
 
 def test_train_compiles_once_and_donates_its_state(tmp_path, play, monkeypatch):
@@ -329,8 +378,8 @@ def test_train_compiles_once_and_donates_its_state(tmp_path, play, monkeypatch):
     compiled, donated, real_jit = [], [], jax.jit
 
     def spying_jit(function: Any, **options: Any) -> Any:
-        jitted = real_jit(function, compiler_options=QUICK, **options)
-        if getattr(function, "__name__", "") != "train_steps":
+        jitted = real_jit(function, **options)
+        if getattr(function, "__name__", "") != "steps":
             return jitted
         compiled.append(jitted)
 
@@ -342,21 +391,23 @@ def test_train_compiles_once_and_donates_its_state(tmp_path, play, monkeypatch):
         return call
 
     monkeypatch.setattr(jax, "jit", spying_jit)
-    config = replace(BIGRAM, steps=10, eval_every=5, save_every=10, data=text_file(tmp_path, play))
-    train(config, tmp_path / "run", report=Report(quiet=True))
+    config = replace(CONFIG, steps=10, eval_every=5, save_every=10, data=text_file(tmp_path, play))
+    train(config, tmp_path / "run", model=Bigram, report=Report(quiet=True))
     assert donated == [True] * 4
     assert [jitted._cache_size() for jitted in compiled] == [1]
 
 
 def test_nothing_is_transferred_between_calls():
-    run, key, n = program(CONFIG), jax.random.key(0), jax.device_put(np.int32(4))
-    state, out = run.steps(run.init(key), TOKENS, key, n)
+    setup = setup_of(CONFIG)
+    n, *firsts = (jax.device_put(np.int32(x)) for x in (4, 0, 4, 8, 12, 16))
+    key = setup.seed_key()
+    state, out = setup.steps(setup.start(), TOKENS, key, firsts[0], n)
     with jax.transfer_guard("disallow"):
-        for _ in range(4):
-            state, out = run.steps(state, TOKENS, key, n)
-    assert np.isfinite(np.asarray(out.loss)).all()
+        for first in firsts[1:]:
+            state, out = setup.steps(state, TOKENS, key, first, n)
+    assert int(state.step) == 20 and np.isfinite(np.asarray(out["loss"])).all()
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed"):
-        run.steps(state, np.asarray(TOKENS), key, n)  # the guard is awake
+        setup.steps(state, np.asarray(TOKENS), key, firsts[0], n)  # the guard is on
 
 
 # ---------------------------------------------------------------------------------------------
@@ -364,7 +415,7 @@ def test_nothing_is_transferred_between_calls():
 
 
 class Recorder(nn.Module):
-    """A table of logits that notes what it is trained on: its tokens and its dropout key."""
+    """A table of logits that records what it is trained on: tokens and dropout key."""
 
     config: ModelConfig
     note: Callable[..., None]
@@ -378,27 +429,25 @@ class Recorder(nn.Module):
 
 
 @functools.cache
-def recorder() -> tuple[Any, ...]:
+def recorder() -> tuple[Any, Setup]:
     """The list that fills as a Recorder trains, and its compiled functions."""
     seen: list[tuple[np.ndarray, np.ndarray]] = []
     note = lambda tokens, key: seen.append((np.array(tokens), np.array(key)))
-    model, optimizer = Recorder(MODEL, note), optax.sgd(0.1)
-    init = functools.partial(init_state, model, optimizer)
-    steps = quick_jit(make_train_steps(model, optimizer, CONFIG))
-    return seen, init, steps, quick_jit(make_evaluate(model, CONFIG))
+    model = Recorder(MODEL, note)
+    return seen, assemble(CONFIG, VOCAB, model=model, optimizer=optax.sgd(0.1))
 
 
 def recorded(*calls: int, seed: int = 0, start: int = 0, evaluating: bool = False) -> Any:
     """(tokens, dropout key) of each micro-batch, two to an update."""
-    seen, init, steps, evaluate = recorder()
-    key = jax.random.key(seed)
-    state = init(key)._replace(step=jnp.int32(start))
+    seen, setup = recorder()
+    state = setup.start()._replace(step=jnp.int32(start))
     jax.effects_barrier()
     seen.clear()
     for n in calls:
-        state, _ = steps(state, TOKENS, key, n)
+        state, _ = setup.steps(state, TOKENS, jax.random.key(seed), start, n)
+        start += n
         if evaluating:
-            evaluate(state.params, TOKENS, eval_starts(CONFIG, 400, key, int(state.step), True))
+            evaluate_split(setup, state.params, TOKENS)
     jax.effects_barrier()
     return list(seen)
 
@@ -433,10 +482,10 @@ def test_another_seed_is_another_run():
 # Evaluation
 
 
-def brute_force_loss(config: Config, params: Any, tokens: np.ndarray) -> float:
-    """Mean over every token but the first, window by window, each seen with what it has."""
-    T, losses = config.model.block_size, []
-    apply = quick_jit(build_model(config.model, VOCAB).apply)
+def brute_force_loss(model: Any, params: Any, tokens: np.ndarray) -> float:
+    """Mean over every token but the first, window by window, each with what context it has."""
+    T, losses = model.config.block_size, []
+    apply = quick_jit(model.apply)
     for start in range(0, len(tokens) - 1, T):
         window = tokens[start : start + T + 1].astype(np.int32)
         logits, _ = apply({"params": params}, window[None, :-1])
@@ -445,50 +494,87 @@ def brute_force_loss(config: Config, params: Any, tokens: np.ndarray) -> float:
     return float(np.concatenate(losses).mean())
 
 
-def whole_loss(config: Config, params: Any, tokens: np.ndarray) -> float:
-    starts = eval_starts(config, len(tokens), jax.random.key(0), 0, whole=True)
-    return float(program(config).evaluate(params, jnp.asarray(tokens), starts))
+@functools.cache
+def bigram() -> Setup:
+    return assemble(CONFIG, VOCAB, model=Bigram)
 
 
 # Full batches; a short last window; a last batch with one row; one with a single target.
 @pytest.mark.parametrize("n_tokens", [65, 61, 33 + 8, 34, 9])
 def test_evaluation_counts_every_target_once(n_tokens):
-    tokens = np.asarray(TOKENS)[:n_tokens]
-    params = program(BIGRAM).init(jax.random.key(0)).params
-    expected = brute_force_loss(BIGRAM, params, tokens)
-    assert whole_loss(BIGRAM, params, tokens) == pytest.approx(expected, rel=1e-5)
+    tokens, params = np.asarray(TOKENS)[:n_tokens], bigram().start().params
+    expected = brute_force_loss(bigram().model, params, tokens)
+    found = evaluate_split(bigram(), params, jnp.asarray(tokens))
+    assert found == {"loss": pytest.approx(expected, rel=1e-5)}
+
+
+@pytest.mark.parametrize("resident_tokens", [1, 70, 100])
+def test_evaluation_in_slabs_counts_every_target_once(resident_tokens):
+    """Tokens that do not fit the device are evaluated a part at a time."""
+    tokens, params = np.asarray(TOKENS)[:141], bigram().start().params
+    config = replace(CONFIG, data=replace(CONFIG.data, resident_tokens=resident_tokens))
+    expected = brute_force_loss(bigram().model, params, tokens)
+    found = evaluate_split(bigram()._replace(config=config), params, tokens)
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_of_a_gpt():
     tokens = np.asarray(TOKENS)[:45]
     params = jax.tree.map(lambda x: x * 3, seven_updates()[0].params)  # far from uniform logits
-    expected = brute_force_loss(CONFIG, params, tokens)
-    assert whole_loss(CONFIG, params, tokens) == pytest.approx(expected, rel=1e-5)
+    setup = setup_of(CONFIG)
+    expected = brute_force_loss(setup.model, params, tokens)
+    found = evaluate_split(setup, params, jnp.asarray(tokens))["loss"]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_with_metrics_of_ones_own():
+    """Means over all targets: batches with fewer of them weigh less."""
+
+    def share_of_zeros(model: nn.Module, params: Any, batch: Any) -> dict[str, jax.Array]:
+        assert isinstance(batch, Batch) and batch.mask is not None
+        return {"zeros": (batch.targets == 0).astype(jnp.float32).mean(where=batch.mask > 0)}
+
+    tokens = np.asarray(TOKENS)[:45]
+    setup = assemble(CONFIG, VOCAB, model=Bigram, metrics=share_of_zeros)
+    found = evaluate_split(setup, setup.start().params, jnp.asarray(tokens))
+    assert found["zeros"] == pytest.approx((tokens[1:] == 0).mean(), rel=1e-6)
+    assert set(found) == {"loss", "zeros"}
 
 
 def test_evaluation_leaves_training_alone():
-    run, key = program(CONFIG), jax.random.key(0)
-    state = run.init(key)
+    setup, first = setup_of(CONFIG), 0
+    state = setup.start()
     for n in (4, 3):
-        for whole in (True, False):
-            config = replace(CONFIG, eval_batches=2)
-            starts = eval_starts(config, len(TOKENS), key, int(state.step), whole)
-            run.evaluate(state.params, TOKENS, starts)
-        state, _ = run.steps(state, TOKENS, key, n)
+        evaluate_split(setup, state.params, TOKENS)
+        evaluate_random(setup, state.params, TOKENS, int(state.step), 2)
+        state, _ = setup.steps(state, TOKENS, KEY, first, n)
+        first += n
     assert_same(state, seven_updates()[0])
 
 
 def test_random_evaluation_follows_from_seed_and_step():
-    config = replace(CONFIG, eval_batches=50)
-    draw = lambda seed, step: np.asarray(
-        eval_starts(config, 30, jax.random.key(seed), step, whole=False)
-    )
-    starts = draw(0, 5)
-    assert starts.shape == (50, 4) and starts.dtype == np.int32
+    """Read off a model whose loss on a window is the place of the window."""
+    tokens, starts = jnp.arange(30, dtype=jnp.int32), []
+
+    def first_token(model: nn.Module, params: Any, batch: Any) -> dict[str, jax.Array]:
+        jax.debug.callback(lambda rows: starts.append(np.array(rows)), batch.inputs[:, 0])
+        return {}
+
+    def drawn(seed: int, step: int) -> np.ndarray:
+        starts.clear()
+        model = ModelConfig(block_size=8, vocab_size=30)
+        config = replace(CONFIG, seed=seed, model=model)
+        setup = assemble(config, 30, model=Bigram, metrics=first_token)
+        evaluate_random(setup, setup.start().params, tokens, step, 50)
+        jax.effects_barrier()
+        return np.sort(np.concatenate(starts))
+
+    found = drawn(0, 5)
+    assert found.shape == (50 * 4,)
     # Each whole window of 8 + 1 tokens may come, the last one too.
-    assert set(starts.ravel()) == set(range(30 - 8))
-    assert_same(starts, draw(0, 5))
-    assert np.any(starts != draw(0, 6)) and np.any(starts != draw(1, 5))
+    assert set(found) == set(range(30 - 8))
+    assert_same(found, drawn(0, 5))
+    assert np.any(found != drawn(0, 6)) and np.any(found != drawn(1, 5))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -508,26 +594,21 @@ def test_bfloat16_keeps_float32_parameters_and_moments():
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_the_small_preset_lowers_for_accelerators(platform):
-    config = PRESETS["small"]
-    model, optimizer = build_model(config.model, 65), make_optimizer(config)
-    key = jax.random.key(0)
-    state = jax.eval_shape(functools.partial(init_state, model, optimizer), key)
-    traced = jax.jit(make_train_steps(model, optimizer, config)).trace(state, TOKENS, key, 8)
-    assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
+    setup = assemble(replace(PRESETS["small"], mesh=MeshConfig(data=1)), 65)
+    lowered = assembly.trace(setup, 400).lower(lowering_platforms=(platform,))
+    assert "stablehlo" in lowered.as_text()
 
 
 def test_golden_losses(play):
     config = replace(CONFIG, batch_size=8, optim=replace(CONFIG.optim, accumulate=1))
     text = play.lower()[:3000]
     tokenizer = CharTokenizer.fit(text)
-    model, optimizer = build_model(config.model, tokenizer.vocab_size), make_optimizer(config)
-    key, tokens = jax.random.key(config.seed), jnp.asarray(tokenizer.encode(text))
-    state = quick_jit(functools.partial(init_state, model, optimizer))(key)
-    steps = quick_jit(make_train_steps(model, optimizer, config))
-    losses: list[float] = []
-    for _ in range(5):
-        state, out = steps(state, tokens, key, 4)
-        losses += np.asarray(out.loss).tolist()
+    setup = assemble(config, tokenizer.vocab_size)
+    key, tokens = setup.seed_key(), jnp.asarray(tokenizer.encode(text))
+    state, losses = setup.start(), []
+    for first in range(0, 20, 4):
+        state, out = setup.steps(state, tokens, key, first, 4)
+        losses += np.asarray(out["loss"]).tolist()
     if "GPTJAX_WRITE_GOLDEN" in os.environ:
         GOLDEN.write_text(json.dumps({"jax": jax.__version__, "losses": losses}, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())
@@ -542,37 +623,82 @@ def test_golden_losses(play):
 
 
 # ---------------------------------------------------------------------------------------------
-# Your own model and optimizer
+# The pieces by themselves: a loop of one's own
 
 
-def text_file(folder: Path, text: str) -> DataConfig:
-    (folder / "play.txt").write_text(text, encoding="utf-8")
-    return DataConfig(text=str(folder / "play.txt"))
+def pieces(skipping: bool = True) -> tuple[GPT, optax.GradientTransformation, Any]:
+    model, optimizer = GPT(MODEL, VOCAB), make_optimizer(CONFIG.optim, CONFIG.steps)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, accumulate=2)
+    return model, optimizer, skip_nonfinite(step) if skipping else step
 
 
-class MeanOfThePast(nn.Module):
-    """No more than the contract in `model.py` asks of a module."""
-
-    config: ModelConfig
-    vocab_size: int
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array, cache: None = None, train: bool = False) -> Any:
-        x = nn.Embed(self.vocab_size, 8)(tokens)
-        mean = jnp.cumsum(x, axis=1) / jnp.arange(1, tokens.shape[1] + 1)[None, :, None]
-        x = nn.Dropout(0.1, deterministic=not train)(nn.relu(jnp.concatenate([x, mean], -1)))
-        return nn.Dense(self.vocab_size)(x), None
-
-    @nn.nowrap
-    def init_cache(self, batch: int) -> None:
-        return None
+def test_a_plain_python_loop_makes_the_steps_of_a_run():
+    """`train_step` alone, without assembly, mesh or device loop."""
+    model, optimizer, step = pieces(skipping=False)
+    state, step, losses = init_state(model, optimizer, KEY), quick_jit(step), []
+    for i in range(7):
+        batch = windows_at(TOKENS, KEY, i, CONFIG.batch_size, MODEL.block_size)
+        key = jax.random.fold_in(jax.random.fold_in(KEY, 2), i)  # DROPOUT
+        state, metrics = step(state, batch, key)
+        losses.append(float(metrics["loss"]))
+    expected, expected_losses = seven_updates()
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert_close(state.params, expected.params, 1e-4)
+    assert int(state.step) == 7
 
 
-def test_train_takes_your_own_model_and_optimizer(tmp_path, play, capsys):
-    config = replace(CONFIG, steps=12, eval_every=6, save_every=12, data=text_file(tmp_path, play))
-    model = MeanOfThePast(config.model, CharTokenizer.fit(play).vocab_size)
-    report = Report(quiet=True)
-    record = train(config, tmp_path / "run", model=model, optimizer=optax.sgd(0.5), report=report)
-    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    assert record["step"] == 12 and record["val_loss"] < first["val_loss"]
-    assert capsys.readouterr().out == ""
+def test_repeat_needs_no_assembly():
+    model, optimizer, step = pieces()
+    step = with_learning_rate(step, make_schedule(CONFIG.optim, CONFIG.steps))
+    batch_at = functools.partial(windows_at, batch_size=4, block_size=MODEL.block_size)
+    steps = quick_jit(repeat(step, batch_at, 7), donate_argnums=0)
+    state, out = steps(init_state(model, optimizer, KEY), TOKENS, KEY, 0, 7)
+    np.testing.assert_allclose(out["loss"], seven_updates()[1], rtol=1e-5)
+    assert_close(state.params, seven_updates()[0].params, 1e-4)
+
+
+def test_a_source_of_windows_gives_the_batches_that_the_device_cuts():
+    source = Windows(TOKENS, KEY, 4, 8)
+    for step in (0, 5):
+        assert_same(source.batch(step), jax.device_get(windows_at(TOKENS, KEY, step, 4, 8)))
+
+
+def poisoned_at(bad: int) -> Any:
+    """A loss that is not finite at one step, by its number in the batch."""
+
+    def loss_fn(model: nn.Module, params: Any, batch: Any, key: jax.Array) -> Any:
+        value = (params["table"] ** 2).sum()
+        return value * jnp.where(batch == bad, jnp.nan, 1.0), {"batch": batch.astype(jnp.float32)}
+
+    return loss_fn
+
+
+def test_a_nonfinite_step_keeps_the_whole_state_and_ends_the_call():
+    model, optimizer = Recorder(MODEL, print), optax.adam(0.1)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, loss_fn=poisoned_at(3))
+    state = init_state(model, optimizer, KEY, ema=True)
+    step = skip_nonfinite(with_ema(step, 0.9))
+    steps = quick_jit(repeat(step, lambda data, key, step: data[step], 8))
+    data = jnp.arange(100)
+    three, _ = steps(state, data, KEY, 0, 3)
+    stopped, out = steps(state, data, KEY, 0, 8)
+    assert_same(stopped, three)  # moments, EMA and step count included
+    assert int(stopped.step) == 3
+    assert np.isfinite(np.asarray(out["loss"][:3])).all() and np.isnan(out["loss"][3])
+    assert np.asarray(out["batch"]).tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
+    after, out = steps(stopped._replace(step=jnp.int32(4)), data, KEY, 4, 2)
+    assert int(after.step) == 6 and np.asarray(out["batch"])[:2].tolist() == [4, 5]
+
+
+def test_the_logged_rate_is_the_one_of_updates_made():
+    """After a skipped step the optimizer's count is behind the step, and so is the rate."""
+    schedule = lambda count: 0.01 * (count + 1)
+    model, optimizer = Recorder(MODEL, print), optax.adam(schedule)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, loss_fn=poisoned_at(1))
+    step = skip_nonfinite(with_learning_rate(step, schedule))
+    state, rates = init_state(model, optimizer, KEY), []
+    for i in range(4):
+        state, metrics = step(state, jnp.int32(i), KEY)
+        state = state._replace(step=jnp.int32(i + 1))
+        rates.append(float(metrics["lr"]))
+    assert rates == pytest.approx([0.01, 0.02, 0.02, 0.03])

@@ -11,7 +11,7 @@ STORM = Path(__file__).with_name("storm.py")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the storm forks its processes")
-def test_killed_again_and_again_a_run_ends_as_if_left_alone():
+def test_a_run_killed_repeatedly_ends_bit_identical():
     command = [sys.executable, str(STORM), "--kills", "3", "--seed", "5", "--variants", "adamw"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
-"""Whole runs, small ones: what they leave, that they resume exactly, and what stops them."""
+"""Tests of whole runs: their files, exact resume, what stops them, and what the console shows."""
 
-import json
-import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,16 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import by_path
+from rich.console import Console
+from run_helpers import QUIET, SignalAt, arrays, assert_same, assert_same_run, records
 
-from gptjax.cli import SampleCommand
+from gptjax import assembly
+from gptjax.cli.sample import SampleCommand, print_samples, stream
 from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
-from gptjax.inference import main as sample_main
-from gptjax.inference import stream
+from gptjax.parallel import flops
 from gptjax.presets import PRESETS
-from gptjax.programs import Programs
 from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.loaded import load
 from gptjax.runs.run import Run
 from gptjax.text import corpora
 from gptjax.training import train
@@ -47,47 +49,11 @@ def finished(play, tmp_path_factory) -> tuple[Path, Config]:
     (home / "play.txt").write_text(play)
     config = replace(TINY, data=DataConfig(text=str(home / "play.txt")))
     directory = home / "runs" / "whole"
-    train(config, directory, report=Report(quiet=True))
+    train(config, directory, report=QUIET)
     return directory, config
 
 
-class SignalAt(Report):
-    """A report that sends this process a signal once a step is reached."""
-
-    def __init__(self, at: int, number: int = signal.SIGTERM):
-        super().__init__(quiet=True)
-        self.at, self.number = at, number
-
-    def step(self, step: int, loss: float, seconds: float) -> None:
-        if self.at is not None and step >= self.at:
-            self.at = None
-            os.kill(os.getpid(), self.number)
-
-
-def records(directory: Path) -> list[dict]:
-    """Without their times, which are no two runs' alike."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
-def arrays(directory: Path, step: int) -> list[np.ndarray]:
-    """Every array of a checkpoint, without knowing what they are."""
-    from orbax.checkpoint import v1 as ocp
-
-    folder = directory.absolute() / "checkpoints" / str(step)
-    metadata = ocp.checkpointables_metadata(str(folder)).metadata
-    wanted = {name: metadata[name] for name in ("params", "training")}
-    empty = jax.tree.map(lambda m: np.empty(m.shape, m.dtype) if hasattr(m, "shape") else 0, wanted)
-    return [np.asarray(x) for x in jax.tree.leaves(ocp.load_checkpointables(str(folder), empty))]
-
-
-def same_run(a: Path, b: Path, step: int) -> None:
-    assert records(a) == records(b)
-    for x, y in zip(arrays(a, step), arrays(b, step), strict=True):
-        assert x.tobytes() == y.tobytes()
-
-
-def test_what_a_run_leaves(finished):
+def test_the_files_of_a_run(finished):
     directory, _ = finished
     assert sorted(p.name for p in directory.iterdir()) == [
         ".lock",
@@ -109,7 +75,7 @@ def test_what_a_run_leaves(finished):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [4, 8, 17])
-def test_stopped_and_resumed_is_never_stopped(finished, tmp_path, at, number):
+def test_a_stopped_and_resumed_run_is_as_never_stopped(finished, tmp_path, at, number):
     """Dropout and accumulation on; in the middle, on a boundary, and past one."""
     whole, config = finished
     directory = tmp_path / "cut"
@@ -117,11 +83,11 @@ def test_stopped_and_resumed_is_never_stopped(finished, tmp_path, at, number):
     assert at <= stopped["step"] < config.steps
     assert Checkpoints(directory / "checkpoints").steps()[-1] == stopped["step"]
     assert signal.getsignal(number) is not None  # the handler of before is back
-    train(config, directory, resume=True, report=Report(quiet=True))
-    same_run(whole, directory, 24)
+    train(config, directory, resume=True, report=QUIET)
+    assert_same_run(whole, directory, 24)
 
 
-def test_killed_and_resumed_is_never_killed(finished, tmp_path):
+def test_a_killed_and_resumed_run_is_as_never_killed(finished, tmp_path):
     """A power cut leaves a folder as it was at some moment: here, before the last step."""
     whole, config = finished
     directory = tmp_path / "killed"
@@ -131,22 +97,25 @@ def test_killed_and_resumed_is_never_killed(finished, tmp_path):
     lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
     for kept in (lines[:16], lines[:17], [*lines[:20], lines[20][:9]]):  # step 16 is line 17
         (directory / "metrics.jsonl").write_text("".join(kept))
-        train(config, directory, resume=True, report=Report(quiet=True))
-        same_run(whole, directory, 24)
+        train(config, directory, resume=True, report=QUIET)
+        assert_same_run(whole, directory, 24)
         shutil.rmtree(directory / "checkpoints" / "24")
 
 
-def test_muon_and_the_average_resume_exactly(finished, tmp_path):
+def test_muon_and_ema_resume_bit_for_bit(finished, tmp_path):
     _, config = finished
-    model = replace(config.model, position="rotary", norm="rms", ngram=3)
+    model = replace(config.model, position="rotary", norm="rms")
     optim = replace(config.optim, kind="muon", schedule="wsd", ema=0.9)
     config = replace(config, model=model, optim=optim)
-    train(config, tmp_path / "whole", report=Report(quiet=True))
+    train(config, tmp_path / "whole", report=QUIET)
     train(config, tmp_path / "cut", report=SignalAt(10))
-    train(config, tmp_path / "cut", resume=True, report=Report(quiet=True))
-    same_run(tmp_path / "whole", tmp_path / "cut", 24)
-    command = SampleCommand(run=str(tmp_path / "whole"), checkpoint="last", max_new_tokens=20)
-    assert len("".join(parts[0] for parts in stream(command))) == 20
+    train(config, tmp_path / "cut", resume=True, report=QUIET)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", 24)
+    run = load(tmp_path / "whole", "last")
+    assert len("".join(run.generate(max_new_tokens=20))) == 20
+    expected = {name: x for name, x in arrays(run.directory, 24).items() if "params/" in name[:7]}
+    found = {f"params/{name}": np.asarray(x) for name, x in by_path(run.params).items()}
+    assert_same(found, expected)
 
 
 def test_killed_before_the_first_checkpoint(finished, tmp_path):
@@ -154,16 +123,15 @@ def test_killed_before_the_first_checkpoint(finished, tmp_path):
     directory = tmp_path / "early"
     shutil.copytree(whole, directory)
     shutil.rmtree(directory / "checkpoints")
-    train(config, directory, resume=True, report=Report(quiet=True))
-    same_run(whole, directory, 24)
+    train(config, directory, resume=True, report=QUIET)
+    assert_same_run(whole, directory, 24)
 
 
 def test_other_intervals_and_dispatches_change_no_number(finished, tmp_path):
     whole, config = finished
     other = replace(config, eval_every=24, save_every=6, steps_per_dispatch=5)
-    train(other, tmp_path / "other", report=Report(quiet=True))
-    for a, b in zip(arrays(whole, 24), arrays(tmp_path / "other", 24), strict=True):
-        assert a.tobytes() == b.tobytes()
+    train(other, tmp_path / "other", report=QUIET)
+    assert_same(arrays(whole, 24), arrays(tmp_path / "other", 24))
 
 
 def test_resuming_with_other_intervals_changes_no_number(finished, tmp_path):
@@ -171,9 +139,8 @@ def test_resuming_with_other_intervals_changes_no_number(finished, tmp_path):
     whole, config = finished
     train(config, tmp_path / "cut", report=SignalAt(10))
     other = replace(config, eval_every=5, save_every=7, steps_per_dispatch=4, keep_last=9)
-    train(other, tmp_path / "cut", resume=True, report=Report(quiet=True))
-    for a, b in zip(arrays(whole, 24), arrays(tmp_path / "cut", 24), strict=True):
-        assert a.tobytes() == b.tobytes()
+    train(other, tmp_path / "cut", resume=True, report=QUIET)
+    assert_same(arrays(whole, 24), arrays(tmp_path / "cut", 24))
     for a, b in zip(records(whole), records(tmp_path / "cut"), strict=True):
         shared = a.keys() & b.keys()
         assert {"step"} < shared or a["step"] == 0
@@ -181,13 +148,15 @@ def test_resuming_with_other_intervals_changes_no_number(finished, tmp_path):
 
 
 def test_resuming_on_other_devices_is_equal_but_for_rounding(finished, tmp_path):
-    """Cut on one device, gone on with on four, of which two share the parameters."""
+    """Stopped on one device, continued on four: two data-parallel, each over two FSDP shards."""
     whole, config = finished
     train(config, tmp_path / "cut", report=SignalAt(10))
     other = replace(config, mesh=MeshConfig(data=2, fsdp=2))
-    train(other, tmp_path / "cut", resume=True, report=Report(quiet=True))
-    for a, b in zip(arrays(whole, 24), arrays(tmp_path / "cut", 24), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    train(other, tmp_path / "cut", resume=True, report=QUIET)
+    one, other = arrays(whole, 24), arrays(tmp_path / "cut", 24)
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        np.testing.assert_allclose(x, other[name], rtol=1e-4, atol=1e-5, err_msg=name)
     for a, b in zip(records(whole), records(tmp_path / "cut"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
@@ -202,14 +171,14 @@ def test_a_crash_in_the_last_evaluation_loses_nothing(finished, tmp_path, monkey
     def crash(*args):
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr(Programs, "mean_loss", crash)
+    monkeypatch.setattr(assembly, "evaluate_split", crash)
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(config, directory, resume=True, report=Report(quiet=True))
+        train(config, directory, resume=True, report=QUIET)
     assert Checkpoints(directory / "checkpoints").newest_sound() == 24
     assert records(directory)[-1]["step"] == 23
     monkeypatch.undo()
     train(config, directory, resume=True, report=SignalAt(0))  # no step is made again
-    same_run(whole, directory, 24)
+    assert_same_run(whole, directory, 24)
 
 
 def test_a_state_that_is_not_finite_is_never_saved(finished, tmp_path):
@@ -218,19 +187,18 @@ def test_a_state_that_is_not_finite_is_never_saved(finished, tmp_path):
     directory = tmp_path / "poisoned"
     optimizer = optax.sgd(lambda step: jnp.where(step == 23, jnp.inf, 1e-3))
     with pytest.raises(UserError) as caught:
-        train(config, directory, optimizer=optimizer, report=Report(quiet=True))
-    assert str(caught.value) == (
+        train(config, directory, optimizer=optimizer, report=QUIET)
+    assert str(caught.value).startswith(
         "the parameters or the optimizer's state are not finite after step 24: training has "
-        "diverged, and nothing was saved; go on from the last checkpoint with --resume and a "
-        "lower --optim.learning-rate"
+        "diverged, and nothing was saved; "
     )
     assert Checkpoints(directory / "checkpoints").steps() == [8, 16]
 
 
 def test_a_trace_changes_no_number_and_names_the_step(finished, tmp_path):
     directory, config = finished
-    train(config, tmp_path / "run", report=Report(quiet=True), profile=True)
-    same_run(directory, tmp_path / "run", config.steps)
+    train(config, tmp_path / "run", report=QUIET, profile=True)
+    assert_same_run(directory, tmp_path / "run", config.steps)
     [trace] = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     assert b"train_steps" in trace.read_bytes()
     assert not (directory / "profile").exists()
@@ -247,19 +215,19 @@ def test_a_damaged_newest_checkpoint_is_set_aside(finished, tmp_path, capsys):
     train(config, directory, resume=True)
     printed = " ".join(capsys.readouterr().out.split())
     assert "set aside: checkpoint" in printed and "does not match its checksum" in printed
-    same_run(whole, directory, 24)
+    assert_same_run(whole, directory, 24)
 
 
 def test_resuming_what_is_finished_or_past_its_end(finished, tmp_path):
     whole, config = finished
     directory = tmp_path / "finished"
     shutil.copytree(whole, directory)
-    record = train(config, directory, resume=True, report=Report(quiet=True))
+    record = train(config, directory, resume=True, report=QUIET)
     assert record["step"] == 24 and "val_loss" in record
-    same_run(whole, directory, 24)
+    assert_same_run(whole, directory, 24)
     with pytest.raises(UserError, match=r"is at step 24 already, past steps=20; give more --steps"):
-        train(replace(config, steps=20), directory, resume=True, report=Report(quiet=True))
-    longer = train(replace(config, steps=30), directory, resume=True, report=Report(quiet=True))
+        train(replace(config, steps=20), directory, resume=True, report=QUIET)
+    longer = train(replace(config, steps=30), directory, resume=True, report=QUIET)
     assert longer["step"] == 30
 
 
@@ -270,7 +238,7 @@ def test_a_run_that_stopped_at_what_is_now_its_last_step_is_evaluated(finished, 
     step = train(config, directory, report=SignalAt(4))["step"]
     assert step < 24
     config = replace(config, steps=step)
-    record = train(config, directory, resume=True, report=Report(quiet=True))
+    record = train(config, directory, resume=True, report=QUIET)
     assert record["step"] == step and "val_loss" in record
     lines = records(directory)
     assert [line["step"] for line in lines] == list(range(step + 1))
@@ -282,42 +250,70 @@ def test_divergence_stops_the_run_and_keeps_its_checkpoint(finished, tmp_path):
     config = replace(config, optim=replace(config.optim, learning_rate=1e30, grad_clip=None))
     expected = (
         r"^the loss or the gradient was not finite for 3 steps in a row, up to step (\d+) \(loss "
-        r"(nan|inf), gradient norm (nan|inf)\): training has diverged; look at it with "
-        r"--replay \1, or go on from the last checkpoint with --resume and a lower "
-        r"--optim.learning-rate$"
+        r"(nan|inf), gradient norm (nan|inf)\): training has diverged; .*--replay \1\b.*--resume"
     )
     with pytest.raises(UserError, match=expected):
-        train(config, tmp_path / "diverged", report=Report(quiet=True))
+        train(config, tmp_path / "diverged", report=QUIET)
 
 
 def test_the_run_folder_is_all_the_sampler_needs(finished, tmp_path, monkeypatch, capsys):
     whole, _ = finished
     shutil.copytree(whole, tmp_path / "elsewhere" / "copy")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(corpora, "DATA_DIR", tmp_path / "gone")
+    monkeypatch.setattr(corpora, "DESCRIPTIONS", tmp_path / "gone")
     command = SampleCommand(run="elsewhere/copy", max_new_tokens=40, num_samples=2)
     once = ["".join(parts) for parts in zip(*stream(command), strict=True)]
     assert [len(text) for text in once] == [40, 40]
     assert once == ["".join(parts) for parts in zip(*stream(command), strict=True)]
     other = replace(command, seed=2)
     assert once != ["".join(parts) for parts in zip(*stream(other), strict=True)]
-    sample_main(command)
+    print_samples(command)
     printed = capsys.readouterr()
     assert printed.out == "\n---\n".join(once) + "\n"
     assert printed.err.endswith("tokens/s, compilation not counted\n")
 
 
-def test_the_sampler_speaks_from_best_last_or_a_step(finished):
+def test_a_checkpoint_is_chosen_as_best_last_or_a_step(finished):
     whole, _ = finished
     steps = Checkpoints(whole / "checkpoints").steps()
     best = Run(whole).best_step(steps)
     texts = {}
-    for which in ("best", "last", *map(str, steps)):
-        command = SampleCommand(run=str(whole), checkpoint=which, max_new_tokens=30)
-        texts[which] = "".join(pieces[0] for pieces in stream(command))
-    assert texts["best"] == texts[str(best)]
-    assert texts["last"] == texts["24"]
-    assert texts["24"] != texts["16"]
+    for which in ("best", "last", *steps):
+        run = load(whole, which)
+        assert run.step == {"best": best, "last": 24}.get(str(which), which)
+        texts[which] = "".join(run.generate(max_new_tokens=30))
+    assert texts["best"] == texts[best]
+    assert texts["last"] == texts[24]
+    assert texts[24] != texts[16]
+
+
+def test_a_loaded_run_gives_logits_and_losses(finished):
+    whole, config = finished
+    run = load(whole, "last")
+    text = "the king and the prince of my love"
+    ids = run.tokenizer.encode(text)
+    logits = run.logits(text[:16])
+    expected, _ = run.model.apply({"params": run.params}, ids[None, :16])
+    assert logits.shape == (16, run.tokenizer.vocab_size) and logits.dtype == np.float32
+    np.testing.assert_allclose(logits, np.asarray(expected[0]), atol=1e-5)
+    # A loss is read window by window: 16 targets, 16, and one.
+    total = 0.0
+    for start in range(0, len(ids) - 1, 16):
+        window = ids[start : start + 17]
+        logits, _ = run.model.apply({"params": run.params}, window[None, :-1])
+        log_probs = jax.nn.log_softmax(logits[0])
+        total -= float(jnp.take_along_axis(log_probs, jnp.asarray(window[1:, None]), 1).sum())
+    assert run.loss(text) == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    assert run.config == config and run.step == 24 and run.directory == whole
+    assert [record["step"] for record in run.metrics] == list(range(25))
+
+
+def test_the_loss_of_the_validation_split_is_the_one_that_was_logged(finished):
+    whole, config = finished
+    run = load(whole, "last")
+    text = Path(config.data.text).read_text()
+    val = text[int(0.9 * len(text)) :]
+    assert run.loss(val) == pytest.approx(run.metrics[-1]["val_loss"], abs=1e-4)
 
 
 def test_prompts(finished, tmp_path):
@@ -355,8 +351,8 @@ def test_the_commands_as_typed(play, tmp_path):
     again = run_command(*words, cwd=tmp_path)
     assert again.returncode == 2
     assert again.stderr == (
-        "train.py: error: runs/mine holds another run already; go on with it (--run mine "
-        "--resume) or give another name\n"
+        "train.py: error: runs/mine already contains a run; resume it (--run mine --resume) or "
+        "choose another name\n"
     )
     resumed = run_command("train.py", "--resume", "--steps", "70", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -368,3 +364,40 @@ def test_the_commands_as_typed(play, tmp_path):
         "train.py: error: cannot resume runs/mine with model.n_layer=3: it was trained with "
         "model.n_layer=2; start a new run for that\n"
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# The console
+
+
+def test_the_console_describes_the_text_and_warns_of_memorising(play, tmp_path):
+    """And bits per byte, which for a byte-level tokenizer are the loss in bits."""
+    path = tmp_path / "short.txt"
+    path.write_text(play[:1500])
+    data = DataConfig(text=str(path), tokenizer="byte")
+    config = replace(TINY, eval_batches=2, steps=48, batch_size=32, data=data)
+    with (tmp_path / "printed").open("w+") as file:
+        console = Console(file=file, width=500, highlight=False)
+        record = train(config, tmp_path / "run", report=Report(console))
+        file.seek(0)
+        printed = [line.strip() for line in file]
+    assert record["val_bits_per_byte"] == pytest.approx(record["val_loss"] / np.log(2), rel=1e-12)
+    assert records(tmp_path / "run")[-1]["val_bits_per_byte"] == record["val_bits_per_byte"]
+    rows = dict(line.split(maxsplit=1) for line in printed if len(line.split()) > 1)
+    assert rows["text"].startswith(f"{path}: 1,350 training and 150 validation tokens")
+    assert rows["text"].endswith("vocabulary size 256")
+    assert re.search(r"byte-level, .*256 .*1\.00 bytes per token", rows["tokenizer"])
+    assert "the last 150 characters" in rows["split"]
+    assert re.match(r"\d+ MB for parameters, gradients and optimizer state", rows["memory"])
+    assert any(f"({record['val_bits_per_byte']:.4f} bits per byte)" in line for line in printed)
+    epochs = 48 * config.batch_size * config.model.block_size / 1350
+    [warning] = [line for line in printed if "memorise" in line]
+    assert f"{epochs:.0f} epochs" in warning
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parameters", "epochs", "expected"),
+    [(100, 101, 16.1, True), (100, 101, 16.0, False), (100, 100, 99.0, False)],
+)
+def test_when_a_model_memorises(tokens: int, parameters: int, epochs: float, expected: bool):
+    assert flops.will_memorise(tokens, parameters, epochs) == expected

@@ -1,4 +1,4 @@
-"""Tests of `python -m gptjax.tools.verify`: sound runs pass, and every kind of harm is named."""
+"""Tests of `gptjax verify`: intact runs pass, and every kind of damage is named."""
 
 import json
 import shutil
@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from run_helpers import QUIET, text_file
 
+from gptjax.assembly import assemble
+from gptjax.cli import verify as command
 from gptjax.config import Config, ModelConfig, OptimConfig
-from gptjax.console import Report
-from gptjax.programs import Programs
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
-from gptjax.tools import verify as verify_module
 from gptjax.tools.verify import verify
 from gptjax.training import train
 
@@ -32,9 +32,7 @@ CONFIG = Config(
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory, play) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    (folder / "play.txt").write_text(play)
-    config = replace(CONFIG, data=replace(CONFIG.data, text=str(folder / "play.txt")))
-    train(config, folder / "run", report=Report(quiet=True))
+    train(replace(CONFIG, data=text_file(folder, play)), folder / "run", report=QUIET)
     return folder / "run"
 
 
@@ -48,7 +46,7 @@ def wrong(run: Path) -> dict[str, str]:
     return {c.name: c.found for c in verify(str(run)) if c.sound is False}
 
 
-def test_a_sound_run(sound, capsys):
+def test_an_intact_run(sound, capsys):
     before = {p: p.stat().st_mtime_ns for p in sound.rglob("*")}
     checks = verify(str(sound))
     assert all(c.sound for c in checks)
@@ -57,9 +55,9 @@ def test_a_sound_run(sound, capsys):
     ]
     logged = Run(sound).metrics()[-1]["val_loss"]
     assert checks[-1].found == f"val_loss of step 4: logged {logged:.6f}, again {logged:.6f}"
-    verify_module.main([str(sound)])
+    command.main([str(sound)], "gptjax verify")
     assert capsys.readouterr().err == ""
-    assert {p: p.stat().st_mtime_ns for p in sound.rglob("*")} == before  # it only reads
+    assert {p: p.stat().st_mtime_ns for p in sound.rglob("*")} == before  # verify only reads
 
 
 def flip(path: Path) -> None:
@@ -88,17 +86,17 @@ def other_loss(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
-HARM: dict[str, tuple[Callable[[Path], object], str, str]] = {
+DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "config": (lambda run: (run / "config.json").write_text("{"), "config", "is damaged: not JSON"),
     "tokenizer": (lambda run: (run / "tokenizer.json").unlink(), "tokenizer", "No such file"),
-    "half a line": (half_a_line, "metrics", "the last line was cut short; --resume mends it"),
-    "a line missing": (drop_line, "metrics", "is damaged: line 3: of step 3, expected 2"),
+    "half a line": (half_a_line, "metrics", "the last line was cut short"),
+    "a line missing": (drop_line, "metrics", "is damaged: line 3: step 3, expected 2"),
     "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "metrics", "is missing"),
     "a bit": (lambda run: flip(some_file(run)), "checkpoint 4", "does not match its checksum"),
     "a file": (lambda run: some_file(run).unlink(), "checkpoint 4", "is missing"),
     "the loss": (other_loss, "loss", "val_loss of step 4"),
     "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "checkpoints", "none"),
-    "another's": (
+    "misnamed": (
         lambda run: (run / "checkpoints" / "4").rename(run / "checkpoints" / "3"),
         "checkpoint 3",
         "is of step 4",
@@ -106,34 +104,35 @@ HARM: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("harm", HARM)
-def test_harm_is_named(run, harm, capsys):
-    do, name, found = HARM[harm]
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named(run, kind, capsys):
+    do, name, found = DAMAGE[kind]
     do(run)
     problems = wrong(run)
     assert list(problems) == [name] and found in problems[name]
     with pytest.raises(SystemExit) as exit:
-        verify_module.main([str(run)])
+        command.main([str(run)], "gptjax verify")
     assert exit.value.code == 1
     assert capsys.readouterr().err == f"{name}: {problems[name]}\n"
 
 
-def test_numbers_that_are_not_finite_are_found(run):
+def test_non_finite_parameters_are_found(run):
     opened = Run(run)
-    programs = Programs(opened.config, opened.tokenizer.vocab_size)
+    setup = assemble(opened.config, opened.tokenizer.vocab_size)
     checkpoints = Checkpoints(opened.checkpoints_path)
-    state = programs.restore(checkpoints, 4)
+    state = checkpoints.restore(4, setup.layout)
     poisoned = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params["ln_f"])
     shutil.rmtree(run / "checkpoints" / "4")
-    checkpoints.save(4, {**state.params, "ln_f": poisoned}, state.opt_state, {"step": 4})
+    state = state._replace(params={**state.params, "ln_f": poisoned})
+    checkpoints.save(4, state, {"step": 4})
     checkpoints.finish_save()
     assert "ln_f/bias is not finite" in wrong(run)["checkpoint 4"]
 
 
-def test_without_the_text_the_loss_is_not_measured(run, tmp_path):
+def test_the_loss_is_not_checked_without_the_text(run, tmp_path):
     config = json.loads((run / "config.json").read_text())
     config["data"]["text"] = str(tmp_path / "gone.txt")
     (run / "config.json").write_text(json.dumps(config))
     last = verify(str(run))[-1]
     assert (last.name, last.sound) == ("loss", None)
-    assert last.found.startswith("not measured again: text not found: ")
+    assert f"text not found: {tmp_path / 'gone.txt'}" in last.found

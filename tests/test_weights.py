@@ -1,4 +1,4 @@
-"""Tests of weights in and out: against transformers, against nanoGPT's formulas, and refusals."""
+"""Tests of import and export: parity with transformers and nanoGPT, round trips, refusals."""
 
 import json
 import pickle
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from reference import random_params
+from helpers import random_params
 
-from gptjax.build import build_model
+from gptjax.assembly import assemble, make_model
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
-from gptjax.interop import hf, hf_config, hf_tokenizer, import_, nanogpt, pretrained
-from gptjax.interop.export import ExportCommand, export
-from gptjax.interop.import_ import AdoptCommand
+from gptjax.interop import hf, hf_config, hf_tokenizer, nanogpt, pretrained
+from gptjax.interop.export import export
+from gptjax.interop.import_ import import_model
 from gptjax.model import GPT
-from gptjax.programs import Programs
+from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling, generate
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer
@@ -55,8 +55,8 @@ def transformers() -> Any:
 
 
 def write_folder(folder: Path, config: ModelConfig, seed: int = 0) -> Any:
-    """A model of random weights as a folder of transformers; its parameters."""
-    params = jax.tree.map(np.asarray, random_params(build_model(config, V), seed))
+    """Write a model with random weights as a transformers folder; returns its parameters."""
+    params = jax.tree.map(np.asarray, random_params(make_model(config, V), seed))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(hf_config.write_config(config, None)))
     tensors = hf.to_tensors(params, config)
@@ -69,7 +69,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 def assert_agrees(model: GPT, params: Any, theirs: Any, text: np.ndarray) -> dict[str, float]:
-    """Logits within 1e-4, the loss of a text within 1e-5, and 200 greedy tokens the same."""
+    """Check logits to 1e-4, the loss on a text to 1e-5, and 200 greedy tokens exactly."""
     import torch  # pyright: ignore[reportMissingImports]
 
     T, theirs = model.config.block_size, theirs.eval()
@@ -103,7 +103,7 @@ def assert_agrees(model: GPT, params: Any, theirs: Any, text: np.ndarray) -> dic
 
 
 def shake(theirs: Any) -> Any:
-    """Random values everywhere, biases and norms too, so that no term hides at its init."""
+    """Randomise every parameter, biases and norms too, so that no term keeps a neutral init."""
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
@@ -159,19 +159,19 @@ def make_theirs(transformers: Any, family: str, settings: dict[str, Any]) -> Any
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", IMPORTS)
-def test_a_model_of_transformers_is_ours(
+def test_import_equals_transformers(
     name: str, transformers: Any, tmp_path: Path, play: str, record_property: Any
 ):
     family, settings, how = IMPORTS[name]
     theirs = make_theirs(transformers, family, settings)
     theirs.save_pretrained(tmp_path / "theirs", **how)
     loaded = pretrained.load(str(tmp_path / "theirs"))
-    model = build_model(loaded.config, V)
+    model = make_model(loaded.config, V)
     assert isinstance(model, GPT)
     text = CharTokenizer.fit(play).encode(play) % V
     figures = assert_agrees(model, loaded.params, theirs, text)
     print(name, figures)
-    # Out again, and in again.
+    # Exporting gives the original tensors back.
     tensors = hf.to_tensors(loaded.params, loaded.config)
     state = {k: v.numpy() for k, v in theirs.state_dict().items()}
     if loaded.config.tie_head:
@@ -180,7 +180,7 @@ def test_a_model_of_transformers_is_ours(
 
 
 @pytest.mark.torch
-def test_half_precision_is_read(transformers: Any, tmp_path: Path):
+def test_half_precision_weights(transformers: Any, tmp_path: Path):
     import torch  # pyright: ignore[reportMissingImports]
 
     for dtype in (torch.bfloat16, torch.float16):
@@ -194,7 +194,7 @@ def test_half_precision_is_read(transformers: Any, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, play: str) -> Run:
-    """A classic model, trained a little."""
+    """A GPT-2-like model, trained for 20 steps."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "play.txt").write_text(play)
     config = Config(
@@ -210,15 +210,22 @@ def run(tmp_path_factory: pytest.TempPathFactory, play: str) -> Run:
     return Run(folder / "run")
 
 
+def weights(run: Run, step: int) -> Any:
+    """The parameters of a checkpoint, on the host."""
+    model = make_model(run.config.model, run.tokenizer.vocab_size)
+    params = Checkpoints(run.checkpoints_path).load_params(step, model)
+    return jax.tree.map(np.asarray, params)
+
+
 @pytest.fixture(scope="module")
 def exported(run: Run) -> Path:
     folder = run.directory.parent / "exported"
-    assert export(ExportCommand(str(run.directory), folder)) == "GPT2LMHeadModel"
+    assert export(run.directory, folder) == "GPT2LMHeadModel"
     return folder
 
 
 @pytest.mark.torch
-def test_a_trained_run_is_a_model_of_transformers(
+def test_an_exported_run_equals_transformers(
     run: Run, exported: Path, transformers: Any, play: str
 ):
     import torch  # pyright: ignore[reportMissingImports]
@@ -228,10 +235,10 @@ def test_a_trained_run_is_a_model_of_transformers(
     ids = run.tokenizer.encode(play)
     assert tokenizer(play)["input_ids"] == ids.tolist()
     assert tokenizer.decode(ids) == play
-    model = build_model(run.config.model, run.tokenizer.vocab_size)
+    model = make_model(run.config.model, run.tokenizer.vocab_size)
     assert isinstance(model, GPT)
-    print("trained run", assert_agrees(model, pretrained.weights(run, 20, model), theirs, ids))
-    # The loss that the run logged is that of transformers on the validation split.
+    print("trained run", assert_agrees(model, weights(run, 20), theirs, ids))
+    # The logged validation loss equals transformers' loss on the validation split.
     val = torch.tensor(ids[int(0.9 * len(ids)) :].astype(np.int64))
     losses = []
     for start in range(0, len(val) - 1, BLOCK):
@@ -244,17 +251,17 @@ def test_a_trained_run_is_a_model_of_transformers(
 
 
 def test_export_import_export(run: Run, exported: Path, tmp_path: Path):
-    """The second folder is the first, byte by byte; and so is that of a model that was adopted."""
-    directory = import_.adopt(AdoptCommand(str(exported), run=str(tmp_path / "adopted")))
-    export(ExportCommand(str(directory), tmp_path / "again"))
+    """Exporting an imported export gives the same files, byte for byte."""
+    directory = import_model(str(exported), str(tmp_path / "imported"))
+    export(directory, tmp_path / "again")
     for path in exported.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
     adopted = Run(directory)
     assert adopted.tokenizer == run.tokenizer
     assert adopted.config.init == str(exported)
-    programs = Programs(adopted.config, run.tokenizer.vocab_size)
-    moments = [leaf for leaf in jax.tree.leaves(programs.abstract.opt_state) if leaf.size > 1]
-    assert moments == []  # for all of it is frozen
+    setup = assemble(adopted.config, run.tokenizer.vocab_size)
+    moments = [leaf for leaf in jax.tree.leaves(setup.layout.opt_state) if leaf.size > 1]
+    assert moments == []  # because everything is frozen
 
 
 @pytest.mark.parametrize("config", [GPT2, replace(LLAMA, tie_head=False)], ids=["gpt2", "llama"])
@@ -271,7 +278,7 @@ def test_import_export_import_is_bit_identical(config: ModelConfig, tmp_path: Pa
 @pytest.mark.parametrize(
     "tokenizer", [ByteTokenizer(), ByteTokenizer(256), CharTokenizer("\n !ab", 5)]
 )
-def test_tokenizers_of_single_letters_in_transformers(
+def test_char_and_byte_tokenizers_in_transformers(
     tokenizer: Any, transformers: Any, tmp_path: Path
 ):
     for name, content in hf_tokenizer.write(tokenizer, 8).items():
@@ -290,7 +297,7 @@ def test_tokenizers_of_single_letters_in_transformers(
 
 
 def nanogpt_logits(state: Any, x: Any, n_layer: int, n_head: int) -> Any:
-    """nanoGPT's forward pass on the tensors of its checkpoint, from its formulas."""
+    """nanoGPT's forward pass on the tensors of its checkpoint, written from its formulas."""
     import torch  # pyright: ignore[reportMissingImports]
 
     F = torch.nn.functional
@@ -312,7 +319,7 @@ def nanogpt_logits(state: Any, x: Any, n_layer: int, n_head: int) -> Any:
 
 
 def nanogpt_checkpoint(path: Path, bias: bool, vocab_size: int, prefix: str = "") -> Any:
-    """A checkpoint as nanoGPT saves it, of random weights; its state, without the prefix."""
+    """Write a nanoGPT checkpoint with random weights; returns its state without `prefix`."""
     import torch  # pyright: ignore[reportMissingImports]
 
     C, L, T = 32, 2, 16
@@ -332,7 +339,7 @@ def nanogpt_checkpoint(path: Path, bias: bool, vocab_size: int, prefix: str = ""
             if ".w" not in name[11:15]
         }
     state = {name: 0.2 * torch.randn(shape) for name, shape in shapes.items()}
-    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, T, T)  # its mask, when it is not fused
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, T, T)  # causal mask
     state["lm_head.weight"] = state["transformer.wte.weight"]
     args = dict(n_layer=L, n_head=4, n_embd=C, block_size=T, bias=bias, vocab_size=vocab_size)
     checkpoint = {
@@ -349,39 +356,35 @@ def nanogpt_checkpoint(path: Path, bias: bool, vocab_size: int, prefix: str = ""
 
 @pytest.mark.torch
 @pytest.mark.parametrize(("bias", "prefix"), [(True, ""), (False, "_orig_mod.")])
-def test_a_checkpoint_of_nanogpt(bias: bool, prefix: str, tmp_path: Path, play: str):
+def test_a_nanogpt_checkpoint(bias: bool, prefix: str, tmp_path: Path, play: str):
     torch = pytest.importorskip("torch", reason="needs torch")
-    kinds = len(set(play))
-    state = nanogpt_checkpoint(tmp_path / "ckpt.pt", bias, kinds, prefix)
+    vocab_size = len(set(play))
+    state = nanogpt_checkpoint(tmp_path / "ckpt.pt", bias, vocab_size, prefix)
     loaded = pretrained.load(str(tmp_path / "ckpt.pt"))
     assert loaded.tokenizer is None and loaded.config.bias == bias
-    x = np.random.default_rng(0).integers(0, kinds, (3, 16))
-    logits, _ = build_model(loaded.config, kinds).apply({"params": loaded.params}, jnp.asarray(x))
+    x = np.random.default_rng(0).integers(0, vocab_size, (3, 16))
+    model = make_model(loaded.config, vocab_size)
+    logits, _ = model.apply({"params": loaded.params}, jnp.asarray(x))
     expected = nanogpt_logits(state, torch.tensor(x), 2, 4).numpy()
     print("nanoGPT", np.abs(logits - expected).max())
     assert np.abs(logits - expected).max() < 1e-5 < np.abs(expected).max()
-    # Its characters are those of its text, which has to be given.
-    command = AdoptCommand(str(tmp_path / "ckpt.pt"), run=str(tmp_path / "run"))
+    # Its vocabulary is not in the checkpoint: it is made from the text.
+    names = str(tmp_path / "ckpt.pt"), str(tmp_path / "run")
     with pytest.raises(UserError) as error:
-        import_.adopt(command)
-    assert str(error.value) == (
-        f"{tmp_path}/ckpt.pt comes without a tokenizer; give the text that it was trained on as "
-        "--text, for its characters"
-    )
+        import_model(*names)
+    assert str(error.value).startswith(f"{tmp_path}/ckpt.pt ") and "--text" in str(error.value)
     (tmp_path / "play.txt").write_text(play)
     (tmp_path / "other.txt").write_text("abc")
     with pytest.raises(UserError) as error:
-        import_.adopt(replace(command, text=str(tmp_path / "other.txt")))
-    assert str(error.value) == (
-        f"{tmp_path}/ckpt.pt comes without a tokenizer and knows {kinds} tokens, and those of "
-        f"this text are 3; give the text that it was trained on"
-    )
-    directory = import_.adopt(replace(command, text=str(tmp_path / "play.txt")))
+        import_model(*names, text=str(tmp_path / "other.txt"))
+    assert str(error.value).startswith(f"{tmp_path}/ckpt.pt has no tokenizer and a vocabulary of")
+    assert f" {vocab_size}," in str(error.value) and " 3 tokens" in str(error.value)
+    directory = import_model(*names, text=str(tmp_path / "play.txt"))
     assert Run(directory).tokenizer == CharTokenizer.fit(play)
 
 
 # ---------------------------------------------------------------------------------------------
-# What is refused, by name
+# Refusals name what is wrong
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
@@ -411,61 +414,57 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
     "kind": (
         GPT2,
         edit_config(model_type="mamba"),
-        "{}/config.json: model_type='mamba' is not supported; it can be 'gpt2' or 'llama'",
+        "{}/config.json: model_type='mamba' is not supported",
     ),
     "setting": (
         GPT2,
         edit_config(scale_attn_by_inverse_layer_idx=True),
-        "{}/config.json: scale_attn_by_inverse_layer_idx=True is not supported; it can be False",
+        "{}/config.json: scale_attn_by_inverse_layer_idx=True is not supported; expected False",
     ),
     "untied": (
         GPT2,
         edit_config(tie_word_embeddings=False),
-        "{}/config.json: tie_word_embeddings=False is not supported; it can be True",
+        "{}/config.json: tie_word_embeddings=False is not supported; expected True",
     ),
     "activation": (
         GPT2,
         edit_config(activation_function="silu"),
-        "{}/config.json: activation_function='silu' is not supported; it can be "
-        "'gelu_pytorch_tanh', 'gelu_new', 'gelu', 'relu', 'relu2'",
+        "{}/config.json: activation_function='silu' is not supported",
     ),
     "size": (
         GPT2,
         edit_config(n_layer="2"),
-        "{}/config.json: n_layer='2' is not a whole number above 0",
+        "{}/config.json: n_layer='2' is not a positive integer",
     ),
     "head size": (
         LLAMA,
         edit_config(head_dim=4),
-        "{}/config.json: head_dim=4 is not supported; it can be hidden_size / "
-        "num_attention_heads = 8",
+        "{}/config.json: head_dim=4 is not supported",
     ),
     "bias": (
         LLAMA,
         edit_config(attention_bias=True),
-        "{}/config.json: attention_bias=True is not supported; it can be False",
+        "{}/config.json: attention_bias=True is not supported; expected False",
     ),
     "scaled positions": (
         LLAMA,
         edit_config(rope_scaling={"type": "linear", "factor": 2.0}),
-        "{}/config.json: rope_scaling={{'type': 'linear', 'factor': 2.0}} is not supported; it "
-        "can be None",
+        "{}/config.json: rope_scaling={{'type': 'linear', 'factor': 2.0}} is not supported",
     ),
     "other positions": (
         LLAMA,
         edit_config(rope_parameters={"rope_type": "llama3"}),
-        "{}/config.json: rope_type='llama3' is not supported; it can be 'default'",
+        "{}/config.json: rope_type='llama3' is not supported",
     ),
     "heads": (
         GPT2,
         edit_config(n_head=5),
-        "{}/config.json: model.n_embd=32 is not divisible by model.n_head=5; change one of them "
-        "(heads share the width equally)",
+        "{}/config.json: model.n_embd=32 is not divisible by model.n_head=5",
     ),
     "vocabulary": (
         GPT2,
         edit_config(vocab_size=60),
-        "{}: the tensor transformer.wte.weight is (61, 32), expected (60, 32)",
+        "{}: the tensor transformer.wte.weight has shape (61, 32), expected (60, 32)",
     ),
     "tokenizer": (
         GPT2,
@@ -473,12 +472,12 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
             (folder / name).write_bytes(content)
             for name, content in hf_tokenizer.write(ByteTokenizer(), 8).items()
         ],
-        "{}: its tokenizer has 256 tokens, more than the 61 of the model",
+        "{}: its tokenizer has 256 tokens, more than the model's vocabulary size 61",
     ),
     "shape": (
         GPT2,
         edit_tensors(lambda x: x.update({WPE: x[WPE][:, :-1].copy()})),
-        "{}: the tensor transformer.wpe.weight is (256, 31), expected (256, 32)",
+        "{}: the tensor transformer.wpe.weight has shape (256, 31), expected (256, 32)",
     ),
     "missing": (
         GPT2,
@@ -488,25 +487,22 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
     "extra": (
         LLAMA,
         edit_tensors(lambda x: x.update({f"{AT}.q_norm.weight": x["model.norm.weight"].copy()})),
-        "{}: the tensor model.layers.0.self_attn.q_norm.weight is no part of the model that its "
-        "config describes",
+        "{}: unexpected tensor model.layers.0.self_attn.q_norm.weight",
     ),
     "not finite": (
         GPT2,
         edit_tensors(lambda x: x[WTE].fill(np.nan)),
-        "{}: the tensor transformer.wte.weight has values that are not finite",
+        "{}: the tensor transformer.wte.weight has non-finite values",
     ),
     "integers": (
         GPT2,
         edit_tensors(lambda x: x.update({WTE: x[WTE].astype(np.int8)})),
-        "{}/model.safetensors: the tensor transformer.wte.weight is I8, expected one of F64, F32, "
-        "F16, BF16",
+        "{}/model.safetensors: the tensor transformer.wte.weight has dtype I8",
     ),
     "pickle": (
         GPT2,
         as_pickle,
-        "{}/pytorch_model.bin is a pickle, which can run any code when it is read, and is not; "
-        "save the model as safetensors (save_pretrained of transformers does)",
+        "{}/pytorch_model.bin is a pickle",
     ),
     "no weights": (
         GPT2,
@@ -523,7 +519,7 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
         lambda folder: (folder / "config.json").write_text("[]"),
         "{}/config.json is damaged: expected a JSON object",
     ),
-    "index leads out": (
+    "index leaves the folder": (
         GPT2,
         lambda folder: (
             (folder / "model.safetensors").unlink(),
@@ -531,9 +527,9 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
                 json.dumps({"weight_map": {WTE: "../model.safetensors"}})
             ),
         ),
-        "{}/model.safetensors.index.json names files outside of its folder",
+        "{}/model.safetensors.index.json refers to files outside its folder",
     ),
-    "part is missing": (
+    "shard is missing": (
         GPT2,
         lambda folder: (
             (folder / "model.safetensors").unlink(),
@@ -547,26 +543,26 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_folder_is_refused_by_name(name: str, tmp_path: Path):
+def test_an_unusable_folder_is_refused(name: str, tmp_path: Path):
     config, spoil, message = REFUSED[name]
     folder = tmp_path / "model"
     write_folder(folder, config)
     spoil(folder)
     with pytest.raises(UserError) as error:
         pretrained.load(str(folder))
-    assert str(error.value) == message.format(folder)
+    assert str(error.value).startswith(message.format(folder))
 
 
-def test_a_damaged_file_is_refused(tmp_path: Path):
+def test_a_truncated_file_is_refused(tmp_path: Path):
     write_folder(tmp_path / "model", GPT2)
     path = tmp_path / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match=f"^{path} is not a sound safetensors file: [^\n]*$"):
+    with pytest.raises(UserError, match=f"^{path} is not a valid safetensors file: [^\n]*$"):
         pretrained.load(str(tmp_path / "model"))
 
 
-def test_old_files_of_gpt2_are_read(tmp_path: Path):
-    """Their names lack `transformer.`, and the mask is a tensor in them."""
+def test_original_gpt2_files(tmp_path: Path):
+    """Their tensor names lack `transformer.`, and they contain the causal mask."""
     params = write_folder(tmp_path / "model", GPT2)
     path = tmp_path / "model" / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
@@ -578,7 +574,7 @@ def test_old_files_of_gpt2_are_read(tmp_path: Path):
 
 
 @pytest.mark.torch
-def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path):
+def test_a_malicious_pickle_is_not_executed(tmp_path: Path):
     pytest.importorskip("torch", reason="needs torch")
     marker = tmp_path / "ran"
 
@@ -593,9 +589,7 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path):
         write({"model": Evil(), "model_args": {}}, path)
         with pytest.raises(UserError) as error:
             pretrained.load(str(path))
-        assert str(error.value).startswith(
-            f"{path} is not a checkpoint of plain data, and no other is read: "
-        )
+        assert str(error.value).startswith(f"{path} is not a checkpoint of plain tensors")
         assert "\n" not in str(error.value) and not marker.exists()
 
 
@@ -603,10 +597,10 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path):
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ([1], "{} is not nanoGPT's: it has no model_args and model"),
+        ([1], "{} is not a nanoGPT checkpoint"),
         (
             {"model": {}, "model_args": {"n_layer": 2}},
-            "{}: model_args n_head=None is not a whole number",
+            "{}: model_args n_head=None is not an integer",
         ),
         (
             {
@@ -617,105 +611,97 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path):
         ),
     ],
 )
-def test_a_strange_checkpoint_is_refused(checkpoint: Any, message: str, tmp_path: Path):
+def test_an_invalid_nanogpt_checkpoint_is_refused(checkpoint: Any, message: str, tmp_path: Path):
     torch = pytest.importorskip("torch", reason="needs torch")
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     with pytest.raises(UserError) as error:
         pretrained.load(str(tmp_path / "ckpt.pt"))
-    assert str(error.value) == message.format(tmp_path / "ckpt.pt")
+    assert str(error.value).startswith(message.format(tmp_path / "ckpt.pt"))
 
 
-def test_no_other_file_is_read(tmp_path: Path):
+def test_other_files_are_refused(tmp_path: Path):
     for name in ("model.bin", "meta.pkl", "model.pth"):
-        with pytest.raises(UserError, match=f"^{tmp_path / name} is a pickle, which can run any"):
+        with pytest.raises(UserError, match=f"^{tmp_path / name} is a pickle"):
             pretrained.load(str(tmp_path / name))
     with pytest.raises(UserError) as error:
         pretrained.load(str(tmp_path / "nothing"))
-    assert str(error.value).endswith(
-        "; others are gpt2, gpt2-medium, gpt2-large, gpt2-xl, hf:OWNER/NAME, a folder with "
-        "model.safetensors, a .gguf file, nanoGPT's ckpt.pt"
-    )
+    assert str(error.value).startswith(f"no model {tmp_path / 'nothing'}: ")
+    for accepted in ("gpt2-xl", "hf:OWNER/NAME", "model.safetensors", ".gguf", "ckpt.pt"):
+        assert accepted in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "found", "family", "needed"),
     [
-        ({"qk_norm": True}, "model.qk_norm=True has no place in transformers' GPT2LMHeadModel, "
-            "which is this model with model.qk_norm=False"),
-        ({"tie_head": False}, "model.tie_head=False has no place in transformers' "
-            "GPT2LMHeadModel, which is this model with model.tie_head=True"),
-        ({"n_kv_head": 2}, "model.n_kv_head=2 has no place in transformers' GPT2LMHeadModel, "
-            "which is this model with model.n_kv_head=None"),
-        ({"activation": "swiglu"}, "model.activation=swiglu has no place in transformers' "
-            "GPT2LMHeadModel, which is this model with model.activation=gelu"),
-        ({"position": "rotary"}, "model.norm=layer has no place in transformers' "
-            "LlamaForCausalLM, which is this model with model.norm=rms"),
-        ({"kind": "bigram"}, "model.kind=bigram has no place in transformers' GPT2LMHeadModel, "
-            "which is this model with model.kind=gpt"),
+        ({"qk_norm": True}, "qk_norm=True", "GPT2LMHeadModel", "qk_norm=False"),
+        ({"tie_head": False}, "tie_head=False", "GPT2LMHeadModel", "tie_head=True"),
+        ({"n_kv_head": 2}, "n_kv_head=2", "GPT2LMHeadModel", "n_kv_head=None"),
+        ({"activation": "swiglu"}, "activation=swiglu", "GPT2LMHeadModel", "activation=gelu"),
+        ({"position": "rotary"}, "norm=layer", "LlamaForCausalLM", "norm=rms"),
     ],
-)  # fmt: skip
-def test_a_model_without_a_form_in_transformers(change: dict[str, Any], message: str):
+)
+def test_export_names_the_unsupported_option(
+    change: dict[str, Any], found: str, family: str, needed: str
+):
     with pytest.raises(UserError) as error:
         hf_config.write_config(replace(GPT2, **change), None)
-    assert str(error.value) == message
+    assert str(error.value).startswith(f"model.{found} is not supported by transformers' {family}")
+    assert str(error.value).endswith(f"model.{needed}")
 
 
-def test_export_overwrites_nothing(run: Run, exported: Path):
+def test_export_does_not_overwrite(run: Run, exported: Path):
     with pytest.raises(UserError) as error:
-        export(ExportCommand(str(run.directory), exported))
-    assert str(error.value) == (
-        f"{exported} holds something already; give a folder that is new or empty"
-    )
+        export(run.directory, exported)
+    assert str(error.value).startswith(f"{exported} ") and "empty" in str(error.value)
 
 
 # ---------------------------------------------------------------------------------------------
-# The hub, and a run that starts from weights
+# The hub, and runs that start from pretrained weights
 
 
-def test_names_of_gpt2_are_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gpt2_names_are_downloaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra hf")
     write_folder(tmp_path / "model", GPT2)
-    asked = []
+    requested = []
 
     def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
-        asked.append(repository)
+        requested.append(repository)
         assert not any("bin" in pattern or "py" in pattern for pattern in allow_patterns)
         return str(tmp_path / "model")
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
     pretrained.load("gpt2-xl")
     pretrained.load("hf:HuggingFaceTB/SmolLM2-135M")
-    assert asked == ["openai-community/gpt2-xl", "HuggingFaceTB/SmolLM2-135M"]
+    assert requested == ["openai-community/gpt2-xl", "HuggingFaceTB/SmolLM2-135M"]
 
 
-def test_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_network_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     hub = pytest.importorskip("huggingface_hub", reason="needs the extra hf")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as error:
         pretrained.load("gpt2")
     before, reason = str(error.value).split("(", 1)
-    assert before == "openai-community/gpt2 cannot be had from the Hugging Face hub "
-    assert reason.endswith("); where there is no network, give the folder of a copy")
+    assert before == "openai-community/gpt2 could not be downloaded from the Hugging Face hub "
+    assert reason.endswith("give the folder of a copy")
     assert "\n" not in reason
 
 
-def test_every_field_of_a_model_is_its_weights_or_the_runs():
-    """A new field belongs to `OF_A_LOADED_MODEL` or, if it changes what the weights mean, here."""
+def test_every_model_field_belongs_to_the_weights_or_to_the_run():
+    """Add a new field to `OF_A_LOADED_MODEL` or, if the weights determine it, here."""
     from dataclasses import fields
 
     from gptjax.config import OF_A_LOADED_MODEL
 
-    of_the_weights = (
-        "kind n_layer n_head n_kv_head n_embd n_inner vocab_size bias qkv_bias norm norm_eps "
-        "qk_norm position rope_base window ngram pair_rows recall activation tie_head softcap "
-        "init"
+    fixed_by_weights = (
+        "n_layer n_head n_kv_head n_embd n_inner vocab_size bias norm norm_eps qk_norm position "
+        "rope_base window activation tie_head softcap init"
     ).split()
     names = {field.name for field in fields(ModelConfig)}
-    assert names == {*of_the_weights, *OF_A_LOADED_MODEL}
+    assert names == {*fixed_by_weights, *OF_A_LOADED_MODEL}
 
 
-def test_a_run_starts_from_weights(run: Run, exported: Path, play: str, tmp_path: Path):
+def test_a_run_starts_from_pretrained_weights(run: Run, exported: Path, play: str, tmp_path: Path):
     (tmp_path / "play.txt").write_text(play)
     config = Config(
         init=str(exported),
@@ -729,40 +715,37 @@ def test_a_run_starts_from_weights(run: Run, exported: Path, play: str, tmp_path
     )
     train(config, tmp_path / "run")
     fine = Run(tmp_path / "run")
-    model = build_model(fine.config.model, fine.tokenizer.vocab_size)
     expected = replace(run.config.model, vocab_size=run.tokenizer.vocab_size, block_size=64)
-    # Biases were written as zeros, for GPT-2 has them.
+    # Exporting added GPT-2's biases, as zeros.
     assert fine.config.model == replace(expected, dropout=0.1, bias=True)
-    first = pretrained.weights(fine, 0, model)  # the weights it started with are its checkpoint 0
+    first = weights(fine, 0)  # checkpoint 0 has the initial weights
     params = pretrained.load(str(exported)).params
     assert_same(first, {**params, "wpe": params["wpe"][:64]})
     records = fine.metrics()
     assert records[2]["val_loss"] < records[0]["val_loss"] < 4
     assert fine.tokenizer == run.tokenizer
-    # Resuming reads no weights but its own, and cannot be given others.
+    # Resuming reads only the run's own weights, and `init` cannot be changed.
     shutil.move(exported, tmp_path / "gone")
     try:
         train(replace(fine.config, steps=3), tmp_path / "run", resume=True)
         with pytest.raises(UserError) as error:
             train(replace(fine.config, init="gpt2"), tmp_path / "run", resume=True)
-        assert str(error.value) == (
-            f"cannot resume {tmp_path}/run with init=gpt2: it was trained with init={exported}; "
-            "start a new run for that"
-        )
+        assert str(error.value).startswith(f"cannot resume {tmp_path}/run with init=gpt2")
+        assert f"init={exported}" in str(error.value)
     finally:
         shutil.move(tmp_path / "gone", exported)
 
 
-def test_the_context_that_a_run_gets():
+def test_context_length_from_pretrained_weights():
     params = {"wpe": np.arange(8.0)[:, None]}
     loaded = pretrained.Pretrained("m", ModelConfig(block_size=8), params, None)
-    for asked, block, said in (
-        (4, 4, "starting from m; of its context of 8 tokens, 4 are used"),
-        (8, 8, "starting from m"),
-        (16, 8, "starting from m; its context is 8 tokens, not 16"),
+    for requested, block, note in (
+        (4, 4, ", context cropped from 8 to 4 tokens"),
+        (8, 8, ""),
+        (16, 8, ", whose context is 8 tokens, not 16"),
     ):
-        config = Config(init="m", model=ModelConfig(block_size=asked))
-        assert pretrained.origin(config, loaded) == said
+        config = Config(init="m", model=ModelConfig(block_size=requested))
+        assert pretrained.origin(config, loaded) == f"starting from m{note}"
         fitted, own = pretrained.fit(config, loaded)
         assert fitted.model.block_size == block
         np.testing.assert_array_equal(own["wpe"], params["wpe"][:block])

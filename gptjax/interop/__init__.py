@@ -1,1 +1,1 @@
-"""Weights from elsewhere and for elsewhere, and what of them is trained."""
+"""Import and export of weights: transformers, GGUF, nanoGPT, and gptjax runs."""

@@ -1,53 +1,47 @@
-"""A run's weights for other tools: `python -m gptjax.interop.export RUN FOLDER`.
+"""A run's weights for other tools: the library of `gptjax export`.
 
-The folder is one that transformers loads, tokenizer included, and `train.py --init FOLDER` too.
+transformers loads the folder, tokenizer included, and so does `gptjax train --init FOLDER`.
 """
 
 import json
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
+import flax.linen as nn
 import jax
 import numpy as np
 import safetensors.numpy
-import tyro
 
-from gptjax import cli
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import UserError
 from gptjax.interop import hf_tokenizer
 from gptjax.interop.hf import to_tensors
 from gptjax.interop.hf_config import write_config
-from gptjax.runs import folders, parts
+from gptjax.runs import parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import write_atomically
 from gptjax.runs.run import Run
 
 
-@dataclass(frozen=True)
-class ExportCommand:
-    """Write a run's weights and tokenizer as a folder that transformers loads."""
+def export(
+    directory: Path, folder: Path, checkpoint: str = "best", *, model: nn.Module | None = None
+) -> str:
+    """Write a run's weights and tokenizer as a folder.
 
-    run: Annotated[str, tyro.conf.Positional]
-    """Name in runs/, or path of a run's folder."""
-    folder: Annotated[Path, tyro.conf.Positional]
-    """To write; new or empty."""
-    checkpoint: str = "best"
-    """best (by validation loss), last, or a step."""
-
-
-def export(command: ExportCommand) -> str:
-    """Write the folder.
+    Args:
+        directory: of the run.
+        folder: to write; new or empty.
+        checkpoint: "best" by validation loss, "last", or a step.
+        model: your own, if the run was trained with one, of the config's parameter tree; None: the
+            config's.
 
     Returns:
-        The class of transformers that the model is there.
+        The class of transformers that loads the model.
 
     Raises:
-        UserError: no such run or checkpoint, a model that transformers has no class for, a
-            tokenizer it has no form for, or a folder that cannot be written or holds something.
+        UserError: no such checkpoint, a model that transformers has no class for, a tokenizer that
+            it has no format for, or a folder that cannot be written or is not empty.
     """
-    run, folder = Run(folders.find(command.run)), command.folder
+    run = Run(directory)
     rows = run.config.model.vocab_size or run.tokenizer.vocab_size
     config = replace(run.config.model, vocab_size=rows)
     about = write_config(config, run.tokenizer.end_of_text)
@@ -55,8 +49,9 @@ def export(command: ExportCommand) -> str:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; give a folder that is new or empty")
     checkpoints = Checkpoints(run.checkpoints_path)
-    step = run.choose(command.checkpoint, checkpoints.steps())
-    params = jax.tree.map(np.asarray, checkpoints.load_params(step, parts.run_model(run)))
+    step = run.choose(checkpoint, checkpoints.steps())
+    params = checkpoints.load_params(step, parts.run_model(run, model))
+    params = jax.tree.map(np.asarray, params)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -68,15 +63,3 @@ def export(command: ExportCommand) -> str:
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}") from None
     return about["architectures"][0]
-
-
-def main(argv: list[str]) -> None:
-    """Export, and say how to load it."""
-    command = cli.parse(ExportCommand, ExportCommand("", Path()), argv, "gptjax.interop.export", "")
-    kind = export(command)
-    print(f"wrote {command.folder}; to load it: transformers.{kind}.from_pretrained(...)")
-
-
-if __name__ == "__main__":
-    with one_line_errors("gptjax.interop.export"):
-        main(sys.argv[1:])

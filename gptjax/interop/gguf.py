@@ -1,4 +1,4 @@
-"""A Llama in a GGUF file, read and dequantised by the `gguf` package, its tokenizer with it."""
+"""Read a Llama model and its tokenizer from a GGUF file, dequantised by the `gguf` package."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from gptjax.interop import hf_config
 from gptjax.interop.hf import Source
 from gptjax.text.subwords import HFTokenizer
 
-NAMES = {  # llama.cpp's to those of transformers
+NAMES = {  # llama.cpp's tensor names to transformers'
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -27,7 +27,7 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-KEYS = {  # of the metadata, to those of a config.json; another one that is there is refused
+KEYS = {  # metadata keys to config.json's; any other llama.* key is refused
     "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
@@ -47,30 +47,30 @@ BYTE_LEVEL = {
     "trim_offsets": True,
     "use_regex": True,
 }
-PRE_TOKENIZERS: dict[str, Any] = {  # how a text is cut before the merges, by llama.cpp's name
+PRE_TOKENIZERS: dict[str, Any] = {  # by llama.cpp's name
     "gpt-2": BYTE_LEVEL,
     "smollm": {
         "type": "Sequence",
         "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
     },
 }
-CONTROL = 3  # type of a token that no text contains, such as the end of one
+CONTROL = 3  # token type of special tokens, such as end-of-text
 
 
 def read(path: Path) -> Source:
-    """The model and the tokenizer of a GGUF file.
+    """Open a GGUF file.
 
     Raises:
-        UserError: no gguf package, no such file, a damaged one, or a model, a setting, a kind of
-            numbers or a tokenizer that is not supported.
+        UserError: no gguf package, no such file, a corrupt file, or an unsupported architecture,
+            setting, quantisation or tokenizer.
     """
     gguf = optional_import("gguf", "hf")
     try:
         file = gguf.GGUFReader(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception as error:  # it has no kind of its own for what it cannot read
-        raise UserError(f"{path} is not a sound GGUF file: {error}") from None
+    except Exception as error:  # the package raises no specific type
+        raise UserError(f"{path} is not a valid GGUF file: {error}") from None
     try:
         values = {key: field.contents() for key, field in file.fields.items()}
         tensors = {_name(tensor.name): tensor for tensor in file.tensors}
@@ -88,11 +88,11 @@ def read(path: Path) -> Source:
             x = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         except NotImplementedError:
             raise UserError(
-                f"{path}: {tensor.name} has numbers of the kind {tensor.tensor_type.name}, which "
-                f"the gguf package does not turn into floats"
+                f"{path}: {tensor.name} has the type {tensor.tensor_type.name}, which the gguf "
+                f"package cannot dequantise; use a file with another quantisation"
             ) from None
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            # Rotary pairs are neighbours there, and halves of a head here and in transformers.
+            # llama.cpp interleaves rotary pairs; transformers and gptjax pair i with i + D/2.
             D = config.head_size
             x = x.reshape(-1, D // 2, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
         return x
@@ -102,22 +102,22 @@ def read(path: Path) -> Source:
 
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of the model as a config.json of transformers says it."""
+    """Convert the model's metadata to the values of a transformers config.json."""
     if (kind := values.get("general.architecture")) != "llama":
-        raise UserError(f"general.architecture={kind!r} is not supported; it can be 'llama'")
+        raise UserError(f"general.architecture={kind!r} is not supported; expected 'llama'")
     settings: dict[str, Any] = {"model_type": "llama"}
     for key, value in values.items():
         if key.startswith("llama."):
             name = KEYS.get(key.removeprefix("llama."))
             if name is None:
-                raise UserError(f"{key}={value!r} is not supported; a model without it is")
-            # What was 1e-5 is stored as the float32 next to it.
+                raise UserError(f"{key}={value!r} is not supported; expected a model without it")
+            # 1e-5 was stored as the nearest float32; its shortest decimal gives 1e-5 back.
             settings[name] = float(str(np.float32(value))) if type(value) is float else value
     return settings
 
 
 def _name(name: str) -> str:
-    """The name that transformers has for a tensor; one that it has not stays as it is."""
+    """Convert a tensor's name to transformers'; an unknown one is returned unchanged."""
     match name.split("."):
         case [part, "weight"] if part in NAMES:
             return f"{NAMES[part]}.weight"
@@ -127,18 +127,18 @@ def _name(name: str) -> str:
 
 
 def _tokenizer(values: dict[str, Any]) -> HFTokenizer:
-    """The tokenizer that the metadata amount to."""
+    """Build the tokenizer from the metadata."""
     kind, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise UserError(
-            f"the tokenizer {kind!r} with the pre-tokenizer {pre!r} is not supported; it can be "
+            f"the tokenizer {kind!r} with the pre-tokenizer {pre!r} is not supported; expected "
             f"'gpt2' with {' or '.join(map(repr, PRE_TOKENIZERS))}"
         )
     tokens, merges = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.merges"]
     unknown = values.get("tokenizer.ggml.unknown_token_id")
-    kinds = values.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    types = values.get("tokenizer.ggml.token_type", [1] * len(tokens))
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    control = [i for i, kind in enumerate(kinds) if kind == CONTROL]
+    control = [i for i, type_ in enumerate(types) if type_ == CONTROL]
     form = {
         "version": "1.0",
         "added_tokens": [

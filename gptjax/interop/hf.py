@@ -1,6 +1,6 @@
-"""Weights in the names and layout of transformers: one table for each family, read both ways.
+"""Convert weights from and to transformers' names and layouts: one table per model family.
 
-Letters as in `model.py`, P is block_size. Neither torch nor transformers is needed.
+Axis letters as in `model.py`; P is block_size. Needs neither torch nor transformers.
 """
 
 import math
@@ -17,15 +17,15 @@ from gptjax.text.tokenizers import Tokenizer
 
 
 class Leaf(NamedTuple):
-    """A leaf of our parameters, and the tensor of theirs that holds it."""
+    """A leaf of our parameter tree and the corresponding tensors of transformers."""
 
-    path: str  # in our tree; what lies below h has one more axis in front: the layers
-    ours: str  # its axes
-    theirs: str  # the tensor's axes; those in brackets are one
+    path: str  # in our tree; leaves below h have a leading layer axis
+    ours: str  # axes of the leaf, without the layer axis
+    theirs: str  # axes of the tensor; those in brackets are flattened into one
     names: tuple[str, ...]  # {} is the layer; several tensors are stacked along our second axis
 
 
-# Conv1D of GPT-2 keeps a matrix as (in, out), as we do.
+# GPT-2's Conv1D stores a matrix as (in, out), as we do.
 _H = "transformer.h.{}"
 GPT2 = (
     Leaf("wte/embedding", "V C", "V C", ("transformer.wte.weight",)),
@@ -46,7 +46,7 @@ GPT2 = (
     Leaf("ln_f/bias", "C", "C", ("transformer.ln_f.bias",)),
     Leaf("lm_head/kernel", "C V", "V C", ("lm_head.weight",)),
 )
-# nn.Linear keeps it as (out, in).
+# nn.Linear stores it as (out, in).
 _H = "model.layers.{}"
 _Q, _K, _V = (f"{_H}.self_attn.{letter}_proj.weight" for letter in "qkv")
 _GATE, _UP = f"{_H}.mlp.gate_proj.weight", f"{_H}.mlp.up_proj.weight"
@@ -67,22 +67,29 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constan
 
 
 class Source(NamedTuple):
-    """A model in the form of transformers, wherever it lies: checked and read by `to_params`."""
+    """A model in transformers' names and layout, still unread; see `to_params`.
 
-    config: ModelConfig  # with its vocab_size
-    shapes: Mapping[str, tuple[int, ...]]  # of its tensors, by their names in the tables
-    read: Callable[[str], np.ndarray]  # one of them, of any float dtype
-    tokenizer: Tokenizer | None  # None: it comes without one
+    Attributes:
+        config: our config, with vocab_size.
+        shapes: shape of each tensor, by its name in the tables.
+        read: reads one tensor, in any float dtype.
+        tokenizer: None: the format has none.
+    """
+
+    config: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    tokenizer: Tokenizer | None
 
 
 def to_params(source: Source) -> dict[str, Any]:
-    """Our parameters; each tensor is read once.
+    """Convert to our parameters, reading each tensor once.
 
     Returns:
-        The tree of `model.py`, float32.
+        The parameter tree of `model.py`, float32.
 
     Raises:
-        UserError: naming the first tensor that is missing, unknown, of another shape or not finite.
+        UserError: names the first tensor that is missing, unexpected, misshapen or not finite.
     """
     config, params = source.config, {}
     _check(source.shapes, shapes(config))
@@ -93,7 +100,7 @@ def to_params(source: Source) -> dict[str, Any]:
             flat = [size for group in axes for size in group]
             x = np.asarray(source.read(name), np.float32)
             if not np.isfinite(x).all():
-                raise UserError(f"the tensor {name} has values that are not finite")
+                raise UserError(f"the tensor {name} has non-finite values")
             return x.reshape(flat).transpose(order)
 
         layers = []
@@ -109,14 +116,14 @@ def to_params(source: Source) -> dict[str, Any]:
 
 
 def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Their tensors, by name: the inverse of `to_params`.
+    """Convert our parameters to transformers' tensors, by name: the inverse of `to_params`.
 
     Args:
-        params: the tree of `model.py`; biases that GPT-2 has and it lacks become 0.
-        config: the model's, with its vocab_size.
+        params: the parameter tree of `model.py`; missing biases are exported to GPT-2 as zeros.
+        config: the model's, with vocab_size.
 
     Returns:
-        float32 arrays, each of its own memory.
+        float32 arrays that share no memory.
     """
     wanted, tensors = shapes(config, whole=True), {}
     for leaf in _table(config, whole=True):
@@ -137,11 +144,11 @@ def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.n
 
 
 def shapes(config: ModelConfig, whole: bool = False) -> dict[str, tuple[int, ...]]:
-    """The shape of each of their tensors, by its name.
+    """Shape of each tensor of transformers, by name.
 
     Args:
-        config: the model's, with its vocab_size.
-        whole: with the biases that GPT-2 has even if the model lacks them.
+        config: the model's, with vocab_size.
+        whole: include GPT-2's biases even if the model has none.
     """
     found = {}
     for leaf in _table(config, whole):
@@ -151,8 +158,10 @@ def shapes(config: ModelConfig, whole: bool = False) -> dict[str, tuple[int, ...
 
 
 def full_name(name: str, tied: bool) -> str | None:
-    """The name in the table of a tensor in a file: GPT-2's own leave out `transformer.`; None for
-    what is no weight of its own: constants, and the head of a model that ties it."""
+    """Map a tensor's name in a file to the tables' (the original GPT-2 files omit `transformer.`).
+
+    None for tensors that are not weights: constant buffers, and a tied output head.
+    """
     if name.endswith(BUFFERS) or (tied and name == "lm_head.weight"):
         return None
     bare = name.split(".")[0] in ("wte", "wpe", "h", "ln_f")
@@ -164,13 +173,13 @@ def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int,
         if name not in found:
             raise UserError(f"the tensor {name} is missing")
         if name not in wanted:
-            raise UserError(f"the tensor {name} is no part of the model that its config describes")
+            raise UserError(f"unexpected tensor {name}: the model described by its config has none")
         if found[name] != wanted[name]:
-            raise UserError(f"the tensor {name} is {found[name]}, expected {wanted[name]}")
+            raise UserError(f"the tensor {name} has shape {found[name]}, expected {wanted[name]}")
 
 
 def _table(config: ModelConfig, whole: bool = False) -> list[Leaf]:
-    """The rows of a model's family that it has; or GPT-2's with all of its biases."""
+    """The rows of its family's table that a model has; `whole`: with all of GPT-2's biases."""
     rows = LLAMA if family(config) == "llama" else GPT2
     absent = {"c_q", "c_kv"} if kv_heads(config) == config.n_head else {"c_attn"}
     if config.tie_head:
@@ -181,7 +190,7 @@ def _table(config: ModelConfig, whole: bool = False) -> list[Leaf]:
 
 
 def _axes(leaf: Leaf, config: ModelConfig) -> tuple[list[list[int]], list[int]]:
-    """Of each axis of the tensor, the sizes of ours in it; and the order that makes them ours."""
+    """Our axis sizes within each axis of the tensor, and the permutation to our axis order."""
     c = config
     assert c.vocab_size is not None
     sizes = {"V": c.vocab_size, "P": c.block_size, "C": c.n_embd, "F": c.n_inner or 4 * c.n_embd}
@@ -193,7 +202,7 @@ def _axes(leaf: Leaf, config: ModelConfig) -> tuple[list[list[int]], list[int]]:
 
 
 def _names(leaf: Leaf, config: ModelConfig) -> list[list[str]]:
-    """The leaf's tensors in each layer, or once for all."""
+    """The names of a leaf's tensors, per layer if it has a layer axis."""
     layers = range(config.n_layer if _stacked(leaf) else 1)
     return [[name.format(layer) for name in leaf.names] for layer in layers]
 

@@ -1,7 +1,7 @@
-"""`config.json` of Hugging Face's transformers to our config, and back.
+"""Convert transformers' `config.json` to our config, and back.
 
-GPT2LMHeadModel   learned positions, layer norm: the classic model
-LlamaForCausalLM  rotary positions, RMS norm, SwiGLU, grouped queries
+GPT2LMHeadModel   learned positions, LayerNorm
+LlamaForCausalLM  rotary positions, RMSNorm, SwiGLU, grouped-query attention
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,14 @@ from gptjax.errors import UserError
 
 Family = Literal["gpt2", "llama"]
 
-ACTIVATIONS = {  # theirs to ours
+ACTIVATIONS = {  # transformers' names to ours
     "gelu_pytorch_tanh": "gelu",
     "gelu_new": "gelu",
     "gelu": "gelu_erf",
     "relu": "relu",
     "relu2": "relu2",
 }
-# What a config of theirs has to say where ours has no option for anything else, as it does if it
-# says nothing.
+# Settings that we have no option for: the only supported values, which are also the defaults.
 GPT2_ONLY = {
     "add_cross_attention": False,
     "scale_attn_weights": True,
@@ -38,10 +37,10 @@ LLAMA_ONLY = {
 
 
 def family(config: ModelConfig) -> Family:
-    """Which of their classes our model is.
+    """The model family that can represent our model.
 
     Raises:
-        UserError: neither; names the option that has no place there.
+        UserError: neither can; names the option that is in the way.
     """
     c = config
     wanted: dict[str, Any] = {
@@ -57,58 +56,58 @@ def family(config: ModelConfig) -> Family:
             wanted["n_kv_head"] = None
         if c.activation == "swiglu":
             wanted["activation"] = "gelu"
-        if c.bias and not c.tie_head:  # a head of its own would have a bias
+        if c.bias and not c.tie_head:  # an untied head would have a bias, which GPT-2's lacks
             wanted["tie_head"] = True
     for name, value in wanted.items():
         if getattr(c, name) != value:
             theirs = "LlamaForCausalLM" if c.position == "rotary" else "GPT2LMHeadModel"
             raise UserError(
-                f"model.{name}={getattr(c, name)} has no place in transformers' {theirs}, which "
-                f"is this model with model.{name}={value}"
+                f"model.{name}={getattr(c, name)} is not supported by transformers' {theirs}; it "
+                f"needs model.{name}={value}"
             )
     return "llama" if c.position == "rotary" else "gpt2"
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Our config for a `config.json` of theirs.
+    """Convert the values of a `config.json` to our config.
 
     Raises:
-        UserError: a model_type, a setting or a value that we have no option for.
+        UserError: a model_type, setting or value that is not supported.
     """
     kind = values.get("model_type")
     if kind not in ("gpt2", "llama"):
-        raise UserError(f"model_type={kind!r} is not supported; it can be 'gpt2' or 'llama'")
+        raise UserError(f"model_type={kind!r} is not supported; expected 'gpt2' or 'llama'")
     for key, value in (GPT2_ONLY if kind == "gpt2" else LLAMA_ONLY).items():
         if (found := values.get(key, value)) != value:
-            raise UserError(f"{key}={found!r} is not supported; it can be {value!r}")
+            raise UserError(f"{key}={found!r} is not supported; expected {value!r}")
     if kind == "gpt2":
         activation = values.get("activation_function", "gelu_new")
         if activation not in ACTIVATIONS:
             names = ", ".join(map(repr, ACTIVATIONS))
             raise UserError(
-                f"activation_function={activation!r} is not supported; it can be {names}"
+                f"activation_function={activation!r} is not supported; expected one of {names}"
             )
         return ModelConfig(
-            n_layer=_whole(values, "n_layer"),
-            n_head=_whole(values, "n_head"),
-            n_embd=_whole(values, "n_embd"),
-            n_inner=_whole(values, "n_inner", None),
-            block_size=_whole(values, "n_positions"),
-            vocab_size=_whole(values, "vocab_size"),
+            n_layer=_positive_int(values, "n_layer"),
+            n_head=_positive_int(values, "n_head"),
+            n_embd=_positive_int(values, "n_embd"),
+            n_inner=_positive_int(values, "n_inner", None),
+            block_size=_positive_int(values, "n_positions"),
+            vocab_size=_positive_int(values, "vocab_size"),
             norm_eps=_number(values, "layer_norm_epsilon", 1e-5),
             activation=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
         )
-    rope = values.get("rope_parameters") or {}  # since transformers 5; before, beside the others
-    if (turns := rope.get("rope_type", "default")) != "default":
-        raise UserError(f"rope_type={turns!r} is not supported; it can be 'default'")
+    rope = values.get("rope_parameters") or {}  # since transformers 5; at the top level before
+    if (rope_type := rope.get("rope_type", "default")) != "default":
+        raise UserError(f"rope_type={rope_type!r} is not supported; expected 'default'")
     config = ModelConfig(
-        n_layer=_whole(values, "num_hidden_layers"),
-        n_head=_whole(values, "num_attention_heads"),
-        n_kv_head=_whole(values, "num_key_value_heads", None),
-        n_embd=_whole(values, "hidden_size"),
-        n_inner=_whole(values, "intermediate_size"),
-        block_size=_whole(values, "max_position_embeddings"),
-        vocab_size=_whole(values, "vocab_size"),
+        n_layer=_positive_int(values, "num_hidden_layers"),
+        n_head=_positive_int(values, "num_attention_heads"),
+        n_kv_head=_positive_int(values, "num_key_value_heads", None),
+        n_embd=_positive_int(values, "hidden_size"),
+        n_inner=_positive_int(values, "intermediate_size"),
+        block_size=_positive_int(values, "max_position_embeddings"),
+        vocab_size=_positive_int(values, "vocab_size"),
         bias=False,
         norm="rms",
         norm_eps=_number(values, "rms_norm_eps", 1e-6),
@@ -119,21 +118,21 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     )
     if (size := values.get("head_dim")) not in (None, config.head_size):
         raise UserError(
-            f"head_dim={size} is not supported; it can be hidden_size / num_attention_heads = "
+            f"head_dim={size} is not supported; expected hidden_size / num_attention_heads = "
             f"{config.head_size}"
         )
     return config
 
 
 def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
-    """Their `config.json` for our model.
+    """Convert our config to the values of a `config.json`.
 
     Args:
-        config: the model's, with its vocab_size.
+        config: the model's, with vocab_size.
         end_of_text: the tokenizer's id of it; None: it has none.
 
     Raises:
-        UserError: the model is of neither family.
+        UserError: neither family can represent the model.
     """
     c = config
     shared = {
@@ -177,16 +176,16 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
 
 
 def kv_heads(config: ModelConfig) -> int:
-    """Heads of keys and values."""
+    """Number of key/value heads."""
     return config.n_kv_head or config.n_head
 
 
-def _whole(values: Mapping[str, Any], key: str, *default: None) -> Any:
+def _positive_int(values: Mapping[str, Any], key: str, *default: None) -> Any:
     value = values.get(key)
     if value is None and default:
         return None
     if type(value) is not int or not 0 < value < 2**31:
-        raise UserError(f"{key}={value!r} is not a whole number above 0")
+        raise UserError(f"{key}={value!r} is not a positive integer")
     return value
 
 

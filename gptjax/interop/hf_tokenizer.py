@@ -1,4 +1,4 @@
-"""Tokenizers as the files that transformers keeps beside a model, read and written."""
+"""Read and write tokenizers in transformers' file formats."""
 
 import json
 from pathlib import Path
@@ -19,10 +19,10 @@ BYTES = {
 
 
 def read(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a folder; None: there is none.
+    """Read the tokenizer in a model folder; None if there is none.
 
     Raises:
-        UserError: it cannot be read, or not used.
+        UserError: it cannot be read, or is not supported.
     """
     if (path := folder / "tokenizer.json").exists():
         return read_file(path, _from_text)
@@ -37,7 +37,7 @@ def read(folder: Path) -> Tokenizer | None:
 
 
 def _from_text(text: str) -> Tokenizer:
-    """Of a `tokenizer.json`; one that `write` made of characters is of characters again."""
+    """Parse a `tokenizer.json`; one that `write` made from a CharTokenizer gives it back."""
     values = json.loads(text)
     try:
         letters, ends = list(values["model"]["vocab"]), values["added_tokens"]
@@ -45,15 +45,15 @@ def _from_text(text: str) -> Tokenizer:
         if letters == sorted(ours.vocabulary) and values == _of_characters(ours):
             return ours
     except (KeyError, TypeError, IndexError):
-        pass  # somebody else's
+        pass  # not one of ours
     return HFTokenizer(text)
 
 
 def write(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
-    """The files of a tokenizer, for transformers: the same ids for any text that ours takes.
+    """The tokenizer's files for transformers, which give the same ids for any text ours encodes.
 
     Raises:
-        UserError: it has characters that are half of a surrogate pair.
+        UserError: its vocabulary has a lone surrogate.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
         return {"tokenizer.model": tokenizer.model}
@@ -78,8 +78,8 @@ def write(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
         }
     except UnicodeEncodeError:
         raise UserError(
-            "the tokenizer has half of a surrogate pair among its characters, which transformers "
-            "cannot hold"
+            "the tokenizer's vocabulary has a lone surrogate, which transformers cannot represent; "
+            "train on a text without it"
         ) from None
 
 
@@ -88,7 +88,7 @@ def _of_characters(tokenizer: CharTokenizer) -> dict[str, Any]:
 
 
 def _single(tokenizer: Tokenizer, letters: list[str], cutter: Any, decoder: Any) -> dict[str, Any]:
-    """A `tokenizer.json` of single letters: byte pair encoding without a pair."""
+    """A `tokenizer.json` for single characters: BPE without merges."""
     end = tokenizer.end_of_text
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     ends = [] if end is None else [{"id": end, "content": END_OF_TEXT, "special": True, **flags}]

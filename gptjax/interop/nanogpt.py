@@ -1,4 +1,4 @@
-"""nanoGPT's `ckpt.pt`, read by torch's weights-only loader: nothing in it is run."""
+"""Read nanoGPT's `ckpt.pt` with torch's weights-only loader, which executes nothing in it."""
 
 from pathlib import Path
 from typing import Any
@@ -9,42 +9,43 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.interop.hf import Source, full_name
 
-TURNED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # nn.Linear there, Conv1D in GPT-2's
+TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # nn.Linear, not GPT-2's Conv1D
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 def read(path: Path) -> Source:
-    """The model of a checkpoint, without a tokenizer: nanoGPT keeps that elsewhere.
+    """Open a checkpoint; it contains no tokenizer.
 
     Raises:
-        UserError: no torch, no such file, not such a checkpoint, or one that is no plain data.
+        UserError: no torch, no such file, not a nanoGPT checkpoint, or one with pickled objects.
 
-    Source: github.com/karpathy/nanoGPT, model.py; its GELU is the exact one since May 2023.
+    Source: github.com/karpathy/nanoGPT, model.py; its GELU is the exact one (erf) since May 2023.
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
-            f"reading {path} needs torch, for its weights-only loader; install torch, or give the "
-            f"model as safetensors"
+            f"reading {path} needs torch, for its weights-only loader; install torch, or convert "
+            f"the model to safetensors"
         ) from None
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception as error:  # torch has no kind of its own for what it refuses
+    except Exception as error:  # torch raises no specific type for what it refuses
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{path} is not a checkpoint of plain data, and no other is read: {reason}"
+            f"{path} is not a checkpoint of plain tensors, and pickled objects are never loaded: "
+            f"{reason}"
         ) from None
     args, state = (
         values.get(k) if isinstance(values, dict) else None for k in ("model_args", "model")
     )
     if not isinstance(args, dict) or not isinstance(state, dict):
-        raise UserError(f"{path} is not nanoGPT's: it has no model_args and model")
+        raise UserError(f"{path} is not a nanoGPT checkpoint: it lacks model_args or model")
     for name in SIZES:
         if type(args.get(name)) is not int:
-            raise UserError(f"{path}: model_args {name}={args.get(name)!r} is not a whole number")
+            raise UserError(f"{path}: model_args {name}={args.get(name)!r} is not an integer")
     bias = args.get("bias", True)
     if type(bias) is not bool:
         raise UserError(f"{path}: model_args bias={bias!r} is not true or false")
@@ -52,9 +53,9 @@ def read(path: Path) -> Source:
     tensors: dict[str, Any] = {}
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{path}: {name} is no tensor")
+            raise UserError(f"{path}: {name} is not a tensor")
         if ours := full_name(str(name).removeprefix("_orig_mod."), tied=True):
-            tensors[ours] = tensor.T if ours.endswith(TURNED) and tensor.ndim == 2 else tensor
+            tensors[ours] = tensor.T if ours.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
 
     def read_one(name: str) -> np.ndarray:
         return tensors[name].float().numpy()

@@ -1,6 +1,6 @@
-"""Weights to start from, wherever they lie: on the hub, in a folder, a file, a run of ours.
+"""Load pretrained weights: from the Hugging Face hub, a folder, a file, or a gptjax run.
 
-Numbers are read and nothing is executed: no pickle, no code of a model.
+Only tensors and JSON are read, never pickles or model code.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes  # noqa: F401  with it numpy knows bfloat16, by the name that safetensors uses
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, for safetensors
 import numpy as np
 import safetensors
 
@@ -28,21 +28,21 @@ from gptjax.text import choose
 from gptjax.text.tokenizers import Tokenizer
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-GPT2_ROWS = (50257, 50304)  # of GPT-2's table; nanoGPT fills it up to a multiple of 64
-HUB = "hf:"  # before OWNER/NAME
-WANTED = ("config.json", "model*.safetensors*", "tokenizer.json", "tokenizer.model")
-DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors, as safetensors calls them
+GPT2_VOCAB = (50257, 50304)  # GPT-2's vocabulary size; nanoGPT pads it to a multiple of 64
+HUB = "hf:"  # prefix of OWNER/NAME
+FILES = ("config.json", "model*.safetensors*", "tokenizer.json", "tokenizer.model")
+DTYPES = ("F64", "F32", "F16", "BF16")  # supported dtypes, in safetensors' spelling
 PICKLES = (".bin", ".pkl", ".pickle", ".pth", ".ckpt")
 
 
 class Pretrained(NamedTuple):
-    """A model that was trained before.
+    """A pretrained model.
 
     Attributes:
-        name: what `load` was given.
-        config: of the model, with its vocab_size.
-        params: the tree of `model.py`, numpy, float32.
-        tokenizer: None: it comes without one (nanoGPT's).
+        name: the argument of `load`.
+        config: the model's config, with vocab_size.
+        params: the parameter tree of `model.py`, numpy float32.
+        tokenizer: None: it has none (nanoGPT).
     """
 
     name: str
@@ -52,14 +52,14 @@ class Pretrained(NamedTuple):
 
 
 def load(name: str) -> Pretrained:
-    """The model that `--init` names.
+    """Load the model that `--init` names.
 
     Args:
-        name: see `Config.init`; GPT-2's names mean the hub, whatever runs there are.
+        name: see `Config.init`; GPT-2's names refer to the hub even if a run has the same name.
 
     Raises:
-        UserError: nothing is there, no connection, a pickle, damage, a model that is no GPT-2 or
-            Llama, or one with a setting that is not supported.
+        UserError: no such model, no connection, a pickle, a corrupt file, an architecture other
+            than GPT-2 and Llama, or an unsupported setting.
     """
     path = Path(name)
     if name in GPT2 or name.startswith(HUB):
@@ -76,23 +76,27 @@ def load(name: str) -> Pretrained:
     else:
         return _load_run(name)
     tokenizer = source.tokenizer
-    if tokenizer is None and source.config.vocab_size in GPT2_ROWS:
+    if tokenizer is None and source.config.vocab_size in GPT2_VOCAB:
         tokenizer = choose.gpt2()
-    rows = source.config.vocab_size or 0
+    vocab_size = source.config.vocab_size or 0
     with _naming(name):
-        if tokenizer is not None and tokenizer.vocab_size > rows:
+        if tokenizer is not None and tokenizer.vocab_size > vocab_size:
             raise UserError(
-                f"its tokenizer has {tokenizer.vocab_size} tokens, more than the {rows} of the "
-                f"model"
+                f"its tokenizer has {tokenizer.vocab_size} tokens, more than the model's "
+                f"vocabulary size {vocab_size}"
             )
         return Pretrained(name, source.config, to_params(source), tokenizer)
 
 
 def fit(config: Config, pretrained: Pretrained) -> tuple[Config, Any]:
-    """The config of a run that starts from a model, and the parameters it starts with.
+    """Combine a run's config with a pretrained model.
 
-    Of the config's model, block_size (at most the model's own), dropouts, dtype and remat are
-    kept. Learned positions are cropped to block_size.
+    The model section becomes the pretrained one, except for `OF_A_LOADED_MODEL` (dropout, dtype,
+    remat, ...) and block_size, which is at most the pretrained one; learned positions are cropped
+    to it.
+
+    Returns:
+        The run's config and its initial parameters.
     """
     asked, own = config.model, pretrained.config
     block = min(asked.block_size, own.block_size)
@@ -105,39 +109,39 @@ def fit(config: Config, pretrained: Pretrained) -> tuple[Config, Any]:
 
 
 def origin(config: Config, pretrained: Pretrained) -> str:
-    """Where the weights of a run come from, and what becomes of their context."""
+    """One line for the console: the source of the weights, and the context length if it changes."""
     asked, own = config.model.block_size, pretrained.config.block_size
     if asked < own:
-        return f"starting from {config.init}; of its context of {own} tokens, {asked} are used"
-    more = f"; its context is {own} tokens, not {asked}" if asked > own else ""
-    return f"starting from {config.init}{more}"
+        return f"starting from {config.init}, context cropped from {own} to {asked} tokens"
+    limit = f", whose context is {own} tokens, not {asked}" if asked > own else ""
+    return f"starting from {config.init}{limit}"
 
 
 def initial(config: Config) -> Any:
-    """The parameters that a run started with, read again; None: they were drawn from the seed."""
+    """Load a run's initial parameters again; None: they were initialised from the seed."""
     return None if config.init is None else fit(config, load(config.init))[1]
 
 
 def check_tokenizer(pretrained: Pretrained, tokenizer: Tokenizer) -> None:
-    """See that the tokenizer for a model that came without one can be its own.
+    """Check that a tokenizer made for a model without one has the model's vocabulary size.
 
     Raises:
-        UserError: it has another number of tokens.
+        UserError: it has not.
     """
-    rows = pretrained.config.vocab_size
-    if pretrained.tokenizer is None and tokenizer.vocab_size != rows:
+    expected = pretrained.config.vocab_size
+    if pretrained.tokenizer is None and tokenizer.vocab_size != expected:
         raise UserError(
-            f"{pretrained.name} comes without a tokenizer and knows {rows} tokens, and those of "
-            f"this text are {tokenizer.vocab_size}; give the text that it was trained on"
+            f"{pretrained.name} has no tokenizer and a vocabulary of {expected}, but this text's "
+            f"tokenizer has {tokenizer.vocab_size} tokens; give the text that it was trained on"
         )
 
 
 def read_folder(folder: Path) -> Source:
-    """A model that transformers has saved: config.json, model.safetensors (or its parts and their
-    index) and, if it is there, tokenizer.json or tokenizer.model.
+    """Open a folder written by transformers: config.json, model.safetensors (or its shards and
+    index), and optionally tokenizer.json or tokenizer.model.
 
     Raises:
-        UserError: a file is missing or damaged, a pickle, or a model that is not supported.
+        UserError: a missing or corrupt file, a pickle, or an unsupported model.
     """
     values = _json(folder / "config.json")
     with _naming(folder / "config.json"):
@@ -148,10 +152,10 @@ def read_folder(folder: Path) -> Source:
     elif index.exists():
         parts = _json(index).get("weight_map")
         if not isinstance(parts, dict) or not all(isinstance(x, str) for x in parts.values()):
-            raise UserError(f"{index} has no weight_map of names")
+            raise UserError(f"{index} has no weight_map of file names")
         names = sorted(set(parts.values()))
         if any(Path(name).name != name for name in names):
-            raise UserError(f"{index} names files outside of its folder")
+            raise UserError(f"{index} refers to files outside its folder")
     elif pickles := sorted(folder.glob("pytorch_model*.bin")):
         raise _pickle(pickles[0])
     else:
@@ -167,12 +171,12 @@ def read_folder(folder: Path) -> Source:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error}") from None
         except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is not a sound safetensors file: {error}") from None
+            raise UserError(f"{path} is not a valid safetensors file: {error}") from None
         for theirs in file.keys():
             about = file.get_slice(theirs)
             if about.get_dtype() not in DTYPES:
                 raise UserError(
-                    f"{path}: the tensor {theirs} is {about.get_dtype()}, expected one of "
+                    f"{path}: the tensor {theirs} has dtype {about.get_dtype()}, expected one of "
                     f"{', '.join(DTYPES)}"
                 )
             if full := full_name(theirs, config.tie_head):
@@ -183,36 +187,36 @@ def read_folder(folder: Path) -> Source:
 
 
 def download(repository: str) -> Path:
-    """The folder where Hugging Face's library keeps a model of the hub.
+    """Download a model from the hub, unless it is cached; returns its folder.
 
     Raises:
-        UserError: no library, no connection, or no such model.
+        UserError: no huggingface_hub, no connection, or no such model.
     """
     hub = optional_import("huggingface_hub", "hf")
     try:
-        return Path(hub.snapshot_download(repository, allow_patterns=list(WANTED)))
-    except Exception as error:  # of the library, of its HTTP client, of the system
+        return Path(hub.snapshot_download(repository, allow_patterns=list(FILES)))
+    except Exception as error:  # from the library, its HTTP client, or the system
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{repository} cannot be had from the Hugging Face hub ({reason}); where there is no "
-            f"network, give the folder of a copy"
+            f"{repository} could not be downloaded from the Hugging Face hub ({reason}); without "
+            f"a network, give the folder of a copy"
         ) from None
 
 
 def _load_run(name: str) -> Pretrained:
-    """The best checkpoint of a run of ours."""
+    """Load the best checkpoint of a gptjax run."""
     try:
         run = Run(folders.find(name))
     except UserError as error:
         raise UserError(
-            f"{name} is no model to start from: {error}; others are {', '.join(GPT2)}, "
-            f"hf:OWNER/NAME, a folder with model.safetensors, a .gguf file, nanoGPT's ckpt.pt"
+            f"no model {name}: {error}; or give {', '.join(GPT2)}, hf:OWNER/NAME, a folder with "
+            f"model.safetensors, a .gguf file, or nanoGPT's ckpt.pt"
         ) from None
     checkpoints = Checkpoints(run.checkpoints_path)
     params = checkpoints.load_params(run.choose("best", checkpoints.steps()), parts.run_model(run))
     params = jax.tree.map(np.asarray, params)
-    rows = run.config.model.vocab_size or run.tokenizer.vocab_size
-    return Pretrained(name, replace(run.config.model, vocab_size=rows), params, run.tokenizer)
+    vocab_size = run.config.model.vocab_size or run.tokenizer.vocab_size
+    return Pretrained(name, replace(run.config.model, vocab_size=vocab_size), params, run.tokenizer)
 
 
 def _is_run(folder: Path) -> bool:
@@ -220,7 +224,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """An object in a small file."""
+    """Read a JSON object."""
     values = read_file(path, json.loads)
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: expected a JSON object")
@@ -229,7 +233,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _naming(where: Any) -> Iterator[None]:
-    """Say where it was."""
+    """Prefix the message of a `UserError` with `where`."""
     try:
         yield
     except UserError as error:
@@ -238,6 +242,6 @@ def _naming(where: Any) -> Iterator[None]:
 
 def _pickle(path: Path) -> UserError:
     return UserError(
-        f"{path} is a pickle, which can run any code when it is read, and is not; save the model "
-        f"as safetensors (save_pretrained of transformers does)"
+        f"{path} is a pickle, which can execute code when loaded, so it is not read; save the "
+        f"model as safetensors (transformers' save_pretrained does)"
     )

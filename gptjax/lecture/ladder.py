@@ -1,15 +1,14 @@
-"""The lecture's stages, all trained and measured alike: `python -m gptjax.lecture.ladder [--docs]`.
+"""Train and compare all stages of the lecture: `gptjax ladder [--docs]`.
 
-Each stage is a preset; each of its runs is a run like any other, in runs/ladder/. What is finished
-there is not made again, so the command may be stopped and given anew. The losses of the table are
-means over the whole validation split, those of the curves over random windows.
+Each stage is a preset, and its runs are ordinary runs in runs/ladder/. Finished runs are kept, so
+the command can be interrupted and repeated. Losses in the table are means over the whole validation
+split, those of the curves over random windows.
 """
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gptjax import cli
 from gptjax.config import Config, differences
 from gptjax.console import Report
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import UserError, optional_import
 from gptjax.lecture.models import STAGES, CountedBigram, counted_bigram
 from gptjax.parallel.flops import count_params, processor
 from gptjax.presets import LECTURE_MODELS, PRESETS
@@ -33,8 +31,8 @@ from gptjax.runs.run import Run, read_config
 from gptjax.text.dataset import Dataset, open_dataset
 from gptjax.training import train
 
-# The lecture's validation losses, over 200 random batches: read off its run (bigram, at step
-# 2,700), commonly reported (3 to 7), and its last word (8). It trains no model that averages.
+# The lecture's validation losses, over 200 random batches: from its own run (bigram, at step
+# 2,700), as commonly reported (3 to 7), and its final figure (8). It trains no averaging model.
 FIGURES = {
     "1-bigram": "2.4911",
     "2-averaging": "-",
@@ -45,97 +43,91 @@ FIGURES = {
     "7-layernorm": "2.06",
     "8-scale": "1.4873",
 }
-SCALE = "8-scale"  # hours without an accelerator, so it takes a word more to run it
+SCALE = "8-scale"  # takes hours without an accelerator, so it runs only with --scale
 PAGE = Path("docs") / "lecture.md"
-MARKERS = "<!-- made by python -m gptjax.lecture.ladder --docs -->", "<!-- end -->"
+MARKERS = "<!-- made by gptjax ladder --docs -->", "<!-- end -->"
 NOT_RUN = "not run here"
 
 
-@dataclass(frozen=True)
-class LadderCommand:
-    """Train the lecture's stages, and compare what they reach with its figures."""
-
-    seeds: int = 3
-    """Runs of each stage, with seeds 1337, 1338, ..."""
-    stages: tuple[str, ...] = ()
-    """Some of 1-bigram .. 8-scale (default: all of them up to 7-layernorm)."""
-    scale: bool = False
-    """8-scale too: minutes on an accelerator, half a day on a few cores."""
-    docs: bool = False
-    """Write the table into docs/lecture.md and the curves into docs/lecture.png."""
-    folder: str = "ladder"
-    """Where in runs/ the runs are kept."""
-    steps: int | None = None
-    """Updates of each run (default: the preset's), for a first look."""
-    text: str = "tiny_shakespeare"
-    """Another text to climb on; the lecture's figures are of this one."""
-
-
 class Stage(NamedTuple):
-    """One row of the table; a stage that was not run has no results."""
+    """One row of the table; a stage that was not run has empty lists."""
 
     name: str
     params: int
     losses: list[float]
-    """Over the whole validation split, one for each seed."""
+    """Validation loss over the whole split, for each seed."""
     seconds: list[float]
-    """Of training, one for each seed."""
+    """Training time, for each seed."""
     histories: list[list[Record]]
-    """The records with an evaluation, for each seed."""
+    """Records of the evaluations, for each seed."""
 
 
-def climb(command: LadderCommand, console: Console) -> tuple[list[Stage], CountedBigram]:
-    """Train what is not yet trained.
+def climb(
+    console: Console,
+    *,
+    stages: Sequence[str] = (),
+    scale: bool = False,
+    seeds: int = 3,
+    steps: int | None = None,
+    text: str = "tiny_shakespeare",
+    folder: Path = folders.RUNS / "ladder",
+) -> tuple[list[Stage], CountedBigram]:
+    """Train the stages that are not trained yet.
 
     Args:
-        command: which stages, how often, where.
-        console: where to tell how far it is.
+        console: output for progress.
+        stages: names from `FIGURES`; empty: all except 8-scale.
+        scale: include 8-scale.
+        seeds: number of runs per stage.
+        steps: updates per run; None: the preset's.
+        text: text to train on.
+        folder: folder of the runs.
 
     Returns:
-        All stages in order, and the best bigram table of the text.
+        All stages in order, and the best possible bigram table of the text.
 
     Raises:
         UserError: an unknown stage, or a folder with runs of other settings.
     """
-    for flag, value in (("seeds", command.seeds), ("steps", command.steps)):
+    for flag, value in (("seeds", seeds), ("steps", steps)):
         if value is not None and value < 1:
             raise UserError(f"--{flag} {value} is too small; give 1 or more")
-    wanted = _wanted(command)
-    config = _config("1-bigram", 0, command)
+    wanted = _wanted(stages, scale)
+    config = _config("1-bigram", 0, steps, text)
     dataset = open_dataset(config.data, config.model.block_size)
     counted = counted_bigram(dataset.train, dataset.val, dataset.tokenizer.vocab_size)
-    stages = []
+    found = []
     for name in FIGURES:
-        stage = Stage(name, _count_params(name, _config(name, 0, command), dataset), [], [], [])
-        stages.append(stage)
-        for i in range(command.seeds if name in wanted else 0):
-            config, start = _config(name, i, command), time.perf_counter()
-            directory = folders.RUNS / command.folder / f"{name}-{config.seed}"
+        params = _count_params(name, _config(name, 0, steps, text), dataset)
+        found.append(stage := Stage(name, params, [], [], []))
+        for i in range(seeds if name in wanted else 0):
+            config, start = _config(name, i, steps, text), time.perf_counter()
+            directory = folder / f"{name}-{config.seed}"
             history, before = _finished(name, config, directory)
             stage.histories.append(history)
             stage.losses.append(history[-1]["val_loss"])
             stage.seconds.append(history[-1]["seconds"])
             took = "" if before else f", {time.perf_counter() - start:.0f} s with evaluations"
             console.print(f"{directory}: {stage.losses[-1]:.4f}{took}")
-    return stages, counted
+    return found, counted
 
 
-def _wanted(command: LadderCommand) -> set[str]:
-    if unknown := [name for name in command.stages if name not in FIGURES]:
+def _wanted(stages: Sequence[str], scale: bool) -> set[str]:
+    if unknown := [name for name in stages if name not in FIGURES]:
         raise UserError(f"unknown stage {unknown[0]!r}; stages: {', '.join(FIGURES)}")
-    return set(command.stages or FIGURES.keys() - {SCALE}) | ({SCALE} if command.scale else set())
+    return set(stages or FIGURES.keys() - {SCALE}) | ({SCALE} if scale else set())
 
 
-def _config(name: str, i: int, command: LadderCommand) -> Config:
-    """The stage's preset, with the command's text and steps, and seed number i."""
+def _config(name: str, i: int, steps: int | None, text: str) -> Config:
+    """The stage's preset with these steps and this text, and the i-th seed."""
     preset = PRESETS[f"lecture/{name}"]
-    steps = command.steps or preset.steps
+    steps = steps or preset.steps
     return replace(
         preset,
         seed=preset.seed + i,
         steps=steps,
         eval_every=max(1, preset.eval_every * steps // preset.steps),
-        data=replace(preset.data, text=command.text),
+        data=replace(preset.data, text=text),
     )
 
 
@@ -150,13 +142,13 @@ def _model(name: str) -> type[nn.Module]:
 
 
 def _finished(name: str, config: Config, directory: Path) -> tuple[list[Record], bool]:
-    """The evaluations of a run, made or completed if need be; and whether it was there before."""
+    """The evaluations of a run, trained or resumed if necessary; and whether it was complete."""
     resume = (directory / "config.json").exists()
     if resume:
         changed = differences(read_config(directory), config)
         for field, (old, new) in changed.items():
             raise UserError(
-                f"{directory} holds a run with {field}={old}, not {new}; remove it, or climb in "
+                f"{directory} holds a run with {field}={old}, not {new}; remove it, or give "
                 f"another --folder"
             )
     done = resume and _is_done(Run(directory).metrics(), config)
@@ -164,7 +156,7 @@ def _finished(name: str, config: Config, directory: Path) -> tuple[list[Record],
         train(config, directory, resume=resume, model=_model(name), report=Report(quiet=True))
     records = Run(directory).metrics()
     if not _is_done(records, config):
-        raise UserError(f"{directory} was stopped; give the command anew to go on")
+        raise UserError(f"{directory} was stopped; repeat the command to continue")
     return [record for record in records if "val_sampled_loss" in record], done
 
 
@@ -173,11 +165,11 @@ def _is_done(records: list[Record], config: Config) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# Telling
+# Output
 
 
 def rows(stages: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table, as text."""
+    """Header and rows of the table, as text."""
     head = ["stage", "parameters", "lecture", "ours", "spread", "seconds"]
     body = []
     for stage in stages:
@@ -192,22 +184,22 @@ def rows(stages: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def footnotes(command: LadderCommand, counted: CountedBigram) -> list[str]:
-    """What the table must not be read without."""
-    seeds = "one seed" if command.seeds == 1 else f"{command.seeds} seeds"
+def footnotes(seeds: int, counted: CountedBigram) -> list[str]:
+    """Footnotes of the table."""
+    how_many = "one seed" if seeds == 1 else f"{seeds} seeds"
     return [
-        f"ours: validation loss over the whole split, mean of {seeds}; spread: largest minus "
-        f"smallest; seconds: of training one, compilation included; {machine()}.",
+        f"ours: validation loss over the whole split, mean of {how_many}; spread: largest minus "
+        f"smallest; seconds: training time of one run, including compilation; {machine()}.",
         "lecture: over 200 random batches; 3 to 7 as commonly reported.",
-        f"The best bigram table, counted: {counted.train:.4f} on the training split, "
-        f"{counted.val:.4f} on the validation split (counts plus one, for {counted.unseen:,} of "
-        f"its pairs never occur in training); the validation split's own best table: "
+        f"Optimal bigram table, from counts: {counted.train:.4f} on the training split, "
+        f"{counted.val:.4f} on the validation split (add-one smoothing, because {counted.unseen:,} "
+        f"of its pairs never occur in training); table fitted to the validation split itself: "
         f"{counted.floor:.4f}.",
     ]
 
 
 def bigram_rows(stages: Sequence[Stage]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the bigram's evaluations, as the lecture prints them; the first seed's."""
+    """Header and rows of the bigram's evaluations with the first seed, beside the lecture's."""
     head = ["step", "train, lecture", "train, ours", "val, lecture", "val, ours"]
     body = []
     for record in itertools.chain.from_iterable(stages[0].histories[:1]):
@@ -233,7 +225,7 @@ BIGRAM_RUN = {
 
 
 def machine() -> str:
-    """The processor, or the accelerator, and how many."""
+    """Name and number of the devices."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return f"{jax.device_count()} x {device.device_kind}"
@@ -241,7 +233,7 @@ def machine() -> str:
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:
-    """A table in Markdown, its first column to the left."""
+    """A Markdown table, its first column left-aligned."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -256,14 +248,15 @@ def _tell(console: Console, title: str, head: list[str], body: list[list[str]]) 
 
 
 def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
-    """Draw validation loss over steps: a line for each stage, shaded as far as its seeds differ.
+    """Plot validation loss over steps: a line for each stage, shaded over the range of its seeds.
 
     Raises:
-        UserError: a picture that cannot be written.
+        UserError: the plot cannot be written.
     """
-    from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures go on as they were
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    # Not pyplot, which would change the state of a notebook's own figures.
+    figure = optional_import("matplotlib.figure", "plot").Figure(
+        figsize=(8, 4.5), layout="constrained"
+    )
     axes = figure.subplots()
     ends = []
     for stage in filter(lambda stage: stage.histories, stages):
@@ -276,7 +269,7 @@ def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
         ends.append(losses[:, -1].mean())
     axes.axhline(counted.val, color="black", linestyle=":", label=f"counted, {counted.val:.3f}")
     axes.set(xlabel="step", ylabel="validation loss (nats per character)")
-    axes.set_ylim(min(ends) - 0.1, max(ends) + 0.6)  # the first steps would flatten the rest
+    axes.set_ylim(min(ends) - 0.1, max(ends) + 0.6)  # clips the first steps
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center")
     try:
@@ -286,23 +279,25 @@ def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
 
 
 def write_page(text: str, page: Path = PAGE) -> None:
-    """Put the text between the page's markers.
+    """Replace the text between the page's markers.
 
     Raises:
-        UserError: no such page, or no markers in it.
+        UserError: the page or its markers are missing.
     """
     start, end = MARKERS
     try:
         before, found, rest = page.read_text(encoding="utf-8").partition(start)
     except OSError as error:
-        raise UserError(f"cannot read {page}: {error.strerror}; run it where it is") from None
+        raise UserError(
+            f"cannot read {page}: {error.strerror}; run this from the repository's root"
+        ) from None
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise UserError(f"{page} lacks the lines {start} and {end}, between which the table goes")
+        raise UserError(f"{page} lacks the lines {start} and {end}; add them around the table")
     files.write_atomically(page, f"{before}{start}\n{text}{end}{after}")
 
 
-def _page_text(stages: list[Stage], notes: list[str]) -> Iterator[str]:
+def _page_text(stages: Sequence[Stage], notes: list[str]) -> Iterator[str]:
     yield f"{markdown(*rows(stages))}\n"
     yield "".join(f"- {note}\n" for note in notes)
     yield f"\n![Validation loss of each stage over its steps]({PAGE.stem}.png)\n"
@@ -310,25 +305,23 @@ def _page_text(stages: list[Stage], notes: list[str]) -> Iterator[str]:
         yield f"\nThe bigram's evaluations, seed 1337:\n\n{markdown(*evaluations)}"
 
 
-def main(argv: list[str]) -> None:
-    """Climb, and tell."""
-    command = cli.parse(LadderCommand, LadderCommand(), argv, "gptjax.lecture.ladder", "")
-    console = Console(highlight=False, soft_wrap=True)
-    stages, counted = climb(command, console)
-    notes = footnotes(command, counted)
+def show(stages: Sequence[Stage], counted: CountedBigram, seeds: int, console: Console) -> None:
+    """Print the table, its footnotes, and the bigram's evaluations."""
     _tell(console, "The lecture's stages", *rows(stages))
-    for note in notes:
+    for note in footnotes(seeds, counted):
         console.print(note)
     if (evaluations := bigram_rows(stages))[1]:
         _tell(console, "The bigram's evaluations, first seed", *evaluations)
-    out = folders.RUNS / command.folder / "ladder.png"
-    if command.docs:
-        out = PAGE.with_suffix(".png")
-        write_page("".join(_page_text(stages, notes)))
-    draw(stages, counted, out)
-    console.print(f"{out}")
 
 
-if __name__ == "__main__":
-    with one_line_errors("gptjax.lecture.ladder"):
-        main(sys.argv[1:])
+def update_page(stages: Sequence[Stage], counted: CountedBigram, seeds: int) -> Path:
+    """Write the tables into `PAGE`.
+
+    Returns:
+        The path of the page's picture.
+
+    Raises:
+        UserError: see `write_page`.
+    """
+    write_page("".join(_page_text(stages, footnotes(seeds, counted))))
+    return PAGE.with_suffix(".png")

@@ -1,12 +1,10 @@
-"""The lecture's six notes on attention, each shown by numbers: `python -m gptjax.lecture.notes`.
+"""The lecture's six notes on attention, each demonstrated with numbers: `gptjax notes`.
 
-The functions return what they measure; the command prints it. What they run is the attention of
-`lecture/models.py`. Letters as there, and x is (B, T, C), drawn from a unit normal.
+The functions measure the attention of `lecture/models.py` and return numbers; the command prints
+them. Letters as there; x is (B, T, C), drawn from a unit normal.
 """
 
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import flax.linen as nn
@@ -15,32 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from gptjax import cli
 from gptjax.attention import attention, causal_mask
 from gptjax.config import ModelConfig
-from gptjax.errors import one_line_errors
 from gptjax.lecture.models import MultiHead
 
 SIZE = ModelConfig(n_head=4, n_embd=32, block_size=8)
 B, T, C = 2, SIZE.block_size, SIZE.n_embd
-HEAD_SIZE = 16  # of the lecture's notes on scale
+HEAD_SIZE = 16  # as in the lecture's note on scaling
 
 Numbers = Mapping[str, float | np.ndarray]
 
 
-@dataclass(frozen=True)
-class NotesCommand:
-    """Show the lecture's six notes on attention."""
-
-    seed: int = 1337
-    """Of the inputs and the weights."""
-
-
 def communication(seed: int = 1337) -> Numbers:
-    """Note 1. The weights of one head over 4 positions: rows take, columns give."""
+    """Note 1. Attention weights of one head over 4 positions: rows are queries, columns keys."""
     keys = jax.random.split(jax.random.key(seed))
     q, k = (jax.random.normal(key, (1, 4, 1, HEAD_SIZE)) for key in keys)
-    one_hot = jnp.eye(4)[None, :, None, :]  # as values, so that what comes out is the weights
+    one_hot = jnp.eye(4)[None, :, None, :]  # as values, so that the output is the weights
     weights = np.asarray(attention(q, k, one_hot, causal_mask(4, 4))[0, :, 0])
     return {
         "weights": weights,
@@ -99,7 +87,7 @@ def cross(seed: int = 1337) -> Numbers:
         ),
         "shape of the queries' source": np.array(x.shape),
         "shape of the keys' and values' source": np.array(context.shape),
-        "shape of what comes out": np.array(before.shape),
+        "shape of the output": np.array(before.shape),
         "change when the context changes": _distance(attend(x, 2 * context), before),
     }
 
@@ -117,7 +105,7 @@ def variances(seed: int = 1337) -> Numbers:
 
 
 def saturation() -> Numbers:
-    """Note 6. The softmax of the lecture's five scores, and of eight times as much."""
+    """Note 6. Softmax of the lecture's five scores, and of eight times the scores."""
     scores = jnp.array([0.1, -0.2, 0.3, -0.2, 0.5])
     return {
         "softmax(x)": np.asarray(jax.nn.softmax(scores)),
@@ -127,29 +115,29 @@ def saturation() -> Numbers:
 
 NOTES: tuple[tuple[str, tuple[Callable[..., Numbers], ...]], ...] = (
     (
-        "Attention is communication in a directed graph: each node takes from those that point "
-        "to it, with weights that depend on the data.",
+        "Attention is communication in a directed graph: each node aggregates the nodes that point "
+        "to it, with data-dependent weights.",
         (communication,),
     ),
     (
-        "It has no notion of space, for it acts on a set: permute the inputs and the outputs "
-        "permute, unless positions are added.",
+        "Attention has no notion of space, because it acts on a set: permuting the inputs permutes "
+        "the outputs, unless position embeddings are added.",
         (sets,),
     ),
     ("The examples of a batch never talk to each other.", (batch,)),
     (
-        "The triangular mask makes a decoder; without it, as in an encoder, the past hears the "
-        "future too.",
+        "The triangular mask makes a decoder; without it, as in an encoder, every position also "
+        "attends to the future.",
         (masks,),
     ),
     (
-        "In self-attention keys and values come from where the queries come from, in "
-        "cross-attention from elsewhere.",
+        "In self-attention keys and values come from the same source as the queries, in "
+        "cross-attention from another one.",
         (cross,),
     ),
     (
-        "Dividing by sqrt(head size) keeps scores at unit variance, and so softmax from picking "
-        "one winner.",
+        "Dividing by sqrt(head size) keeps scores at unit variance, which keeps softmax diffuse at "
+        "initialisation.",
         (variances, saturation),
     ),
 )
@@ -160,7 +148,7 @@ def _normal(seed: int, *shape: int) -> jax.Array:
 
 
 def _bind(module: nn.Module, seed: int, x: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """The module with parameters from the seed: inputs to outputs."""
+    """The module with parameters from the seed, as a function of its input."""
     params = module.init(jax.random.key(seed), x)
     return lambda x: cast(jax.Array, module.apply(params, x))
 
@@ -169,20 +157,14 @@ def _distance(a: jax.Array, b: jax.Array) -> float:
     return float(jnp.abs(a - b).max())
 
 
-def main(argv: list[str]) -> None:
-    """Print each note, and what shows it."""
-    command = cli.parse(NotesCommand, NotesCommand(), argv, "gptjax.lecture.notes", "")
+def show(seed: int = 1337) -> None:
+    """Print each note and the numbers that demonstrate it."""
     console = Console(highlight=False, soft_wrap=True)
     for number, (line, demonstrations) in enumerate(NOTES, 1):
         console.print(f"[bold]{number}. {line}[/bold]")
-        for show in demonstrations:
-            numbers = show() if show is saturation else show(command.seed)
+        for demonstrate in demonstrations:
+            numbers = demonstrate() if demonstrate is saturation else demonstrate(seed)
             for name, value in numbers.items():
                 with np.printoptions(formatter={"float_kind": "{:.4f}".format}):
                     text = str(value) if isinstance(value, np.ndarray) else f"{value:.4g}"
                 console.print(f"   {name}: " + text.replace("\n", "\n      "), markup=False)
-
-
-if __name__ == "__main__":
-    with one_line_errors("gptjax.lecture.notes"):
-        main(sys.argv[1:])

@@ -1,26 +1,21 @@
-"""`gptjax meshes`: memory and communication of every mesh of 1 to 8 simulated devices.
+"""What each mesh keeps and moves: `gptjax meshes` trains one small GPT on 1 to 8 simulated devices,
+on every mesh of theirs, and compares with one device.
 
 Trains one small GPT on each mesh and compares it with one device. The bytes are counted in the
 compiled program and hold for real devices too; times do not, because simulated devices share a CPU.
 """
 
-import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from rich.box import MARKDOWN
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from gptjax import cli
 from gptjax.assembly import assemble
-from gptjax.cache import use_compilation_cache
 from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
-from gptjax.errors import one_line_errors
 from gptjax.parallel import sharding
 from gptjax.plan.hlo import Program
 from gptjax.step import TrainState
@@ -42,16 +37,6 @@ MODERN = replace(
     ),
     optim=replace(PLAIN.optim, kind="muon", ema=0.9, accumulate=2),
 )
-
-
-@dataclass(frozen=True)
-class MeshesCommand:
-    """Train one small GPT on every mesh of 1, 2, 4 and 8 simulated devices; print what each device
-    keeps and moves."""
-
-    modern: bool = False
-    """With Muon, a running mean, accumulation, dropout, grouped queries, SwiGLU, n-grams and a head
-    of its own, in place of GPT-2 with AdamW."""
 
 
 class Row(NamedTuple):
@@ -123,22 +108,3 @@ def described(mesh: MeshConfig) -> str:
     """The axes with more than one device."""
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
     return ", ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
-
-
-def main(argv: list[str]) -> None:
-    """Print the table, ready for a page."""
-    command = cli.parse(MeshesCommand, MeshesCommand(), argv, "gptjax.plan.meshes", "")
-    jax.config.update("jax_num_cpu_devices", 8)
-    use_compilation_cache()
-    config: Any = MODERN if command.modern else PLAIN
-    errors = Console(stderr=True)
-    rows = [
-        measure(replace(config, mesh=mesh))
-        for mesh in track(meshes(), "training", console=errors, disable=not errors.is_terminal)
-    ]
-    Console(highlight=False, width=400).print(table(rows))
-
-
-if __name__ == "__main__":
-    with one_line_errors("gptjax.plan.meshes"):
-        main(sys.argv[1:])

@@ -1,1 +1,1 @@
-"""A run's folder: what is kept, and how it is read back without trust."""
+"""Run folders: config, tokenizer, metrics and checkpoints; inputs are validated as untrusted."""

@@ -36,6 +36,7 @@ from gptjax.runs.files import Damaged
 from gptjax.runs.records import Record, as_record
 from gptjax.step import TrainState
 
+
 class Checkpoints:
     """The checkpoints of a run.
 
@@ -53,6 +54,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of the checkpoints, oldest first."""
         return files.numbered(self.path)
+
+    def exist(self) -> bool:
+        """Whether there are checkpoints, also damaged, set aside or incomplete ones."""
+        return self.path.is_dir() and any(self.path.iterdir())
 
     def save(
         self, step: int, state: TrainState, record: Record, texts: dict[str, str] | None = None
@@ -82,7 +87,7 @@ class Checkpoints:
             self._pending = step, self._worker.submit(self._seal, step, response, texts or {})
 
     def _check_room(self, step: int, arrays: Any) -> None:
-        """Asked beforehand, for orbax takes seconds to find out."""
+        """Refuse early: orbax takes seconds to find out."""
         with self._reporting(step):
             self.path.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -91,7 +96,7 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _seal(self, step: int, response: Any, texts: dict[str, str]) -> None:
-        """Once orbax has written all: add the texts and the checksums, then give the name."""
+        """Add the texts and the checksums once orbax has finished, then rename the folder."""
         with _quiet_orbax():
             response.result()
         if not distributed.is_first():
@@ -104,7 +109,7 @@ class Checkpoints:
         files.sync_folder(self.path)
 
     def finish_save(self, wait: bool = True) -> None:
-        """See the save under way to its end, then drop what need not be kept.
+        """Complete the pending save, then prune old checkpoints.
 
         Args:
             wait: for it to end; False: do nothing unless it has.
@@ -120,7 +125,7 @@ class Checkpoints:
             try:
                 sealed.result()
             except Exception:
-                self.clean()  # a full disk needs the room
+                self.clean()  # frees space on a full disk
                 raise
             if not distributed.is_first():
                 return
@@ -132,7 +137,7 @@ class Checkpoints:
 
     @contextmanager
     def sealing(self) -> Iterator[None]:
-        """Let no save be left unsealed, unless the program is being torn down."""
+        """Complete the pending save on exit, unless the process is being torn down."""
         try:
             yield
         except Exception:
@@ -165,7 +170,7 @@ class Checkpoints:
             raise UserError(f"checkpoint {place} cannot be used: {error}") from None
 
     def newest_sound(self) -> int | None:
-        """The newest checkpoint that is as it was written; None: there is none.
+        """The newest checkpoint that matches its checksums; None: there is none.
 
         Raises:
             UserError: a newer one is of a newer format, or may not be read.
@@ -181,25 +186,24 @@ class Checkpoints:
     def restore(self, step: int, layout: TrainState) -> TrainState:
         """The train state of a checkpoint, whatever devices it was saved on.
 
-        Args:
-            step: of the checkpoint.
-            layout: `jax.ShapeDtypeStruct` leaves with the sharding to load onto.
+        `layout` has `jax.ShapeDtypeStruct` leaves with the sharding to load onto.
 
         Raises:
-            UserError: damaged, or of other shapes.
+            UserError: damaged, or of other shapes or another step.
         """
         weights = optim.without_lora(optim.unite(layout.params, layout.frozen))
         training = {"step": layout.step, "opt_state": training_part(layout)}
         items = self.load(step, {"params": weights, "training": training})
-        return _from_items(items["params"], items["training"], layout)
+        state = _from_items(items["params"], items["training"], layout)
+        if int(state.step) != step:
+            raise Damaged(
+                f"checkpoint {self.path / str(step)} holds the state after step {int(state.step)}; "
+                f"give the folder that number again"
+            )
+        return state
 
     def load_params(self, step: int, model: nn.Module, mesh: Mesh | None = None) -> Any:
-        """The parameters to sample with, of a checkpoint.
-
-        Args:
-            step: of the checkpoint.
-            model: the run's.
-            mesh: to load onto; None: one device.
+        """The parameters to sample with, of a checkpoint, onto a mesh (None: one device).
 
         Raises:
             UserError: damaged, or of other shapes than the model's.
@@ -226,7 +230,7 @@ class Checkpoints:
             return ocp.load_checkpointables(str(self._folder(step)), abstract)
         except UserError:
             raise
-        except Exception as error:  # orbax wraps what went wrong in kinds of its own
+        except Exception as error:  # orbax wraps errors in its own
             raise UserError(
                 f"checkpoint {self.path / str(step)} cannot be loaded: "
                 f"{_reason(error.__cause__ or error)}"
@@ -237,12 +241,12 @@ class Checkpoints:
             self.verify(step)
         except Damaged as error:
             sound = self.newest_sound()
-            offer = "there is no sound one" if sound is None else f"the newest sound one is {sound}"
+            offer = "none is intact" if sound is None else f"the newest intact one is {sound}"
             raise Damaged(f"{error}; {offer}") from None
 
     def _check_shapes(self, step: int, abstract: dict[str, Any]) -> None:
-        """Compare shapes with what the checkpoint says of itself: orbax finds out while reading,
-        and then leaves the other reads hanging."""
+        """Compare shapes with the checkpoint's metadata: orbax notices a difference only while
+        reading, and leaves its other reads hanging."""
         found: Any = ocp.checkpointables_metadata(str(self._folder(step))).metadata
         for item, tree in abstract.items():
             wanted, stored = _shapes(tree), _shapes(found[item])
@@ -264,7 +268,7 @@ class Checkpoints:
         return {**record, "step": step}
 
     def clean(self) -> None:
-        """Remove what saves and removals that were cut short have left."""
+        """Remove leftovers of interrupted saves and removals."""
         for pattern in ("*.orbax-checkpoint-tmp", "*.unsealed", "*.dropped"):
             for path in self.path.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
@@ -277,21 +281,21 @@ class Checkpoints:
 
     @contextmanager
     def _reporting(self, step: int) -> Iterator[None]:
-        """Turn whatever orbax makes of a failed save into one line."""
+        """Turn any exception of a failed save into one line."""
         try:
             yield
         except Exception as error:
             kept = [s for s in self.steps() if s != step]
             raise UserError(
                 f"the checkpoint of step {step} could not be saved in {self.path} "
-                f"({_reason(error)}); last one kept: {kept[-1] if kept else 'none'}; make room or "
-                f"mend the permissions, then go on with --resume"
+                f"({_reason(error)}); last one kept: {kept[-1] if kept else 'none'}; "
+                f"free disk space or fix the permissions, then continue with --resume"
             ) from error
 
 
 def training_part(state: TrainState) -> Any:
-    """What a checkpoint keeps besides the weights to sample with: the optimizer's state, and the
-    parameters where the weights are not those."""
+    """What a checkpoint stores besides the weights to sample with: the optimizer state, and the
+    trained parameters where they differ from those weights (EMA, LoRA, schedule-free)."""
     if not state.separate_weights:
         return state.opt_state
     params = optim.unite(state.params, state.frozen)
@@ -319,7 +323,7 @@ def _from_items(weights: Any, training: Any, layout: TrainState) -> TrainState:
 
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """A save that fails is one line of ours, not fifty tracebacks from orbax's threads."""
+    """Silence absl's logger meanwhile: a failed save is one line, not fifty tracebacks."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -73,7 +73,8 @@ def _from_format_1(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str
     """The model's fields of gptjax 0.1 as this version's, and the parts they stand for."""
     parts = {}
     if model.get("kind") == "bigram":  # a table, whatever its other fields say
-        model, parts = {"block_size": model.get("block_size", 64)}, {"model": "Bigram"}
+        model = {name: model[name] for name in ("block_size", "vocab_size") if name in model}
+        parts = {"model": "Bigram"}
     elif model.get("bias") is False:
         model = {**model, "qkv_bias": True}  # meant nothing without the other biases
     for name, harmless in REMOVED.items():

@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, read without trust, checked against checksums.
+"""Atomic writes, validated reads, and sealed folders (checksums for every file).
 
 A folder is sealed by a `sha256.json` that lists every file in it:
 
@@ -20,35 +20,35 @@ from typing import Any, BinaryIO
 from gptjax.errors import UserError
 
 MANIFEST = "sha256.json"
-FORMAT = 1  # of a sealed folder; raised when an old program could misread a new one
-MAX_JSON = 64 * 2**20  # bytes of a small text file worth reading
+FORMAT = 1  # format of a sealed folder; raise it when an old version would misread a new one
+MAX_JSON = 64 * 2**20  # bytes; a larger JSON file is refused unread
 
 
 class Damaged(UserError):
-    """A file is not what was written."""
+    """A file is missing, corrupt, or not what was written."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a write that fails into one line."""
+    """Turn a failed write into a one-line error."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror}; make room or mend the permissions, then try "
+            f"cannot write {path}: {error.strerror}; free disk space or fix permissions, then try "
             f"again"
         ) from None
 
 
 def write_atomically(path: Path, content: str | BinaryIO) -> None:
-    """Write so that, whatever happens, the file is the old one or the new one, whole.
+    """Replace a file atomically: after a crash it has either its old or its new content.
 
     Raises:
-        UserError: no room or no permission; the old file is as it was.
+        UserError: no disk space or no permission; the old file is unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
-        temporary.unlink(missing_ok=True)  # of a process that was killed, or a stranger's link
+        temporary.unlink(missing_ok=True)  # left by a killed process, or a planted link
         try:
             with temporary.open("xb") as file:
                 source = io.BytesIO(content.encode()) if isinstance(content, str) else content
@@ -63,9 +63,9 @@ def write_atomically(path: Path, content: str | BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in a folder survive a power cut, as fsync does for a file's bytes."""
+    """Flush a folder's entries (new and renamed files) to disk, as fsync does for file contents."""
     if os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,17 +74,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_file(path: Path, parse: Callable[[str], Any]) -> Any:
-    """What `parse` makes of a small text file.
+    """Read a small UTF-8 text file and apply `parse` to its content.
 
     Raises:
-        UserError: it cannot be read; `Damaged`: or not parsed.
+        UserError: it cannot be read.
+        Damaged: it is too large, not UTF-8, or `parse` raised a ValueError.
     """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError("it is not a file")
         if status.st_size > MAX_JSON:
-            raise UserError(f"it has over {MAX_JSON} bytes")
+            raise UserError(f"it is larger than {MAX_JSON} bytes")
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -93,7 +94,7 @@ def read_file(path: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def numbered(folder: Path) -> list[int]:
-    """The numbers that name folders in `folder`, in order."""
+    """The numbers among the names of the subfolders of `folder`, ascending."""
     if not folder.is_dir():
         return []
     names = (path.name for path in folder.iterdir() if path.is_dir())
@@ -101,10 +102,10 @@ def numbered(folder: Path) -> list[int]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder that leads out of itself: what is read and written there must stay there.
+    """Refuse symbolic links and special files, so that reads and writes stay inside the folder.
 
     Raises:
-        UserError: naming a symbolic link, or something that is neither file nor folder.
+        UserError: names the first one found.
     """
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -112,16 +113,16 @@ def refuse_links(folder: Path) -> None:
             try:
                 mode = path.lstat().st_mode
             except FileNotFoundError:
-                continue  # a run that is being trained drops old checkpoints
+                continue  # a training process deletes old checkpoints meanwhile
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise UserError(
-                    f"{path} is a link or a device; a run's folder must hold its files itself "
-                    f"(the folder as a whole may be linked to)"
+                    f"{path} is a link or a special file; a run folder must contain its files "
+                    f"itself (the folder as a whole may be a link)"
                 )
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of every file below `folder`, and let all of it survive a power cut."""
+    """Write the checksums of every file below `folder`, after flushing all of them to disk."""
     digests = {path.relative_to(folder).as_posix(): _digest(path) for path in _files(folder)}
     for path in (folder, *folder.rglob("*")):
         if path.is_dir():
@@ -132,26 +133,26 @@ def seal(folder: Path) -> None:
 
 
 def check_seal(folder: Path) -> None:
-    """Compare a sealed folder with its checksums.
+    """Verify a sealed folder against its checksums.
 
     Raises:
-        UserError: a newer format, or a file that may not be read; `Damaged`: the first file that
-            is missing, changed or strange.
+        UserError: a newer format, or no permission to read a file.
+        Damaged: names the first file that is missing, changed or unexpected.
     """
     if not (folder / MANIFEST).exists():
         raise Damaged(f"{MANIFEST} is missing")
     try:
         written, wanted = read_file(folder / MANIFEST, _manifest)
     except Damaged:
-        raise Damaged(f"{MANIFEST} cannot be read as checksums") from None
+        raise Damaged(f"{MANIFEST} is not a list of checksums") from None
     if written != FORMAT:
-        raise UserError(f"format {written}, newer than the format {FORMAT} this gptjax reads")
+        raise UserError(f"format {written} is newer than format {FORMAT} of this gptjax")
     found = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             raise Damaged(f"{name} is missing")
         if name not in wanted:
-            raise Damaged(f"{name} is not in {MANIFEST}")
+            raise Damaged(f"{name} is not listed in {MANIFEST}")
         try:
             digest = _digest(found[name], sync=False)
         except PermissionError as error:
@@ -163,8 +164,8 @@ def check_seal(folder: Path) -> None:
 
 
 def sealed_copies(parent: Path, name: str) -> Iterator[tuple[Path, str]]:
-    """The file `name` of each sealed folder in `parent` that matches its checksum, with its text;
-    the folder with the largest number first."""
+    """The copies of file `name` in the sealed, numbered folders of `parent` that match their
+    checksum, as (path, text); largest number first."""
     for number in reversed(numbered(parent)):
         folder = parent / str(number)
         try:
@@ -177,7 +178,7 @@ def sealed_copies(parent: Path, name: str) -> Iterator[tuple[Path, str]]:
 
 
 def _manifest(text: str) -> tuple[int, dict[str, str]]:
-    """Format and checksums; before there was a format, the checksums were all of the file."""
+    """Parse format and checksums; the oldest files contain only the checksums."""
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("not an object")
@@ -192,8 +193,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _digest(path: Path, sync: bool = True) -> str:
-    """The sha256 of a file; `sync`: of what is on the disk, not merely on its way there."""
+    """The sha256 of a file; `sync` flushes it to disk first."""
     with path.open("rb") as file:
-        if sync and os.name != "nt":  # Windows flushes only what is open for writing
+        if sync and os.name != "nt":  # Windows flushes only files open for writing
             os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

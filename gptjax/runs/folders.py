@@ -1,4 +1,4 @@
-"""Where runs lie: their folders by name, and one process at a time on each."""
+"""Find, name and lock run folders."""
 
 import os
 import re
@@ -14,15 +14,15 @@ from gptjax.runs import files
 RUNS = Path("runs")
 LOCK = ".lock"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-METRICS, TEXT = "metrics.json", "text.json"  # in checkpoints: fingerprints of what they came from
+METRICS, TEXT = "metrics.json", "text.json"  # in checkpoints: digests of the metrics and the text
 
 
 def find(name: str | None, like: str | None = None) -> Path:
-    """The folder of a run that exists.
+    """Find the folder of an existing run.
 
     Args:
-        name: a name in runs/, or a path; None: the newest run.
-        like: with no name, only runs named after this preset.
+        name: a name in runs/, or a path; None: the most recently trained run.
+        like: if `name` is None, consider only runs named after this preset.
 
     Raises:
         UserError: no such run.
@@ -32,7 +32,7 @@ def find(name: str | None, like: str | None = None) -> Path:
         directory = next((p for p in (RUNS / name, Path(name)) if p.exists()), RUNS / name)
         if not (directory / CONFIG).is_file() and not any(copies(directory, CONFIG)):
             raise UserError(
-                f"{directory} is not a run's folder (it has no config.json); runs here: "
+                f"{directory} is not a run's folder (it has no config.json); available runs: "
                 f"{', '.join(_names()) or 'none'}"
             )
         return directory
@@ -40,16 +40,18 @@ def find(name: str | None, like: str | None = None) -> Path:
     found = [RUNS / n for n in _names() if re.fullmatch(pattern, n)]
     if not found:
         kind = f"run of preset {like}" if like else "run"
-        raise UserError(f"there is no {kind} in {RUNS}/; make one with python train.py")
+        raise UserError(f"there is no {kind} in {RUNS}/; train one with python train.py")
     changing = lambda run: [p for p in (run / CONFIG, run / "metrics.jsonl") if p.exists()]
     return max(found, key=lambda run: max(p.stat().st_mtime_ns for p in changing(run)))
 
 
 def new_directory(name: str | None, preset: str) -> Path:
-    """A folder for a new run, not yet made: `name`, or the preset's with the first free number.
+    """Choose the folder of a new run: `name`, or the preset's name with the first free number.
+
+    The folder is not created.
 
     Raises:
-        UserError: the folder holds something already.
+        UserError: the folder is not empty.
     """
     if name is None:
         base = _base_name(preset)
@@ -66,10 +68,10 @@ def new_directory(name: str | None, preset: str) -> Path:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Let no other process train this run meanwhile; a process that dies leaves no lock behind.
+    """Hold the run's lock, so that only one process trains it; it is released if a process dies.
 
     Raises:
-        UserError: another process is training it, or the folder cannot be written.
+        UserError: another process holds it, or the folder cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def locked(directory: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise UserError(
-            f"another process is training {directory}; wait until it ends, or stop it"
+            f"another process is training {directory}; wait for it to finish, or stop it"
         ) from None
     except OSError as error:
         raise unwritable(directory, error) from None
@@ -86,38 +88,40 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def taken(directory: Path) -> UserError:
+    """The error for a new run in a folder that is not empty."""
     return UserError(
-        f"{directory} holds another run already; go on with it (--run {run_name(directory)} "
-        f"--resume) or give another name"
+        f"{directory} already contains a run; resume it (--run {run_name(directory)} --resume) or "
+        f"choose another name"
     )
 
 
 def unwritable(directory: Path, error: OSError) -> UserError:
+    """The error for a run folder that cannot be created or written."""
     return UserError(
-        f"cannot write the run's folder {directory}: {error.strerror}; give another with "
-        f"--run, or mend its permissions"
+        f"cannot write the run's folder {directory}: {error.strerror}; choose another with --run, "
+        f"or fix its permissions"
     )
 
 
 def run_name(directory: Path) -> str:
-    """What to type for `--run`."""
+    """The value of `--run` for this folder: its name in runs/, or its path."""
     return directory.name if directory.parent == RUNS else str(directory)
 
 
 def copies(directory: Path, name: str) -> Iterator[tuple[Path, str]]:
-    """Sound copies of a small file of a run, in its checkpoints, with their text; newest first."""
+    """The intact copies of a small file in the run's checkpoints, as (path, text); newest first."""
     return files.sealed_copies(directory / "checkpoints", name)
 
 
 def _is_vacant(directory: Path) -> bool:
-    """Whether there is nothing in it but what a process leaves that died before it made a run."""
+    """Whether a folder contains nothing but leftovers of a process killed while creating a run."""
     leftovers = {LOCK, TOKENIZER, f"{TOKENIZER}.tmp", f"{CONFIG}.tmp"}
     return directory.is_dir() and {path.name for path in directory.iterdir()} <= leftovers
 
 
 def _check_name(name: str) -> None:
     if not name or "\0" in name or any(len(os.fsencode(p)) > 255 for p in Path(name).parts):
-        raise UserError(f"--run {name[:40]!r} cannot name a folder; give 1 to 255 characters")
+        raise UserError(f"--run {name[:40]!r} is not a folder name; give 1 to 255 characters")
 
 
 def _base_name(preset: str) -> str:

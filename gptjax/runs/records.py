@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object for each step, each step once, in order; read without trust."""
+"""Read and append `metrics.jsonl`: one JSON object per step, in order, validated as untrusted."""
 
 import hashlib
 import json
@@ -14,32 +14,32 @@ from typing import Any
 from gptjax.errors import UserError
 from gptjax.runs import files
 
-Record = dict[str, Any]  # "step": int, floats by name, "skipped": why
+Record = dict[str, Any]  # "step": int; floats by name; "skipped": reason, if it was skipped
 
-MAX_LINE = 2**16  # bytes worth reading
+MAX_LINE = 2**16  # bytes
 MAX_STEP = 2**31 - 1
 
 
 def append(path: Path, records: list[Record]) -> None:
-    """Add one line for each record; they are on the disk when this returns.
+    """Append one line per record, flushed to disk before this returns.
 
     Raises:
-        UserError: the disk takes no more.
+        UserError: the disk is full or not writable.
     """
     if records:
         with files.writing(path), path.open("ab") as file:
             file.write(_lines(records))
             file.flush()
-            os.fsync(file.fileno())  # no checkpoint may outlive the lines before it
+            os.fsync(file.fileno())  # a checkpoint must never be newer than the metrics on disk
 
 
 def scan(path: Path) -> Iterator[tuple[Record | None, bytes, str | None]]:
-    """Each line: its record if it is sound, its bytes, and what is wrong with it, if anything.
+    """Yield for each line: its record if valid, its bytes, and its problem if there is one.
 
-    A last line without its end is what a killed process leaves, and no damage. A missing file is.
+    A truncated last line is normal after a kill and not a problem; a missing file is one.
 
     Raises:
-        UserError: there is a file that cannot be read.
+        UserError: the file exists but cannot be read.
     """
     due = 0
     try:
@@ -48,13 +48,13 @@ def scan(path: Path) -> Iterator[tuple[Record | None, bytes, str | None]]:
                 try:
                     record = as_record(json.loads(line))
                     if record["step"] < due:
-                        raise ValueError(f"of step {record['step']}, expected {due}")
+                        raise ValueError(f"step {record['step']}, expected {due}")
                 except (ValueError, RecursionError) as error:
                     wrong = f"{path} is damaged: line {number}: {_short(error)}"
                     yield None, line, wrong if line.endswith(b"\n") else None
                     continue
                 late = record["step"] > due
-                wrong = f"of step {record['step']}, expected {due}"
+                wrong = f"step {record['step']}, expected {due}"
                 yield record, line, f"{path} is damaged: line {number}: {wrong}" if late else None
                 due = record["step"] + 1
     except FileNotFoundError:
@@ -64,10 +64,10 @@ def scan(path: Path) -> Iterator[tuple[Record | None, bytes, str | None]]:
 
 
 def read(path: Path) -> tuple[list[Record], str | None]:
-    """All records that are sound, and what is wrong first.
+    """All valid records, and the first problem if there is one.
 
     Raises:
-        UserError: there is a file that cannot be read.
+        UserError: the file exists but cannot be read.
     """
     found, damage = [], None
     for record, _, wrong in scan(path):
@@ -77,23 +77,23 @@ def read(path: Path) -> tuple[list[Record], str | None]:
     return found, damage
 
 
-def fingerprint(path: Path) -> str:
-    """JSON that tells the file as it is now from one that is damaged later; lines may be added."""
+def digest_json(path: Path) -> str:
+    """Size and sha256 of a file, as JSON, to detect later corruption; lines may be appended."""
     size = path.stat().st_size if path.exists() else 0
     return json.dumps({"bytes": size, "sha256": _digest(path, size)})
 
 
-def has_changed(path: Path, fingerprint: str) -> bool:
-    """Whether what was in the file at the time of the fingerprint is there no more."""
+def has_changed(path: Path, digest: str) -> bool:
+    """Whether the bytes that were in the file when `digest_json` was taken have changed."""
     try:
-        values = json.loads(fingerprint)
+        values = json.loads(digest)
         return _digest(path, values["bytes"]) != values["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return True  # a fingerprint that nobody made
+        return True  # not a digest
 
 
 def _digest(path: Path, size: int) -> str:
-    """Of the first bytes of a file, which may be longer than memory is large."""
+    """The sha256 of the first `size` bytes of a file, read in blocks."""
     digest = hashlib.sha256()
     if path.exists():
         with path.open("rb") as file:
@@ -104,19 +104,19 @@ def _digest(path: Path, size: int) -> str:
 
 
 def rewind(path: Path, step: int, damaged: bool) -> tuple[list[Record], str | None]:
-    """Drop what comes after `step`; what is damaged is first kept in a file beside it.
+    """Drop the records after `step`; a damaged file is first copied to `*.damaged-TIME`.
 
     Args:
-        path: of the file.
-        step: of the last record to keep.
-        damaged: whether it is known to be, however its lines look.
+        path: the metrics file.
+        step: step of the last record to keep.
+        damaged: whether the file is known to be damaged, even if every line is valid.
 
     Returns:
-        Of the records that are left, the last and the skipped ones before it, back to one that was
-        not; and what is wrong with the file, if anything.
+        The last remaining record that was not skipped with the skipped ones after it; and the
+        problem with the file, if there was one.
 
     Raises:
-        UserError: the disk takes no more; the file is as it was.
+        UserError: the disk is full or not writable; the file is unchanged.
     """
     damage: str | None = None
     last: list[Record] = []
@@ -134,17 +134,18 @@ def rewind(path: Path, step: int, damaged: bool) -> tuple[list[Record], str | No
             aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
             with files.writing(aside):
                 shutil.copyfile(path, aside)
-            damage = f"{damage}; it is kept as {aside.name}"
+            damage = f"{damage}; the original is kept as {aside.name}"
         kept.seek(0)
         files.write_atomically(path, kept)
     return last, damage
 
 
 def as_record(value: Any) -> Record:
-    """What JSON gave, if it is a record.
+    """Validate a parsed JSON value as a record.
 
     Raises:
-        ValueError: not an object with a step, numbers by name, and perhaps why it was skipped.
+        ValueError: not an object with an integer step, numbers by name, and optionally a string
+            "skipped".
     """
     if not isinstance(value, dict):
         raise ValueError("not an object")
@@ -160,7 +161,7 @@ def as_record(value: Any) -> Record:
 
 
 def _lines(records: list[Record]) -> bytes:
-    """Records as strict JSON, which has no word for what is not finite: null."""
+    """Serialise records as strict JSON lines; non-finite numbers become null."""
     strict = [
         {
             name: None if isinstance(x, float) and not math.isfinite(x) else x

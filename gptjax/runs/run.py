@@ -14,14 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from gptjax.runs import config_json
 from gptjax.config import Config, differences
 from gptjax.errors import UserError
-from gptjax.runs import files
-from gptjax.runs import records
+from gptjax.runs import config_json, files, records
 from gptjax.runs.files import Damaged
 from gptjax.runs.folders import CONFIG, METRICS, TEXT, TOKENIZER, copies, taken, unwritable
-
 from gptjax.runs.records import Record
 from gptjax.text import tokenizers as tokenizer_module
 from gptjax.text.tokenizers import Tokenizer
@@ -65,7 +62,7 @@ class Run:
         self._due = 0
 
     def _compare_with_copies(self) -> dict[str, tuple[Any, Any]]:
-        """What of the config has changed since the newest checkpoint.
+        """Settings that changed since the newest checkpoint.
 
         Raises:
             UserError: something has that never may.
@@ -74,7 +71,7 @@ class Run:
             if text != self._tokenizer_text:
                 raise Damaged(
                     f"{self.directory / TOKENIZER} is damaged: it is not the one that the "
-                    f"checkpoints were made with; a sound copy is {place}"
+                    f"checkpoints were made with; an intact copy is {place}"
                 )
             break
         for place, _ in copies(self.directory, CONFIG):
@@ -83,23 +80,23 @@ class Run:
                 if _is_fixed(name) and name != "data.text":  # a text may have moved
                     raise Damaged(
                         f"{self.directory / CONFIG} is damaged: it says {name}={new}, and the "
-                        f"checkpoints were made with {name}={old}; a sound copy is {place}"
+                        f"checkpoints were made with {name}={old}; an intact copy is {place}"
                     )
             return changed
         return {}
 
     @property
     def texts(self) -> dict[str, str]:
-        """What each checkpoint keeps of the run, by the files' names."""
+        """The small files that each checkpoint keeps copies of, by name."""
         return {
             CONFIG: config_json.to_json(self.config, self.parts),
             TOKENIZER: self._tokenizer_text,
-            METRICS: records.fingerprint(self.metrics_path),
+            METRICS: records.digest_json(self.metrics_path),
             **({} if self._text is None else {TEXT: self._text}),
         }
 
     def use_text(self, name: str, fingerprint: str) -> None:
-        """Note what it is trained on: a text's name, and what tells it from others.
+        """Set the fingerprint of the training data.
 
         Raises:
             UserError: its checkpoints were trained on something else.
@@ -143,7 +140,7 @@ class Run:
         return cls(directory)
 
     def check_config(self, config: Config) -> dict[str, tuple[Any, Any]]:
-        """Compare with the settings to go on with; nothing is written.
+        """Compare with the settings to continue with; nothing is written.
 
         Returns:
             What would change: {"steps": (old, new)}.
@@ -163,7 +160,7 @@ class Run:
         return changed
 
     def change_config(self, config: Config) -> None:
-        """Go on with other settings, which `check_config` has let pass."""
+        """Continue with other settings, which `check_config` has accepted."""
         if config != self.config:
             text = config_json.to_json(config, self.parts)
             files.write_atomically(self.directory / CONFIG, text)
@@ -193,11 +190,11 @@ class Run:
             self._note_losses(lines)
 
     def metrics(self) -> list[Record]:
-        """The records, in order; lines that are none are left out."""
+        """The records, in order; malformed lines are left out."""
         return records.read(self.metrics_path)[0]
 
     def metrics_have_changed(self) -> bool:
-        """Whether lines that were there at the newest checkpoint are other ones now."""
+        """Whether lines that existed at the newest checkpoint have changed."""
         for _, text in copies(self.directory, METRICS):
             return records.has_changed(self.metrics_path, text)
         return False
@@ -216,7 +213,7 @@ class Run:
         return records.rewind(self.metrics_path, step, self.metrics_have_changed())
 
     def _note_losses(self, lines: Iterable[Record]) -> None:
-        """Remember, of these records, what tells which checkpoint is the best."""
+        """Index the validation losses of these records, to find the best checkpoint."""
         key = "val_loss" if self.config.eval_batches is None else "val_sampled_loss"
         losses = self._val_losses = self._val_losses or {}
         for record in lines:
@@ -237,8 +234,8 @@ class Run:
         return min(losses)[1] if losses else None
 
     def keep(self, steps: list[int]) -> set[int]:
-        """The checkpoints worth keeping: the newest `keep_last`, the best, and those whose metrics
-        were lost, for one of them may have been the best."""
+        """The checkpoints to keep: the newest `keep_last`, the best, and those without metrics,
+        because one of them may have been the best."""
         best = self.best_step(steps)
         kept = {*steps[-self.config.keep_last :]} | ({best} if best is not None else set())
         return kept | {step for step in steps if any(step in gap for gap in self._gaps)}
@@ -268,12 +265,12 @@ class Run:
 
 
 def _read(directory: Path, name: str, parse: Callable[[str], Any]) -> Any:
-    """A small file of the run; if it is damaged, the error names a sound copy."""
+    """A small file of the run; if it is damaged, the error names an intact copy."""
     try:
         return files.read_file(directory / name, parse)
     except UserError as error:
         for place, _ in copies(directory, name):
-            raise type(error)(f"{error}; a sound copy is {place}") from None
+            raise type(error)(f"{error}; an intact copy is {place}") from None
         raise
 
 

@@ -1,7 +1,8 @@
 """Named texts: where each comes from, and the proof that it is the right one.
 
-A corpus is a description `data/NAME.json`; its text is kept in `data/texts/NAME.txt`. Every source
-must give the same bytes, so a run's numbers never depend on where the text came from.
+A corpus is a description, `descriptions/NAME.json` beside this module; its text is kept in the
+user's cache folder. Every source must give the same bytes, so a run's numbers never depend on where
+the text came from.
 """
 
 import contextlib
@@ -22,9 +23,12 @@ from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
+import platformdirs
+
 from gptjax.errors import UserError
 
-DATA_DIR = Path(__file__).resolve().parents[2] / "data"
+DESCRIPTIONS = Path(__file__).resolve().parent / "descriptions"
+OLD_TEXTS = Path(__file__).resolve().parents[2] / "data" / "texts"  # of a checkout, still read
 
 URL_TIMEOUT = 10  # seconds without an answer
 PIP_TIMEOUT = 120  # seconds for the whole download
@@ -51,7 +55,7 @@ class Sdist:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What `data/NAME.json` says."""
+    """What `descriptions/NAME.json` says."""
 
     name: str
     about: str
@@ -65,37 +69,46 @@ class Corpus:
     split: tuple[int, int, int] | None = None  # bytes that train, validate, test; None: as for any
 
 
-def names(data_dir: Path = DATA_DIR) -> list[str]:
+def names(descriptions: Path = DESCRIPTIONS) -> list[str]:
     """List the corpora.
 
     Args:
-        data_dir: The folder of the descriptions.
+        descriptions: The folder of the descriptions.
 
     Returns:
         Their names, sorted.
     """
-    return sorted(path.stem for path in data_dir.glob("*.json"))
+    return sorted(path.stem for path in descriptions.glob("*.json"))
 
 
-def describe(name: str, data_dir: Path = DATA_DIR) -> Corpus:
-    """What a corpus is.
+def describe(name: str, descriptions: Path = DESCRIPTIONS) -> Corpus:
+    """Read the description of a corpus.
 
     Args:
         name: One of `names`.
-        data_dir: The folder of the descriptions.
+        descriptions: The folder of the descriptions.
 
     Raises:
         UserError: Its description is broken.
     """
-    return _load(data_dir / f"{name}.json")
+    return _load(descriptions / f"{name}.json")
 
 
-def read_bytes(name: str, data_dir: Path = DATA_DIR) -> bytes:
+def local_copy(name: str) -> Path:
+    """Where the text of a corpus is, or will be kept: in the user's cache folder, unless there is
+    one in the checkout's data/texts/ only."""
+    path = platformdirs.user_cache_path("gptjax") / "texts" / f"{name}.txt"
+    old = OLD_TEXTS / path.name
+    return old if old.exists() and not path.exists() else path
+
+
+def read_bytes(name: str, descriptions: Path = DESCRIPTIONS, local: Path | None = None) -> bytes:
     """Read a corpus, fetching it first if it is not here yet.
 
     Args:
         name: One of `names`.
-        data_dir: The folder of the descriptions and of the texts.
+        descriptions: The folder of the descriptions.
+        local: The file that keeps the text; None: `local_copy(name)`.
 
     Returns:
         The UTF-8 text, verified.
@@ -103,7 +116,7 @@ def read_bytes(name: str, data_dir: Path = DATA_DIR) -> bytes:
     Raises:
         UserError: None of its sources has it, or the local copy is damaged.
     """
-    return _corpus_bytes(describe(name, data_dir), data_dir)
+    return _corpus_bytes(describe(name, descriptions), local or local_copy(name))
 
 
 def _load(path: Path) -> Corpus:
@@ -121,9 +134,8 @@ def _load(path: Path) -> Corpus:
     return corpus
 
 
-def _corpus_bytes(corpus: Corpus, data_dir: Path) -> bytes:
+def _corpus_bytes(corpus: Corpus, local: Path) -> bytes:
     """Take the local copy, or else fetch the text and keep a copy."""
-    local = data_dir / "texts" / f"{corpus.name}.txt"
     try:
         raw = local.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -265,7 +277,7 @@ def _keep(raw: bytes, local: Path) -> None:
     """Write the local copy whole or not at all: another process may be reading or writing it."""
     temporary = local.with_suffix(f".{secrets.token_hex(8)}.tmp")
     try:
-        local.parent.mkdir(exist_ok=True)
+        local.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(raw)
             os.replace(temporary, local)

@@ -1,8 +1,4 @@
-"""Read the configured texts, split them and encode them as token arrays.
-
-A batch is a function of (seed, step): there is no iterator state, so a run's position in its data
-is its step. A short text is encoded in memory; a long one is cached on disk and memory-mapped.
-"""
+"""From texts to tokens: read, split, choose a tokenizer, encode."""
 
 import hashlib
 import json
@@ -15,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import DataConfig
@@ -246,9 +240,9 @@ def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tok
     """The tokenizer of a new run on these texts, and a phrase about it for the console."""
     kind = config.tokenizer
     if bins := [text for text in found if isinstance(text, list)]:
-        beside = bins[0][0].parent / "tokenizer.json"
-        if kind == "auto" and beside.exists():
-            return choose.named(str(beside)), f"{beside} (found next to the token file)"
+        sibling = bins[0][0].parent / "tokenizer.json"
+        if kind == "auto" and sibling.exists():
+            return choose.named(str(sibling)), f"{sibling} (found next to the token file)"
         if kind in ("auto", "char", "bpe"):
             raise UserError(
                 f"{bins[0][0]} contains token ids, so --data.tokenizer {kind} cannot be used; name "
@@ -289,51 +283,3 @@ def fingerprint(dataset: Dataset) -> str:
             digest.update(tokens[start : start + SAMPLED // PIECES].tobytes())
         found.append({"tokens": len(tokens), "sha256": digest.hexdigest()})
     return json.dumps(found)
-
-
-def cut(tokens: jax.Array, starts: jax.Array, length: int) -> jax.Array:
-    """Windows of a token array.
-
-    Args:
-        tokens: (N,) integer ids.
-        starts: (B,) int32, each at most N - length (a later one is moved back to it).
-        length: of a window.
-
-    Returns:
-        (B, length) int32.
-    """
-    windows = jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(tokens, start, length))(starts)
-    return windows.astype(jnp.int32)
-
-
-def random_starts(key: jax.Array, n_tokens: int, shape: tuple[int, ...], block: int) -> jax.Array:
-    """Uniform starts of windows of block + 1 tokens, of the given shape, int32."""
-    return jax.random.randint(key, shape, 0, n_tokens - block)
-
-
-def sample_batch(tokens: jax.Array, key: jax.Array, batch: int, block: int) -> jax.Array:
-    """(batch, block + 1) int32 windows at random starts; x is all but the last token, y all but
-    the first.
-
-    Source: lecture, "data loader: batches of chunks of data".
-    """
-    return cut(tokens, random_starts(key, tokens.shape[0], (batch,), block), block + 1)
-
-
-def whole_split_starts(n_tokens: int, batch: int, block: int) -> np.ndarray:
-    """Starts of non-overlapping windows that predict each token but the first exactly once.
-
-    Args:
-        n_tokens: length of the split.
-        batch: windows in one batch.
-        block: targets in one window.
-
-    Returns:
-        (n, batch) int32; the last batch is filled up with n_tokens, where nothing is left to
-        predict.
-    """
-    starts = np.arange(0, n_tokens - 1, block)
-    missing = -len(starts) % batch
-    return (
-        np.pad(starts, (0, missing), constant_values=n_tokens).reshape(-1, batch).astype(np.int32)
-    )

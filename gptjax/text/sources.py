@@ -21,6 +21,7 @@ from typing import IO, NamedTuple
 from gptjax.errors import UserError, optional_import
 from gptjax.text import corpora
 
+OPENWEBTEXT = "openwebtext"  # what GPT-2's presets are meant for
 IN_FOLDERS = (".txt", ".text", ".md", ".jsonl", ".ndjson")  # optionally compressed: .gz, .zst
 BLOCK = 2**20  # bytes read at a time
 LONGEST_LINE = 2**28  # characters in one JSONL line
@@ -67,6 +68,12 @@ def find(text: str, notice: Callable[[str], None]) -> list[Source]:
         read = lambda: io.BytesIO(corpora.read_bytes(text))
         return [Source(text, read, corpus.bytes, ("sha256", corpus.sha256))]
     path = Path(text)
+    if text == OPENWEBTEXT and not path.exists():
+        raise UserError(
+            "this config trains on OpenWebText, which gptjax does not fetch; prepare it with "
+            "nanoGPT's data/openwebtext/prepare.py and give the folder of train.bin and val.bin as "
+            "--data.text FOLDER, or a text of your own as --data.text FILE"
+        )
     if os.path.isdir(text):  # unlike Path's, false for any name that cannot be one
         files = sorted(
             p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))

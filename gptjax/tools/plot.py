@@ -1,73 +1,55 @@
-"""The loss curve of a run, or of several: `python -m gptjax.tools.plot [RUN ...] [--out FILE]`."""
+"""The loss curves of runs: the library of `gptjax plot`."""
 
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 
-from gptjax import cli
-from gptjax.errors import UserError, one_line_errors
-from gptjax.runs import folders
+from gptjax.errors import UserError, optional_import
 from gptjax.runs.run import Run
 
-
-@dataclass(frozen=True)
-class PlotCommand:
-    """Draw the losses of runs over their steps."""
-
-    run: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Names in runs/, or paths (default: the newest)."""
-    out: Path | None = None
-    """Picture to write, by its ending .png, .svg or .pdf (default: loss.png in the first run)."""
+MARKERS = "osD^vP"  # so that runs can be told apart without colour
 
 
 def plot(directories: list[Path], out: Path) -> None:
-    """Draw training loss (faint, and its running mean) and validation loss of each run.
+    """Plot training loss (every step, and its running mean) and validation loss of each run.
+
+    Validation losses are points without a line between them: nothing was measured there.
 
     Raises:
-        UserError: a run without metrics, or a picture that cannot be written.
+        UserError: a run without metrics, a plot that cannot be written, or no matplotlib.
     """
-    from matplotlib.figure import Figure  # not pyplot: a notebook's own pictures go on as they were
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    # Not pyplot, which would change the state of a notebook's own figures.
+    matplotlib = optional_import("matplotlib.figure", "plot")
+    figure = matplotlib.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for i, directory in enumerate(directories):
         records = Run(directory).metrics()
         train = np.array([(r["step"], r["loss"]) for r in records if "loss" in r])
         if not len(train):
             raise UserError(f"{directory} has no metrics yet; train it for some steps first")
-        color = f"C{i}"
-        axes.plot(*train.T, color=color, alpha=0.2, linewidth=0.7)
+        color, name = f"C{i}", directory.name
+        axes.plot(*train.T, color=color, alpha=0.25, linewidth=0.7)
         width = max(1, len(train) // 50)
         mean = np.convolve(train[:, 1], np.ones(width) / width, "valid")
-        axes.plot(train[width - 1 :, 0], mean, color=color, label=f"{directory.name}: training")
-        for key, style in (("val_loss", "o--"), ("val_sampled_loss", "s:")):
+        label = f"{name}: training loss of a batch, mean of {width} steps"
+        axes.plot(train[width - 1 :, 0] - width // 2, mean, color=color, label=label)
+        for key, split in (("val_loss", "whole validation split"), ("val_sampled_loss", "sampled")):
             values = np.array([(r["step"], r[key]) for r in records if key in r])
             if len(values):
-                whole = "whole validation split" if key == "val_loss" else "random windows"
-                label = f"{directory.name}: {whole}, last {values[-1, 1]:.4f}"
-                axes.plot(*values.T, style, color=color, markersize=4, alpha=0.8, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+                label = f"{name}: validation loss, {split}; last {values[-1, 1]:.4f}"
+                axes.scatter(
+                    *values.T,
+                    marker=MARKERS[i % len(MARKERS)],
+                    s=36,
+                    edgecolors="black",
+                    facecolors="none" if key == "val_sampled_loss" else color,
+                    zorder=3,
+                    label=label,
+                )
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss over training steps")
     axes.grid(alpha=0.3)
     axes.legend()
     try:
         figure.savefig(out, dpi=130)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {out}: {error}") from None
-
-
-def main(argv: list[str]) -> None:
-    """Draw what the arguments ask for."""
-    command = cli.parse(PlotCommand, PlotCommand(), argv, "gptjax.tools.plot", "")
-    directories = [folders.find(name) for name in command.run] or [folders.find(None)]
-    out = command.out or directories[0] / "loss.png"
-    plot(directories, out)
-    print(out)
-
-
-if __name__ == "__main__":
-    with one_line_errors("gptjax.tools.plot"):
-        main(sys.argv[1:])

@@ -1,49 +1,33 @@
-"""Is this run sound? `python -m gptjax.tools.verify [RUN]` reads its folder and writes nothing.
+"""Is a run sound? The library of `gptjax verify`; it reads the run's folder and writes nothing.
 
 Config, tokenizer, metrics, the files of every checkpoint against their checksums, shapes, finite
 numbers; and last a loss that was logged is measured again from the state that was stored.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from gptjax import cli
 from gptjax.assembly import assemble, evaluate_random, evaluate_split, resident
-from gptjax.cache import use_compilation_cache
 from gptjax.config import MeshConfig, ModelConfig
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import UserError
 from gptjax.model import Model
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import read as read_records
 from gptjax.runs.run import Run, read_config
-from gptjax.step import TrainState
 from gptjax.text.dataset import fingerprint, open_dataset
 
 TOLERANCE = 1e-4  # nats: another machine or device count rounds otherwise
 
 
 @dataclass(frozen=True)
-class VerifyCommand:
-    """Check a run's folder. Ends with 1 if something is wrong."""
-
-    run: Annotated[str | None, tyro.conf.Positional] = None
-    """Name in runs/, or path of a run's folder (default: the newest)."""
-
-
-@dataclass(frozen=True)
 class Check:
-    """What was looked at, what was found; `sound` is None where it could not be told."""
+    """One check and its result; `sound` is None where it could not be decided."""
 
     name: str
     sound: bool | None
@@ -145,8 +129,6 @@ def _checkpoint(checkpoints: Checkpoints, step: int, load: Callable[[int], Any])
     """Files, shapes, and finite numbers of one checkpoint."""
     checkpoints.verify(step)
     state = load(step)
-    if isinstance(state, TrainState) and int(state.step) != step:
-        raise UserError(f"checkpoint {checkpoints.path / str(step)} is of step {state.step}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             where = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -187,24 +169,3 @@ def _loss(
         again = evaluate_random(setup, params, tokens, step, n)["loss"]
     found = f"{name} of step {step}: logged {logged:.6f}, again {again:.6f}"
     return Check("loss", abs(again - logged) < TOLERANCE, found)
-
-
-def main(argv: list[str]) -> None:
-    """Print a table of the checks; what is wrong once more, below it, on stderr."""
-    command = cli.parse(VerifyCommand, VerifyCommand(), argv, "gptjax.tools.verify", "")
-    use_compilation_cache()
-    checks = verify(command.run)
-    table = Table(box=None, show_header=False)
-    for check in checks:
-        mark = {True: "sound", False: "WRONG", None: "?"}[check.sound]
-        style = {True: "green", False: "bold red", None: "yellow"}[check.sound]
-        table.add_row(check.name, f"[{style}]{mark}[/]", escape(check.found))
-    Console(highlight=False).print(table)
-    if wrong := [f"{check.name}: {check.found}" for check in checks if check.sound is False]:
-        print("\n".join(wrong), file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    with one_line_errors("gptjax.tools.verify"):
-        main(sys.argv[1:])

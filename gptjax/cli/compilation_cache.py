@@ -1,4 +1,4 @@
-"""JAX's compilation cache: what was compiled once starts at once the next time."""
+"""JAX's compilation cache: programs compiled once load quickly the next time."""
 
 import os
 

@@ -1,0 +1,121 @@
+"""`gptjax train` and `train.py`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptjax.cli.flags import HIDDEN, INLINE, parse, peek, wants_help
+from gptjax.cli.recipe import Recipe, starting_point
+from gptjax.config import OF_A_LOADED_MODEL, Config, differences
+from gptjax.errors import UserError
+from gptjax.presets import LECTURE_MODELS, PRESETS
+from gptjax.runs import folders
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a GPT on a text. Any field of the config can be set."""
+
+    config: str = "small"
+    """Preset to start from, or a Python file that defines `config` and optionally your own model,
+    optimizer, loss_fn, batches or metrics."""
+    run: str | None = None
+    """Name of the run's folder in runs/; None: the name of the preset or file."""
+    resume: bool = False
+    """Continue that run, or the newest one, from its last checkpoint."""
+    replay: int | None = None
+    """Recompute this step of a run and show its loss, gradient and batch; nothing is written."""
+    plan: str | None = None
+    """Do not train: estimate memory, time and the bottleneck on v5e:4x4, h100:8, ... or here; if it
+    does not fit, say what does."""
+    profile: bool = False
+    """Trace a few steps into the run's folder profile/, for XProf or TensorBoard."""
+    distributed: str | None = None
+    """Join a multi-process run: auto detects SLURM, Open MPI, Kubernetes or a TPU pod;
+    RANK/WORLD@HOST:PORT gives this process's rank, the number of processes and the coordinator."""
+    distributed_wait: int = 300
+    """Timeout in seconds for all processes to join."""
+    settings: Config = field(default=PRESETS["small"], metadata=INLINE)
+    recipe: Recipe | None = field(default=None, metadata=HIDDEN)
+
+    def directory(self) -> Path:
+        """The folder of the run: an existing one if it is resumed or replayed, else a new one.
+
+        Raises:
+            UserError: no such run, or the folder of a new run is not empty.
+        """
+        name = Path(self.config).stem if self.recipe else self.config
+        if self.resume or self.replay is not None:
+            return folders.find(self.run, like=name)
+        return folders.new_directory(self.run, name)
+
+
+def parse_train(argv: list[str], prog: str = "train.py") -> TrainCommand:
+    """Read the arguments; defaults are the preset's or file's or, resuming, those of the run.
+
+    Raises:
+        UserError: an unknown preset, flag or value, or no run to resume.
+    """
+    config, name = peek(argv, "--config"), peek(argv, "--run")
+    settings, recipe = starting_point(config) if config else (None, None)
+    old = "--resume" in argv or peek(argv, "--replay") is not None
+    if config is None:
+        config = "small" if old or peek(argv, "--init") is None else "finetune"
+    if old and not wants_help(argv):
+        from gptjax.runs.run import read_config  # not for `--help`
+
+        like = Path(config).stem if recipe else config
+        directory = folders.find(name, like=like if settings else None)
+        settings, name = read_config(directory), str(directory)
+        argv = [*argv, f"--run={name}"]
+    settings = settings or PRESETS[config]
+    default = TrainCommand(config, name, settings=settings, recipe=recipe)
+    command = parse(TrainCommand, default, argv, prog, f"Presets: {', '.join(PRESETS)}.")
+    if command.settings.init is not None and not old:
+        changed = differences(settings.model, command.settings.model)
+        if fixed := [name for name in changed if name not in OF_A_LOADED_MODEL]:
+            flag = f"--model.{fixed[0].replace('_', '-')}"
+            raise UserError(
+                f"{flag} cannot be set with --init, for the model comes with its weights; what "
+                f"can be set: {', '.join(OF_A_LOADED_MODEL)}"
+            )
+    if command.resume and not old:
+        raise UserError("give --resume alone, without a value")
+    if command.replay is not None and command.distributed is not None:
+        raise UserError("--replay runs in one process; leave --distributed out")
+    if command.distributed_wait < 1:
+        raise UserError(
+            f"--distributed-wait {command.distributed_wait} is too small; give 1 or more seconds"
+        )
+    return command
+
+
+def main(argv: list[str], prog: str) -> None:
+    """Train, replay a step or plan; jax is imported once the arguments are understood."""
+    command = parse_train(argv, prog)
+    if command.plan is not None:
+        from gptjax.cli.plan import show
+
+        return show(command.config, command.settings, command.plan, command.recipe)
+    directory = command.directory() if command.distributed is None else None
+    from gptjax.cli.compilation_cache import use_compilation_cache
+    from gptjax.parallel import distributed
+
+    use_compilation_cache()
+    with distributed.joined(command.distributed, command.distributed_wait, prog):
+        # Of several processes the first one chooses the name of a new folder.
+        directory = directory or Path(distributed.first_does(lambda: str(command.directory())))
+        if command.replay is not None:
+            from gptjax.cli.replay import replay_step
+
+            return replay_step(directory, command.replay, command.recipe)
+        from gptjax.training import train
+
+        own: dict[str, Any] = {}
+        if command.recipe:
+            own = {**command.recipe.parts(command.settings), "recipe": command.recipe.path}
+        elif command.config in LECTURE_MODELS and not command.resume:
+            from gptjax.lecture.models import STAGES
+
+            own = {"model": STAGES[LECTURE_MODELS[command.config]]}
+        train(command.settings, directory, resume=command.resume, profile=command.profile, **own)

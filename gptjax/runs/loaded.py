@@ -1,0 +1,185 @@
+"""A run opened for use: its model, parameters and tokenizer in one object."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.batches import Batch, whole_split_starts, windows
+from gptjax.config import Config, MeshConfig
+from gptjax.errors import UserError
+from gptjax.loss import evaluate_batch
+from gptjax.model import Model
+from gptjax.parallel import sharding
+from gptjax.runs import folders, parts
+from gptjax.runs.checkpoint import Checkpoints
+from gptjax.runs.records import Record
+from gptjax.runs.run import Run
+from gptjax.sampling import Sampling, generate
+from gptjax.text.tokenizers import StreamDecoder, Tokenizer, Unknown
+
+ROWS = 16  # windows of a text whose loss is computed at once
+
+
+def load(
+    run: str | Path | None = None,
+    checkpoint: str | int = "best",
+    *,
+    model: Model | None = None,
+    mesh: MeshConfig | None = None,
+) -> "LoadedRun":
+    """Open a trained run.
+
+    Args:
+        run: a name in runs/, or the path of a run's folder; None: the newest.
+        checkpoint: "best" (by validation loss), "last", or a step.
+        model: your own, for a run that was trained with one (see `train`).
+        mesh: devices to load onto; None: one.
+
+    Raises:
+        UserError: no such run or checkpoint, a damaged one, or another model.
+    """
+    return LoadedRun(Run(folders.find(run and str(run))), checkpoint, model, mesh)
+
+
+class LoadedRun:
+    """A run's model with the parameters of one of its checkpoints.
+
+    Attributes:
+        directory: the run's folder.
+        config: of the run.
+        model: the Flax module; `model.apply({"params": params}, ids)` gives logits and no cache.
+        params: its parameters.
+        step: of the checkpoint.
+        tokenizer: of the run.
+    """
+
+    def __init__(
+        self, run: Run, checkpoint: str | int, model: Model | None, mesh: MeshConfig | None
+    ):
+        self._run = run
+        self._mesh = sharding.mesh_of(mesh or MeshConfig(data=1))
+        self.directory: Path = run.directory
+        self.config: Config = run.config
+        self.tokenizer: Tokenizer = run.tokenizer
+        self.model: nn.Module = parts.run_model(run, model)
+        checkpoints = Checkpoints(run.checkpoints_path)
+        self.step: int = run.choose(str(checkpoint), checkpoints.steps())
+        self.params: Any = checkpoints.load_params(self.step, self.model, self._mesh)
+
+    @cached_property
+    def metrics(self) -> list[Record]:
+        """The records of metrics.jsonl: one dict for each step."""
+        return self._run.metrics()
+
+    def logits(self, text: str) -> np.ndarray:
+        """(T, V) float32 logits of the token after each token of a text.
+
+        Raises:
+            UserError: a character that the tokenizer lacks, no token, or more than the context
+                holds.
+        """
+        ids = self._encode(text)
+        if not len(ids):
+            raise UserError("the text has no tokens; give one or more")
+        return np.asarray(_logits(self.model, self.params, jnp.asarray(ids)[None])[0])
+
+    def loss(self, text: str) -> float:
+        """Mean loss of a text's tokens but the first, in nats per token, read in windows that
+        follow on one another, as validation reads its split.
+
+        Raises:
+            UserError: a character that the tokenizer lacks, or fewer than two tokens.
+        """
+        ids, T = self._encode(text), self.config.model.block_size
+        if len(ids) < 2:
+            raise UserError(f"the text has {len(ids)} tokens; a loss takes two or more")
+        T = min(T, len(ids) - 1)
+        starts = whole_split_starts(len(ids), min(ROWS, -(-len(ids) // T)), T)
+        padded = np.pad(ids, (0, T + 1))
+        total, count = 0.0, 0
+        for row in starts:
+            inside = row[:, None] + np.arange(T) < len(ids) - 1
+            batch = Batch.of_windows(windows(padded, row, T))._replace(mask=inside)
+            sums, weight = _evaluate(self.model, self.params, batch)
+            total, count = total + float(sums["loss"]), count + int(weight)
+        return total / count
+
+    def generate(
+        self,
+        prompt: str = "\n",
+        max_new_tokens: int = 500,
+        *,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 1337,
+        unknown: Unknown = "error",
+    ) -> Iterator[str]:
+        """Continue a prompt: pieces of new text as they are drawn; never splits a character.
+
+        Args:
+            prompt: text to continue.
+            max_new_tokens: to draw.
+            temperature, top_k, top_p: see `Sampling`.
+            seed: the same seed, prompt and settings give the same text.
+            unknown: what to do with characters of the prompt that the tokenizer lacks.
+        """
+        sampling = Sampling(temperature, top_k, top_p)
+        for pieces in self.generate_many(
+            prompt, max_new_tokens, 1, sampling=sampling, seed=seed, unknown=unknown
+        ):
+            yield pieces[0]
+
+    def generate_many(
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        num_samples: int,
+        *,
+        sampling: Sampling | None = None,
+        seed: int = 1337,
+        unknown: Unknown = "error",
+    ) -> Iterator[list[str]]:
+        """As `generate`, several samples side by side: one piece for each at a time.
+
+        Raises:
+            UserError: a prompt that cannot be encoded, or samples that the mesh does not divide.
+        """
+        if num_samples % self._mesh.shape["data"]:
+            raise UserError(
+                f"--num-samples {num_samples} is not divisible by --mesh.data "
+                f"{self._mesh.shape['data']}; change one of them (each device draws as many)"
+            )
+        ids = self._encode(prompt, unknown)
+        if not len(ids):
+            ids = self._encode("\n", "replace")[:1]
+        sampling = replace(sampling or Sampling(0.8), vocab_size=self.tokenizer.vocab_size)
+        decoders = [StreamDecoder(self.tokenizer, ids) for _ in range(num_samples)]
+        model = sharding.on_mesh(self.model, self._mesh)
+        key = jax.random.key(seed)
+        for chunk in generate(model, self.params, ids, key, max_new_tokens, sampling, num_samples):
+            yield [text.add(row) for text, row in zip(decoders, chunk, strict=True)]
+        yield [text.end() for text in decoders]
+
+    def _encode(self, text: str, unknown: Unknown = "error") -> np.ndarray:
+        return self.tokenizer.encode(text, unknown)
+
+    def __repr__(self) -> str:
+        return f"LoadedRun({str(self.directory)!r}, step={self.step})"
+
+
+@jax.jit(static_argnames="model")
+def _logits(model: nn.Module, params: Any, ids: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, ids)[0]
+
+
+@jax.jit(static_argnames="model")
+def _evaluate(model: nn.Module, params: Any, batch: Batch) -> Any:
+    return evaluate_batch(model, params, batch)
