@@ -120,7 +120,9 @@ def assemble(
         init_state,
         made,
         optimizer,
-        split=partial(optim.split, config=o) if o.freeze or o.lora_rank else None,
+        split=(lambda params, key: optim.split(params, o, key))
+        if o.freeze or o.lora_rank
+        else None,
         ema=o.ema is not None,
     )
     layout = sharding.layout(mesh, jax.eval_shape(init, jax.random.key(config.seed)))
