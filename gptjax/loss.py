@@ -15,6 +15,7 @@ TINY = 1e-9  # a batch whose mask is 0 everywhere has a loss of 0
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[nn.Module, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
 MetricsFn = Callable[[nn.Module, Any, Any], Metrics]
+LOGGED = ("step", "seconds", "skipped", "loss", "grad_norm", "lr", "finite")  # by every run
 
 
 def next_token_loss(
@@ -113,6 +114,31 @@ def token_losses(
     return chunked_cross_entropy(head, x, batch.targets, chunk)
 
 
+def scalars(metrics: Any, source: str) -> Metrics:
+    """Metrics of the caller's, float32, if they can be logged beside a run's own.
+
+    Args:
+        metrics: what the function returned.
+        source: the function's name, for messages.
+
+    Raises:
+        UserError: not a dict of scalars, or a name that every run logs itself.
+    """
+    if not isinstance(metrics, dict):
+        raise UserError(
+            f"{source} returned a {type(metrics).__name__} of metrics; return a dict of scalars"
+        )
+    for name, x in metrics.items():
+        if name in LOGGED:
+            raise UserError(f"{source} returned a metric {name}, which gptjax logs; rename it")
+        if jnp.shape(x) != ():
+            raise UserError(
+                f"{source} returned a metric {name} of shape {jnp.shape(x)}; return a scalar, such "
+                f"as its mean"
+            )
+    return {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
+
+
 # ---------------------------------------------------------------------------------------------
 # Evaluation: no dropout, no gradient, no random draw of its own
 
@@ -145,7 +171,9 @@ def evaluate_batch(
         weight = mask.sum()
         sums["loss"] = jnp.where(mask > 0, losses * mask, 0.0).sum()
     if metrics is not None:
-        sums |= {name: x * weight for name, x in metrics(model, params, batch).items()}
+        means = scalars(metrics(model, params, batch), "metrics")
+        # The mean over a batch without a target may be nan, and counts for nothing.
+        sums |= {name: jnp.where(weight > 0, x * weight, 0.0) for name, x in means.items()}
     return sums, weight
 
 

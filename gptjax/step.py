@@ -20,7 +20,8 @@ import optax.contrib
 
 from gptjax import optim
 from gptjax.batches import DROPOUT, INIT, LORA, Batch, random_key
-from gptjax.loss import TINY, LossFn, Metrics, next_token_loss
+from gptjax.errors import UserError
+from gptjax.loss import TINY, LossFn, Metrics, next_token_loss, scalars
 
 
 class TrainState(NamedTuple):
@@ -110,10 +111,16 @@ def train_step(
 
     Returns:
         The state after it, and its metrics: "loss", "grad_norm" and those of `loss_fn`.
+
+    Raises:
+        UserError: `loss_fn` returns something else.
     """
 
     def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        return loss_fn(model, optim.join(params, state.frozen), batch, key)
+        found: Any = loss_fn(model, optim.join(params, state.frozen), batch, key)
+        if not isinstance(found, tuple) or len(found) != 2 or jnp.shape(found[0]) != ():
+            raise UserError("loss_fn must return (loss, metrics): a scalar, and a dict of scalars")
+        return found[0], scalars(found[1], "loss_fn")
 
     gradient = accumulated(jax.value_and_grad(loss, has_aux=True), accumulate)
     (value, metrics), grads = gradient(state.params, batch, key)
