@@ -116,11 +116,12 @@ def assemble(
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows), batch)
 
     # The state
+    split = lambda params, key: optim.split(params, o, key)
     init = partial(
         init_state,
         made,
         optimizer,
-        split=partial(optim.split, config=o) if o.freeze or o.lora_rank else None,
+        split=split if o.freeze or o.lora_rank else None,
         ema=o.ema is not None,
     )
     layout = sharding.layout(mesh, jax.eval_shape(init, jax.random.key(config.seed)))

@@ -15,6 +15,7 @@ TINY = 1e-9  # a batch whose mask is 0 everywhere has a loss of 0
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[nn.Module, Any, Any, jax.Array], tuple[jax.Array, Metrics]]
 MetricsFn = Callable[[nn.Module, Any, Any], Metrics]
+LOGGED = ("step", "seconds", "skipped", "loss", "grad_norm", "lr", "finite")  # by every run
 
 
 def next_token_loss(
@@ -38,24 +39,6 @@ def next_token_loss(
     if batch.mask is None:
         return losses.mean(), {}
     return (losses * batch.mask).sum() / jnp.maximum(batch.mask.sum(), TINY), {}
-
-
-def check_metrics(metrics: Metrics, reserved: tuple[str, ...] = ()) -> None:
-    """See that metrics of the caller's can be logged.
-
-    Raises:
-        UserError: one is not a scalar, or has a name that the log uses itself.
-    """
-    for name, x in metrics.items():
-        if name in reserved:
-            raise UserError(
-                f"the metric {name!r} has a name that gptjax logs itself ({', '.join(reserved)}); "
-                f"give it another"
-            )
-        if jnp.shape(x) != ():
-            raise UserError(
-                f"the metric {name!r} has the shape {jnp.shape(x)}; give a scalar, such as a mean"
-            )
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -131,6 +114,31 @@ def token_losses(
     return chunked_cross_entropy(head, x, batch.targets, chunk)
 
 
+def scalars(metrics: Any, source: str) -> Metrics:
+    """Metrics of the caller's, float32, if they can be logged beside a run's own.
+
+    Args:
+        metrics: what the function returned.
+        source: the function's name, for messages.
+
+    Raises:
+        UserError: not a dict of scalars, or a name that every run logs itself.
+    """
+    if not isinstance(metrics, dict):
+        raise UserError(
+            f"{source} returned a {type(metrics).__name__} of metrics; return a dict of scalars"
+        )
+    for name, x in metrics.items():
+        if name in LOGGED:
+            raise UserError(f"{source} returned a metric {name}, which gptjax logs; rename it")
+        if jnp.shape(x) != ():
+            raise UserError(
+                f"{source} returned a metric {name} of shape {jnp.shape(x)}; return a scalar, such "
+                f"as its mean"
+            )
+    return {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
+
+
 # ---------------------------------------------------------------------------------------------
 # Evaluation: no dropout, no gradient, no random draw of its own
 
@@ -163,8 +171,9 @@ def evaluate_batch(
         weight = mask.sum()
         sums["loss"] = jnp.where(mask > 0, losses * mask, 0.0).sum()
     if metrics is not None:
-        check_metrics(found := metrics(model, params, batch))
-        sums |= {name: x * weight for name, x in found.items()}
+        means = scalars(metrics(model, params, batch), "metrics")
+        # The mean over a batch without a target may be nan, and counts for nothing.
+        sums |= {name: jnp.where(weight > 0, x * weight, 0.0) for name, x in means.items()}
     return sums, weight
 
 

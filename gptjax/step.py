@@ -20,7 +20,8 @@ import optax.contrib
 
 from gptjax import optim
 from gptjax.batches import DROPOUT, INIT, LORA, Batch, random_key
-from gptjax.loss import TINY, LossFn, Metrics, check_metrics, next_token_loss
+from gptjax.errors import UserError
+from gptjax.loss import TINY, LossFn, Metrics, next_token_loss, scalars
 
 
 class TrainState(NamedTuple):
@@ -55,7 +56,6 @@ class TrainState(NamedTuple):
         return averaged or optim.has_lora(self.params)
 
 
-RESERVED = ("step", "loss", "grad_norm", "lr", "finite", "skipped", "seconds")  # logged names
 Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
 
@@ -113,15 +113,17 @@ def train_step(
         The state after it, and its metrics: "loss", "grad_norm" and those of `loss_fn`.
 
     Raises:
-        UserError: a metric of `loss_fn` that is not a scalar, or has one of the names RESERVED.
+        UserError: `loss_fn` returns something else.
     """
 
     def loss(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        return loss_fn(model, optim.join(params, state.frozen), batch, key)
+        found: Any = loss_fn(model, optim.join(params, state.frozen), batch, key)
+        if not isinstance(found, tuple) or len(found) != 2 or jnp.shape(found[0]) != ():
+            raise UserError("loss_fn must return (loss, metrics): a scalar, and a dict of scalars")
+        return found[0], scalars(found[1], "loss_fn")
 
     gradient = accumulated(jax.value_and_grad(loss, has_aux=True), accumulate)
     (value, metrics), grads = gradient(state.params, batch, key)
-    check_metrics(metrics, RESERVED)
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
         grads,
         state.opt_state,

@@ -90,6 +90,8 @@ def train(
     # Data
     run, params = Run(directory) if resume else None, None
     tokenizer = run.tokenizer if run else None
+    if run:  # before a text is looked for that batches of the caller's stand in for
+        parts.check(run, parts.describe(batches=batches), ("batches",))
     if run is None and config.init is not None:
         loaded = distributed.first_then_all(partial(pretrained.load, config.init))
         report.say(pretrained.origin(config, loaded))
@@ -102,6 +104,7 @@ def train(
         )
         tokenizer, text = dataset.tokenizer, fingerprint(dataset)
     else:
+        _check_rows(batches, config)
         tokenizer, text = _own_tokenizer(batches, config), batches_module.fingerprint(batches)
     data_name = config.data.text if batches is None else "of batches="
     if run is None and config.init is not None:
@@ -208,6 +211,16 @@ def _tidy(run: Run, config: Config, checkpoints: Checkpoints, start: int, report
         except Damaged as error:
             report.say(f"set aside: {error}")
             checkpoints.set_aside(step)
+
+
+def _check_rows(batches: Batches, config: Config) -> None:
+    """See that the caller's batches have the rows that the mesh and the micro-batches divide."""
+    for leaf in jax.tree.leaves(batches.batch(0)):
+        if np.shape(leaf)[:1] != (config.batch_size,):
+            raise UserError(
+                f"batches= gave an array of shape {np.shape(leaf)}, whose first axis is not "
+                f"batch_size={config.batch_size}; change one of them"
+            )
 
 
 def _own_tokenizer(batches: Batches, config: Config) -> Tokenizer:

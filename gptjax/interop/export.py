@@ -6,9 +6,11 @@ transformers loads the folder, tokenizer included, and so does `gptjax train --i
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
@@ -16,6 +18,7 @@ from gptjax.errors import UserError
 from gptjax.interop import hf_tokenizer
 from gptjax.interop.hf import to_tensors
 from gptjax.interop.hf_config import write_config
+from gptjax.model import GPT
 from gptjax.runs import parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import write_atomically
@@ -48,9 +51,15 @@ def export(
     files = hf_tokenizer.write(run.tokenizer, config.block_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; give a folder that is new or empty")
+    made = parts.run_model(run, model)
+    if _shapes(made) != _shapes(GPT(config, rows)):
+        raise UserError(
+            f"{directory} was trained with the model {type(made).__name__}, whose parameters are "
+            f"not those of gptjax's GPT; only these can be exported"
+        )
     checkpoints = Checkpoints(run.checkpoints_path)
     step = run.choose(checkpoint, checkpoints.steps())
-    params = checkpoints.load_params(step, parts.run_model(run, model))
+    params = checkpoints.load_params(step, made)
     params = jax.tree.map(np.asarray, params)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,3 +72,10 @@ def export(
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}") from None
     return about["architectures"][0]
+
+
+def _shapes(model: nn.Module) -> Any:
+    """The shape of each parameter."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return jax.tree.map(lambda leaf: leaf.shape, params)

@@ -71,6 +71,7 @@ def replay(
         loss_fn=loss_fn,
         batch_at=batch_at,
     )
+    parts.check(run, parts.describe(batches=batches), ("batches",))
     if batches is None:
         dataset = open_dataset(config.data, config.model.block_size, run.tokenizer)
         run.use_text(config.data.text, fingerprint(dataset))
