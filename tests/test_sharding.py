@@ -177,7 +177,9 @@ def test_the_compiled_step_holds_its_shard_and_computes_its_share(mesh_config):
     given = here.compiled.memory_analysis().argument_size_in_bytes
     assert part + TOKENS.nbytes <= given <= part + TOKENS.nbytes + 100
     flops = [o.compiled.cost_analysis()["flops"] for o in (one, here)]
-    assert flops[1] < 1.5 * flops[0] / (m.data * m.fsdp * m.tensor)
+    # Skipping non-finite steps selects between two states, of which each device has its shard.
+    shard = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(here.state.params))
+    assert flops[1] < 1.5 * flops[0] / (m.data * m.fsdp * m.tensor) + 10 * shard
 
 
 def sent(mesh_config: MeshConfig) -> dict[tuple[str, ...], list[tuple[str, int]]]:
