@@ -17,7 +17,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
-from gptjax import cli
+from gptjax.assembly import assemble, trace
+from gptjax.cli import plan as command
+from gptjax.cli.train import parse_train
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.parallel.flops import flops_per_token
@@ -27,7 +29,6 @@ from gptjax.plan.estimate import Cost, Times
 from gptjax.plan.hlo import Collective, Program
 from gptjax.plan.plan import flags, plan
 from gptjax.presets import PRESETS
-from gptjax.programs import Programs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Config(
@@ -105,14 +106,14 @@ def test_every_chip_has_its_source_and_every_gpu_a_target():
 
 
 def shapes(config: Config) -> Any:
-    return Programs(replace(config, mesh=MeshConfig(1)), 64).abstract
+    return assemble(replace(config, mesh=MeshConfig(1)), 64).layout
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(8), MeshConfig(1, 8), MeshConfig(2, 2, 2)])
 def test_estimated_state_equals_what_a_device_holds(mesh):
     config = replace(CONFIG, mesh=mesh)
     cost = estimate.estimate(config, shapes(config), mesh)
-    state = Programs(config, 64).start()
+    state = assemble(config, 64).start()
     held = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
     assert cost.memory["parameters"] == held(state.params)
     assert cost.memory["parameters"] + cost.memory["optimizer"] == held(state)
@@ -131,7 +132,7 @@ def test_estimated_collectives_are_close_to_the_compiled_steps(mesh, kind, toler
     config = replace(CONFIG, mesh=mesh, model=model)
     cost = estimate.estimate(config, shapes(config), mesh)
     sent = lambda found: sum(c.wire * c.times for c in found if c.kind == kind)
-    compiled = Programs(config, 64).trace(1000).lower().compile()
+    compiled = trace(assemble(config, 64), 1000).lower().compile()
     expected = sent(Program(compiled.as_text() or "").collectives())
     assert sent(cost.collectives) == pytest.approx(expected, rel=tolerance)
 
@@ -214,12 +215,12 @@ def test_flops_of_matmuls_loops_branches_and_devices():
 @pytest.mark.parametrize("remat", [False, True])
 def test_counted_flops_of_a_step_match_the_estimate(remat):
     config = replace(CONFIG, model=replace(CONFIG.model, n_embd=64, remat=remat))
-    programs = Programs(config, 64)
-    counted = aot.count_flops(programs.trace(1000).jaxpr.jaxpr)
-    cost = estimate.estimate(config, programs.abstract, MeshConfig(1))
+    setup = assemble(config, 64)
+    counted = aot.count_flops(trace(setup, 1000).jaxpr.jaxpr)
+    cost = estimate.estimate(config, setup.layout, MeshConfig(1))
     assert counted == pytest.approx(cost.flops, rel=0.03)
     tokens = 16 * 16
-    expected = flops_per_token(config.model, programs.abstract.params) * tokens
+    expected = flops_per_token(config.model, setup.layout.params) * tokens
     assert cost.useful == expected and (cost.flops > expected) == remat
 
 
@@ -240,7 +241,7 @@ def test_a_plan_that_does_not_fit_proposes_one_that_does(no_compiler):
     assert error.startswith("it does not fit: a device needs ")
     assert "GiB, and TPU v5e has 15.8 GiB; this fits: --mesh.data" in error
     words = error.partition("this fits: ")[2].split()
-    again = cli.parse_train(["--config", "gpt2-xl", *words]).settings
+    again = parse_train(["--config", "gpt2-xl", *words]).settings
     assert "error" not in printed(again, "v5e:4x4")
     assert flags(again, config).split() == words
 
@@ -268,7 +269,7 @@ def test_the_command_accepts_the_proposed_flags(remat):
     start = replace(config, model=replace(config.model, remat=not remat))
     words = flags(wanted, start).split()
     off = [] if remat else ["--model.remat"]
-    assert cli.parse_train(["--config", "gpt2", *off, *words]).settings == wanted
+    assert parse_train(["--config", "gpt2", *off, *words]).settings == wanted
 
 
 def test_a_run_that_fits_nowhere_is_refused(no_compiler):
@@ -278,9 +279,21 @@ def test_a_run_that_fits_nowhere_is_refused(no_compiler):
     assert error.endswith("use more devices")
 
 
-def test_models_other_than_a_gpt_are_refused():
-    error = printed(PRESETS["bigram"], "v5e:4x4")
-    assert error.startswith("error: --plan needs a GPT, and model.kind is bigram")
+def test_models_other_than_a_gpt_are_refused(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from gptjax import GPT, PRESETS\nconfig = PRESETS['tiny']\n"
+        "class Mine(GPT):\n    pass\nmodel = Mine\n"
+    )
+    for config, named in (
+        ("bigram", "bigram"),
+        ("lecture/7-layernorm", "7-layernorm"),
+        (str(path), "own.py"),
+    ):
+        with pytest.raises(UserError) as caught:
+            command.main(["v5e:4x4", "--config", config], "gptjax plan")
+        assert "only" in str(caught.value) and "GPT" in str(caught.value)
+        assert config in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_chips_are_found_by_device_kind():
