@@ -1,4 +1,4 @@
-"""Tests of the ladder: the command on a small text, and all stages on the real one (slow)."""
+"""Tests of the ladder: the command end to end on a small text, and all stages (slow)."""
 
 import itertools
 from dataclasses import replace
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gptjax.cli import ladder as command
 from gptjax.config import MeshConfig
 from gptjax.errors import UserError
 from gptjax.lecture import ladder
@@ -21,7 +22,7 @@ COUNTED = CountedBigram(2.4519, 2.4819, 2.3735, 187)
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, play: str) -> Path:
-    """A working directory with a small text; one device, and few batches to evaluate."""
+    """A folder with a small text; one device and few evaluation batches."""
     (tmp_path / "play.txt").write_text(play)
     presets = {
         name: replace(config, eval_batches=4, mesh=MeshConfig(data=1))
@@ -33,14 +34,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, play: str) -> Path:
 
 
 def climb(*argv: str) -> None:
-    ladder.main([*FAST, "--text", "play.txt", *argv])
+    command.main([*FAST, "--text", "play.txt", *argv], "gptjax ladder")
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_command(
+def test_the_command_trains_prints_and_reuses_runs(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     climb()
@@ -59,11 +60,11 @@ def test_the_command(
     assert table["3-head"][1] == "2.40" and table["2-averaging"][1] == "-"
     for name in ladder.FIGURES.keys() - runs.keys():
         assert table[name][2:] == ["not", "run", "here"]
-    assert any("best bigram table, counted" in line for line in printed)
+    assert any("bigram table, from counts: " in line for line in printed)
     assert (here / "runs/ladder/ladder.png").read_bytes().startswith(b"\x89PNG")
     assert printed[-1] == "runs/ladder/ladder.png"
 
-    # Again: nothing is trained, and the output is the same.
+    # A second time: nothing is trained, and the output is the same.
     def no_training(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("trained again")
 
@@ -88,30 +89,30 @@ def test_the_command(
     assert page.read_text() == written
 
     # Runs with other settings are refused.
-    with pytest.raises(UserError, match=r"steps=10, not 20.*--folder"):
-        ladder.main(["--stages", "3-head", "--steps", "20", "--text", "play.txt"])
+    with pytest.raises(UserError, match="steps=10, not 20; remove it"):
+        ladder.climb(ladder.Console(quiet=True), stages=["3-head"], steps=20, text="play.txt")
 
 
 def test_a_stopped_run_is_resumed(here: Path, monkeypatch: pytest.MonkeyPatch):
-    command = ladder.LadderCommand(seeds=1, stages=("3-head",), steps=10, text="play.txt")
+    some = {"seeds": 1, "stages": ("3-head",), "steps": 10, "text": "play.txt"}
     console = ladder.Console(quiet=True)
-    stages, _ = ladder.climb(command, console)
+    stages, _ = ladder.climb(console, **some)
     run = Run(here / "runs/ladder/3-head-1337")
-    run.rewind_metrics(5)  # as if it had been killed after its last checkpoint was saved
-    again, _ = ladder.climb(command, console)
+    run.rewind_metrics(5)  # as if killed after its last checkpoint
+    again, _ = ladder.climb(console, **some)
     assert again[2].losses == stages[2].losses
 
     monkeypatch.setattr(ladder, "train", lambda *args, **kwargs: None)  # Ctrl-C at once
     run.rewind_metrics(5)
-    with pytest.raises(UserError, match="3-head-1337 was stopped"):
-        ladder.climb(command, console)
+    with pytest.raises(UserError, match="was stopped"):
+        ladder.climb(console, **some)
 
 
 def test_the_largest_stage_runs_only_on_request():
-    wanted = ladder._wanted(ladder.LadderCommand())
+    wanted = ladder._wanted((), scale=False)
     assert wanted == ladder.FIGURES.keys() - {"8-scale"}
-    assert ladder._wanted(ladder.LadderCommand(scale=True)) == ladder.FIGURES.keys()
-    assert ladder._wanted(ladder.LadderCommand(stages=("8-scale",))) == {"8-scale"}
+    assert ladder._wanted((), scale=True) == ladder.FIGURES.keys()
+    assert ladder._wanted(("8-scale",), scale=False) == {"8-scale"}
 
 
 @pytest.mark.parametrize(
@@ -120,17 +121,17 @@ def test_the_largest_stage_runs_only_on_request():
         (["--stages", "nope"], "unknown stage 'nope'; stages: 1-bigram, 2-averaging"),
         (["--seeds", "0"], "--seeds 0 is too small; give 1 or more"),
         (["--steps", "0"], "--steps 0 is too small; give 1 or more"),
-        (["--sed", "1"], "see gptjax.lecture.ladder --help"),
+        (["--sed", "1"], "gptjax ladder --help"),
         (["--text", "missing.txt"], "text not found: missing.txt"),
     ],
 )
 def test_bad_arguments(here: Path, argv: list[str], message: str):
     with pytest.raises(UserError) as caught:
-        ladder.main(argv)
+        command.main(argv, "gptjax ladder")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_page_without_markers_is_unchanged(tmp_path: Path):
+def test_a_page_without_markers_is_not_changed(tmp_path: Path):
     page = tmp_path / "page.md"
     with pytest.raises(UserError, match="cannot read"):
         ladder.write_page("table", page)
@@ -140,14 +141,14 @@ def test_a_page_without_markers_is_unchanged(tmp_path: Path):
     assert page.read_text() == "no markers"
 
 
-def test_a_picture_that_cannot_be_written(tmp_path: Path):
+def test_a_plot_that_cannot_be_written_is_reported(tmp_path: Path):
     history = [{"step": 0, "val_sampled_loss": 4.0}, {"step": 1, "val_sampled_loss": 3.0}]
     stage = ladder.Stage("3-head", 1, [3.0], [1.0], [history])
     with pytest.raises(UserError, match="cannot write"):
         ladder.draw([stage], COUNTED, tmp_path / "missing" / "x.png")
 
 
-def test_the_figures_are_of_the_presets():
+def test_every_preset_of_the_lecture_has_a_figure():
     assert [f"lecture/{name}" for name in ladder.FIGURES] == [
         name for name in PRESETS if name.startswith("lecture/")
     ]
@@ -158,13 +159,12 @@ def test_the_figures_are_of_the_presets():
 def test_each_stage_beats_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shakespeare: str
 ):
-    """On the real text, three seeds of each stage: about ten minutes."""
+    """All stages on the real text, three seeds each: about ten minutes."""
     (tmp_path / "text.txt").write_bytes(shakespeare.encode())
     monkeypatch.chdir(tmp_path)
     one_device = {n: replace(c, mesh=MeshConfig(data=1)) for n, c in PRESETS.items()}
     monkeypatch.setattr(ladder, "PRESETS", one_device)
-    command = ladder.LadderCommand(seeds=3, text="text.txt")
-    stages, counted = ladder.climb(command, ladder.Console(quiet=True))
+    stages, counted = ladder.climb(ladder.Console(quiet=True), seeds=3, text="text.txt")
     found = {stage.name: stage.losses for stage in stages if stage.losses}
 
     # The plain average is worse than the bigram, because it dilutes the last character.
@@ -174,10 +174,10 @@ def test_each_stage_beats_the_one_before(
         spread = max(np.std(found[before], ddof=1), np.std(found[after], ddof=1))
         assert np.mean(found[before]) - np.mean(found[after]) > spread, (before, after)
     for name, losses in found.items():
-        if name != "2-averaging":  # of random batches, and rounded
+        if name != "2-averaging":  # the lecture's are rounded and of random batches
             assert np.mean(losses) == pytest.approx(float(ladder.FIGURES[name]), abs=0.04), name
 
-    # Lecture, section 2: the bigram's bands from step 1,200 on.
+    # The range of the lecture's bigram from step 1,200 on.
     for record in (r for history in stages[0].histories for r in history if r["step"] >= 1200):
         assert 2.44 < record["train_sampled_loss"] < 2.50
         assert 2.46 < record["val_sampled_loss"] < 2.52

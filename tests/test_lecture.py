@@ -14,6 +14,7 @@ from helpers import abstract_params, by_path, close, normal, random_params, rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.cli import notes as command
 from gptjax.config import MeshConfig, differences
 from gptjax.errors import UserError
 from gptjax.lecture import models as lecture
@@ -532,12 +533,12 @@ def test_note_6_saturation():
 
 
 def test_the_notes_command_prints_all_six(capsys: pytest.CaptureFixture[str]):
-    notes.main([])
+    command.main([], "gptjax notes")
     printed = capsys.readouterr().out
     assert [line[0] for line in printed.splitlines() if line[:1].isdigit()] == list("123456")
     assert "[0.0326 0.0030 0.1615 0.0030 0.8000]" in printed
     with pytest.raises(UserError):
-        notes.main(["--sed", "1"])
+        command.main(["--sed", "1"], "gptjax notes")
 
 
 def test_every_note_has_a_demonstration():
