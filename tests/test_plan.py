@@ -285,7 +285,7 @@ def test_models_other_than_a_gpt_are_refused(tmp_path):
         "from gptjax import GPT, PRESETS\nconfig = PRESETS['tiny']\n"
         "class Mine(GPT):\n    pass\nmodel = Mine\n"
     )
-    for config, named in (
+    for config, _ in (
         ("bigram", "bigram"),
         ("lecture/7-layernorm", "7-layernorm"),
         (str(path), "own.py"),
