@@ -272,9 +272,9 @@ def test_the_batch_of_a_step_is_taken_out_of_those_that_were_made():
         "ids": jnp.arange(6, dtype=jnp.uint16).reshape(3, 2),
         "weight": jnp.asarray([[0.5], [1.5], [2.5]]),
     }
-    at = jax.jit(Prefetched.at)(Rows(10, batches), KEY, 12)
-    assert at["ids"].tolist() == [4, 5] and at["ids"].dtype == jnp.int32
-    assert at["weight"].tolist() == [2.5] and at["weight"].dtype == jnp.float32
+    at = jax.jit(Prefetched.at)(Rows(10, batches), KEY, 11)
+    assert at["ids"].tolist() == [2, 3] and at["ids"].dtype == jnp.int32
+    assert at["weight"].tolist() == [1.5] and at["weight"].dtype == jnp.float32
 
 
 @pytest.mark.core

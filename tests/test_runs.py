@@ -249,6 +249,7 @@ import resource, sys
 from pathlib import Path
 import jax.numpy as jnp
 from gptjax.runs.checkpoint import Checkpoints
+from gptjax.errors import UserError
 from gptjax.runs.files import MANIFEST
 from gptjax.step import TrainState
 
