@@ -18,7 +18,7 @@ from gptjax.errors import UserError
 from gptjax.interop import hf_tokenizer
 from gptjax.interop.hf import to_tensors
 from gptjax.interop.hf_config import write_config
-from gptjax.model import GPT
+from gptjax.model import GPT, Model
 from gptjax.runs import parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import write_atomically
@@ -26,7 +26,7 @@ from gptjax.runs.run import Run
 
 
 def export(
-    directory: Path, folder: Path, checkpoint: str = "best", *, model: nn.Module | None = None
+    directory: Path, folder: Path, checkpoint: str = "best", *, model: Model | None = None
 ) -> str:
     """Write a run's weights and tokenizer as a folder.
 
