@@ -50,7 +50,7 @@ def to_format_1(run: Path, **model: Any) -> None:
     def rewrite(path: Path) -> None:
         values = json.loads(path.read_text())
         assert values.pop("format") == 2
-        values.pop("gptjax"), values.pop("parts")
+        del values["gptjax"], values["parts"]
         values["model"] |= {**HARMLESS, **model}
         path.write_text(json.dumps({"format": 1, "gptjax": "0.1.0", **values}, indent=2) + "\n")
 
