@@ -23,7 +23,8 @@ VOCABULARY = 65
 CONTAINERS = {"while", "conditional", "call"}  # their time is that of their bodies
 # The first pattern found in an operation's name gives its part.
 PARTS = {
-    "optimizer": r"/cond",
+    # What `train_step` does itself, outside the model and the loss.
+    "optimizer": r"/while/body/(?!jit\(_(randint|threefry))(jit\(\w+\)/)?\w+$|/optimizer/",
     "attention: linear layers": r"/attn/c_",
     "attention: the rest": r"/attn",
     "MLP: linear layers": r"/mlp/c_",

@@ -2,8 +2,8 @@
 
     python examples/custom_loop.py [TEXT]
 
-The loss of Tiny Shakespeare falls from @A to about @B in 300 steps, and the sample has the shape of
-a play, if not its words.
+The loss of Tiny Shakespeare falls from 4.2 to about 2.4 in 300 steps, and the sample has the shape
+of a play, if not its words.
 """
 
 import sys

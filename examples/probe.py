@@ -2,7 +2,9 @@
 
     python examples/probe.py [RUN]
 
-Of `small`, the residual stream grows from @A to @B (root mean square), and ...
+Of `small`, the residual stream grows from 2.5 after the first block to 5.5 after the last (root
+mean square), the MLPs write more than the heads, and one head of the first block puts 78 % of its
+attention on the previous token.
 """
 
 import sys

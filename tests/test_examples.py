@@ -148,7 +148,7 @@ def test_numbers_of_pairs_of_a_large_vocabulary():
 
 def test_past_the_context_half_of_it_is_read_again():
     model = NGramGPT(replace(LLAMA, block_size=8), V, ngram=3, pair_rows=30, recall=1)
-    params, text = random_params(model, seed=1), [1, 2, 3]
+    params, text = random_params(model, seed=2), [1, 2, 3]
     key, sampling = jax.random.key(0), Sampling(temperature=0.0)
     drawn = generate(model, params, np.array(text), key, 30, sampling)
     found = np.concatenate(list(drawn), axis=1)[0].tolist()
@@ -205,8 +205,8 @@ def test_a_speedrun_is_trained_and_sampled(name: str, tmp_path: Path, text: str)
     short = replace(SHORT, model=small, optim=replace(config.optim, warmup_steps=2))
     short = replace(short, data=replace(config.data, text=text))
     record = gptjax.train(short, tmp_path / "run", model=model)
-    assert record["val_loss"] < np.log(30)
     run = gptjax.load(tmp_path / "run", model=model)
+    assert record["val_loss"] < run.metrics[0]["val_loss"] - 0.2
     assert len("".join(run.generate("KING", 10))) == 10
     with pytest.raises(UserError, match="NGramGPT"):
         gptjax.load(tmp_path / "run")
@@ -250,14 +250,14 @@ def test_alibi(tmp_path: Path, text: str):
 
 
 def test_zloss(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(zloss, "COEFFICIENT", 0.1)
+    monkeypatch.setattr(zloss, "COEFFICIENT", 1.0)
     config = replace(SHORT, steps=30, eval_every=30, optim=OptimConfig(learning_rate=1e-2))
     config = replace(config, data=replace(config.data, text=text))
     ours = {"loss_fn": zloss.loss_fn, "metrics": zloss.metrics}
     last = gptjax.train(config, tmp_path / "run", **ours)
     first, *_ = gptjax.load(tmp_path / "run").metrics
-    assert last["loss"] == pytest.approx(last["ce"] + 0.1 * last["z_loss"])
-    assert last["val_log_z"] < first["val_log_z"] / 3
+    assert last["loss"] == pytest.approx(last["ce"] + last["z_loss"])
+    assert last["val_log_z"] < first["val_log_z"] - 1
 
 
 def test_probe(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]):
@@ -273,8 +273,8 @@ def test_probe(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]):
 
 
 def test_own_data(tmp_path: Path):
-    config = replace(own_data.config, steps=4, eval_every=2, mesh=MeshConfig(data=1))
-    config = replace(config, optim=OptimConfig(learning_rate=1e-2))
+    short = {"steps": 4, "eval_every": 2, "optim": OptimConfig(learning_rate=1e-2)}
+    config = replace(own_data.config, mesh=MeshConfig(data=1), **short)
     source = own_data.Additions(rows=16)
     ours: Any = {"batches": source, "metrics": own_data.metrics}
     last = gptjax.train(config, tmp_path / "run", **ours)

@@ -513,7 +513,7 @@ def test_note_4_masks(seed: int):
 def test_note_5_cross_attention(seed: int):
     found = notes.cross(seed)
     assert found["with x as its own context, difference from self-attention"] < 1e-5
-    assert np.array_equal(found["shape of what comes out"], found["shape of the queries' source"])
+    assert np.array_equal(found["shape of the output"], found["shape of the queries' source"])
     assert found["change when the context changes"] > 0.1
 
 

@@ -88,8 +88,8 @@ def test_the_rest_trains_as_if_nothing_was_frozen():
 
 def test_split_and_join_undo_each_other():
     params = jax.tree.map(np.asarray, random_params(GPT(GPT2, V)))
-    cases: list[dict[str, Any]] = [{}, {"freeze": "wte|mlp"}, {"lora_rank": 2}]
-    for settings in cases:
+    options: list[dict[str, Any]] = [{}, {"freeze": "wte|mlp"}, {"lora_rank": 2}]
+    for settings in options:
         trained, frozen = optim.split(params, OptimConfig(**settings), jax.random.key(0))
         whole = optim.unite(trained, frozen)
         assert_same(optim.join(trained, frozen), params)
