@@ -285,12 +285,12 @@ TIES = [0.3, 0.1, 0.3, 0.1, 0.1, 0.1]
         (PROBS, Sampling(top_p=0.94), {0, 1, 3, 4}),
         (PROBS, Sampling(top_p=0.96), {0, 1, 2, 3, 4}),
         (PROBS, Sampling(top_p=1.0), {0, 1, 2, 3, 4}),
-        # A tie at the edge is kept whole: which of equals would go is nobody's choice.
-        (TIES, Sampling(top_k=1), {0, 2}),
+        # Of equal logits the first ones are kept: exactly k, and no more than top_p needs.
+        (TIES, Sampling(top_k=1), {0}),
         (TIES, Sampling(top_k=2), {0, 2}),
-        (TIES, Sampling(top_k=3), {0, 1, 2, 3, 4, 5}),
-        (TIES, Sampling(top_p=0.2), {0, 2}),
-        (TIES, Sampling(top_p=0.65), {0, 1, 2, 3, 4, 5}),
+        (TIES, Sampling(top_k=3), {0, 1, 2}),
+        (TIES, Sampling(top_p=0.2), {0}),
+        (TIES, Sampling(top_p=0.65), {0, 1, 2}),
         # Both: top_p is of what top_k left, here 0.4/0.65 = 0.62 for token 1.
         (PROBS, Sampling(top_k=2, top_p=0.6), {1}),
         (PROBS, Sampling(top_k=2, top_p=0.63), {1, 3}),

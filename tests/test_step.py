@@ -292,7 +292,7 @@ def jaxpr(config: Config) -> str:
 @core
 def test_micro_batches_are_smaller():
     """The tests above compare different programs: 4 rows at once, or 2."""
-    four, two = "f32[4,8,16]", "f32[2,8,16]"  # of the residual stream
+    four, two = f"f32[4,8,{VOCAB}]", f"f32[2,8,{VOCAB}]"  # logits
     assert four in jaxpr(accumulating(1)) and two not in jaxpr(accumulating(1))
     assert two in jaxpr(accumulating(2)) and four not in jaxpr(accumulating(2))
 
