@@ -129,7 +129,8 @@ class CausalSelfAttention(nn.Module):
         weights = attention_weights(q, k, mask, bias)
         if self._keeps_weights():
             self.sow("attention", "weights", weights)
-        weights = nn.Dropout(c.dropped_attention, deterministic=not self.train)(weights)
+        if c.dropped_attention:  # else no module, so that no other's random masks depend on it
+            weights = nn.Dropout(c.dropped_attention, deterministic=not self.train)(weights)
         return weighted_values(weights, v)
 
     def _keeps_weights(self) -> bool:

@@ -677,3 +677,9 @@ def test_the_model_of_loaded_weights_cannot_be_changed():
         "--model.n-layer cannot be set with --init, for the model comes with its weights; what can "
         "be set: block_size, dropout, attn_dropout, attention, dtype, remat, remat_saves"
     )
+
+
+def test_a_lecture_model_refuses_settings_that_it_does_not_read():
+    with pytest.raises(UserError, match=r"--model\.position has no effect .* lecture/3-head"):
+        parse_train(["--config", "lecture/3-head", "--model.position", "rotary"])
+    assert parse_train(["--config", "lecture/3-head", "--n-embd", "64"]).settings.model.n_embd == 64

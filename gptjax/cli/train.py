@@ -11,6 +11,9 @@ from gptjax.errors import UserError
 from gptjax.presets import LECTURE_MODELS, PRESETS
 from gptjax.runs import folders
 
+# The fields of a model that the lecture's models read.
+OF_A_LECTURE_MODEL = "n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout"
+
 
 @dataclass(frozen=True)
 class TrainCommand:
@@ -78,6 +81,14 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainCommand:
             raise UserError(
                 f"{flag} cannot be set with --init, for the model comes with its weights; what "
                 f"can be set: {', '.join(OF_A_LOADED_MODEL)}"
+            )
+    if config in LECTURE_MODELS and not old:
+        changed = differences(settings.model, command.settings.model)
+        if ignored := [name for name in changed if name not in OF_A_LECTURE_MODEL]:
+            flag = f"--model.{ignored[0].replace('_', '-')}"
+            raise UserError(
+                f"{flag} has no effect on the lecture's models, which {config} trains; what can be "
+                f"set: {', '.join(OF_A_LECTURE_MODEL)}"
             )
     if command.resume and not old:
         raise UserError("give --resume alone, without a value")
