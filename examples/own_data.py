@@ -50,6 +50,7 @@ def metrics(model: nn.Module, params: Any, batch: gptjax.Batch) -> dict[str, jax
 
 config = gptjax.Config(
     steps=1000,
+    batch_size=64,
     eval_every=250,
     save_every=500,
     model=gptjax.ModelConfig(n_layer=2, n_embd=64, block_size=16),

@@ -273,7 +273,12 @@ def test_probe(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]):
 
 
 def test_own_data(tmp_path: Path):
-    short = {"steps": 4, "eval_every": 2, "optim": OptimConfig(learning_rate=1e-2)}
+    short = {
+        "steps": 4,
+        "eval_every": 2,
+        "batch_size": 16,
+        "optim": OptimConfig(learning_rate=1e-2),
+    }
     config = replace(own_data.config, mesh=MeshConfig(data=1), **short)
     source = own_data.Additions(rows=16)
     ours: Any = {"batches": source, "metrics": own_data.metrics}

@@ -92,8 +92,9 @@ def stream(command: SampleCommand) -> Iterator[list[str]]:
     from gptjax.runs.loaded import load  # jax, once the arguments are understood
     from gptjax.sampling import Sampling
 
-    prompt, directory = read_prompt(command.prompt), folders.find(command.run)
-    own = parts_for_run(recipe_of_run(command.config), directory, "model")
+    prompt, recipe = read_prompt(command.prompt), recipe_of_run(command.config)
+    directory = folders.find(command.run)
+    own = parts_for_run(recipe, directory, "model")
     run = load(directory, command.checkpoint, mesh=command.mesh, **own)
     return run.generate_many(
         prompt,
