@@ -99,7 +99,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "misnamed": (
         lambda run: (run / "checkpoints" / "4").rename(run / "checkpoints" / "3"),
         "checkpoint 3",
-        "is of step 4",
+        "the state after step 4",
     ),
 }
 
