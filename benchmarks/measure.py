@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import platform
 import resource
-import runpy
 import statistics
 import subprocess
 import sys
@@ -27,10 +26,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gptjax.cli.recipe import starting_point
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.parallel.flops import processor
-from gptjax.presets import LECTURE_MODELS, PRESETS
+from gptjax.presets import LECTURE_MODELS
 
 RESULTS = Path("benchmarks") / "results"
 BUSY = 0.25  # load average per core above which the machine counts as busy
@@ -56,20 +56,12 @@ def recipe(name: str) -> Recipe:
     Raises:
         UserError: no such preset or file.
     """
-    if name in PRESETS:
-        if name not in LECTURE_MODELS:
-            return Recipe(PRESETS[name])
-        from gptjax.lecture import models
+    config, file = starting_point(name)
+    if name in LECTURE_MODELS:
+        from gptjax.lecture.models import STAGES
 
-        return Recipe(PRESETS[name], models.STAGES[LECTURE_MODELS[name]])
-    if not (name.endswith(".py") and Path(name).is_file()):
-        raise UserError(f"unknown preset {name!r}; presets: {', '.join(PRESETS)}; or a FILE.py")
-    sys.path.insert(0, str(Path(name).parent.resolve()))  # for the modules beside it
-    try:
-        found = runpy.run_path(name)
-    finally:
-        sys.path.pop(0)
-    return Recipe(found["config"], found.get("model"))
+        return Recipe(config, STAGES[LECTURE_MODELS[name]])
+    return Recipe(config, file and file.model)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import measure
 from gptjax import cli
+from gptjax.cli.train import parse_train
 from gptjax.console import Report
 from gptjax.errors import UserError, one_line_errors
 from gptjax.presets import PRESETS
@@ -143,7 +144,7 @@ def traced(started: float, argv: list[str], cache: str) -> Callable[[], dict[str
 
     jax.monitoring.register_event_duration_secs_listener(note)
     use_compilation_cache()
-    command = cli.parse_train(argv)
+    command = parse_train(argv)
     train(command.settings, command.directory(), report=marks)
     parts, last = {}, started
     for name, when in marks.times.items():

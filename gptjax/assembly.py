@@ -31,7 +31,14 @@ from gptjax.batches import (
 )
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
-from gptjax.loss import LossFn, MetricsFn, evaluate_batch, evaluate_windows, next_token_loss
+from gptjax.loss import (
+    TINY,
+    LossFn,
+    MetricsFn,
+    evaluate_batch,
+    evaluate_windows,
+    next_token_loss,
+)
 from gptjax.model import GPT, Model
 from gptjax.optim import make_optimizer, make_schedule
 from gptjax.parallel import sharding
@@ -227,13 +234,11 @@ def trace(setup: Setup, n_tokens: int) -> jax.stages.Traced:
 def make_source(config: Config, dataset: Dataset, mesh: Mesh, seed_key: jax.Array) -> Source:
     """Batches of a dataset: from tokens on the device if they fit there, else streamed."""
     size, T = config.batch_size, config.model.block_size
-    if config.data.order == "shuffled":
-        batches: Batches = Shuffled(dataset.parts, config.seed, size, T)
-    elif dataset.n_train <= config.data.resident_tokens:
+    if not streams(config, dataset):
         return Windows(sharding.put(mesh, dataset.train), seed_key, size, T)
-    else:
-        batches = OnDisk(dataset.train, config.seed, size, T)
-    return prefetched(config, batches, mesh)
+    if config.data.order == "shuffled":
+        return prefetched(config, Shuffled(dataset.parts, config.seed, size, T), mesh)
+    return prefetched(config, OnDisk(dataset.train, config.seed, size, T), mesh)
 
 
 def prefetched(config: Config, batches: Batches, mesh: Mesh) -> Source:
@@ -300,7 +305,7 @@ def evaluate_batches(setup: Setup, params: Any, batches: Sequence[Any]) -> dict[
         found, weight = jax.device_get(setup.evaluate_batch(params, placed))
         total += float(weight)
         sums = {name: sums.get(name, 0.0) + float(x) for name, x in found.items()}
-    return {name: x / total for name, x in sums.items()}
+    return {name: x / max(total, TINY) for name, x in sums.items()}
 
 
 def evaluation(
@@ -309,11 +314,10 @@ def evaluation(
     """The function that evaluates parameters on a dataset after a step, by the names in the log."""
     config = setup.config
     n = config.eval_batches
-
     val = resident(setup, dataset.val)
-    train = None if streams(config, dataset) else source.data(0)
-    if train is None and config.data.order == "random":
-        train = dataset.train
+    train = dataset.train if config.data.order == "random" else None
+    if not streams(config, dataset):
+        train = source.data(0)  # the same tokens, on the devices already
 
     def evaluate(params: Any, step: int, last: bool) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -5,17 +5,23 @@ must reproduce what was done before it existed, so that the `config.json` of an 
 meaning (`runs/config_json.py` reads and writes it).
 """
 
-import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from gptjax.errors import UserError
+from gptjax.errors import (
+    UserError,
+    above_zero,
+    multiple,
+    not_negative,
+    pattern,
+    positive,
+    within,
+)
 
 # The fields of a model that do not come with its weights.
 OF_A_LOADED_MODEL = (
     *("block_size", "dropout", "attn_dropout", "attention", "dtype", "remat", "remat_saves"),
 )
-LARGEST = 2**31 - 1  # sizes and steps are int32 on the devices
 
 
 @dataclass(frozen=True)
@@ -328,50 +334,3 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
         elif before != after:
             changed[prefix + name] = (before, after)
     return changed
-
-
-# ---------------------------------------------------------------------------------------------
-# Checks; each raises a `UserError` that names the field
-
-
-def positive(name: str, value: int) -> None:
-    """1 or more."""
-    if value < 1:
-        raise UserError(f"{name}={value} is too small; give 1 or more")
-    if value > LARGEST:
-        raise UserError(f"{name}={value} is too large; give {LARGEST} or less")
-
-
-def not_negative(name: str, value: float) -> None:
-    """0 or more, and finite."""
-    if not 0 <= value < float("inf"):
-        raise UserError(f"{name}={value} is out of range; give 0 or more")
-
-
-def above_zero(name: str, value: float) -> None:
-    """Above 0, and finite."""
-    if not 0 < value < float("inf"):
-        raise UserError(f"{name}={value} is out of range; give a number above 0")
-
-
-def multiple(name: str, value: int, of: str, divisor: int, why: str = "") -> None:
-    """Divisible by the value of the field `of`."""
-    if value % divisor:
-        raise UserError(
-            f"{name}={value} is not divisible by {of}={divisor}; change one of them{why}"
-        )
-
-
-def pattern(name: str, value: str | None) -> None:
-    """A regular expression, or None."""
-    try:
-        re.compile(value or "")
-    except re.error as error:
-        raise UserError(f"{name}={value!r} is not a regular expression: {error}") from None
-
-
-def within(name: str, value: float, low: float, high: float, closed: bool = False) -> None:
-    """low <= value < high, or up to high too if closed."""
-    if not (low <= value < high or (closed and value == high)):
-        bound = "<=" if closed else "<"
-        raise UserError(f"{name}={value} is out of range; give {low} <= {name} {bound} {high}")

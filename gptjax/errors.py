@@ -1,12 +1,14 @@
-"""The one error a user can cause, and how a command reports it."""
+"""Bad input as one line: `UserError`, the checks that raise it, and how a command reports it."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+LARGEST = 2**31 - 1  # sizes and steps are int32 on the devices
 LONGEST = 1500  # characters of a message
 
 
@@ -55,3 +57,50 @@ def one_line_errors(command: str) -> Iterator[None]:
     except UserError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks of a setting; each raises a `UserError` that names it
+
+
+def positive(name: str, value: int) -> None:
+    """1 or more."""
+    if value < 1:
+        raise UserError(f"{name}={value} is too small; give 1 or more")
+    if value > LARGEST:
+        raise UserError(f"{name}={value} is too large; give {LARGEST} or less")
+
+
+def not_negative(name: str, value: float) -> None:
+    """0 or more, and finite."""
+    if not 0 <= value < float("inf"):
+        raise UserError(f"{name}={value} is out of range; give 0 or more")
+
+
+def above_zero(name: str, value: float) -> None:
+    """Above 0, and finite."""
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name}={value} is out of range; give a number above 0")
+
+
+def multiple(name: str, value: int, of: str, divisor: int, why: str = "") -> None:
+    """Divisible by the value of the field `of`."""
+    if value % divisor:
+        raise UserError(
+            f"{name}={value} is not divisible by {of}={divisor}; change one of them{why}"
+        )
+
+
+def pattern(name: str, value: str | None) -> None:
+    """A regular expression, or None."""
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise UserError(f"{name}={value!r} is not a regular expression: {error}") from None
+
+
+def within(name: str, value: float, low: float, high: float, closed: bool = False) -> None:
+    """low <= value < high, or up to high too if closed."""
+    if not (low <= value < high or (closed and value == high)):
+        bound = "<=" if closed else "<"
+        raise UserError(f"{name}={value} is out of range; give {low} <= {name} {bound} {high}")

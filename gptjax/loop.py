@@ -95,7 +95,7 @@ def _advance(
 ) -> tuple[TrainState, list[Record], str | None]:
     """Train until something is due, a signal, or a step that is not finite.
 
-    The metrics of each call of the devices are read while they make the next.
+    The metrics of each dispatch are read while the device computes the next one.
 
     Returns:
         The state (before a step that is not finite), a record of each step, and what was not
@@ -124,11 +124,9 @@ def _read(
     first: int, n: int, log: Any, records: list[Record], clock: Clock, report: Report
 ) -> str | None:
     """Append the records of the n steps after step `first`, up to one that is not finite; says
-    what was not. Waits until the devices have made them."""
+    what was not. Waits for the device."""
     host = jax.device_get(log)
-    names = sorted(
-        host, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name)
-    )
+    names = [name for name in FIRST if name in host] + sorted(host.keys() - set(FIRST))
     for i in range(n):
         values = {name: float(host[name][i]) for name in names}
         record = {"step": first + i + 1, **values, "seconds": round(clock.read(), 3)}
@@ -191,7 +189,7 @@ def _next_boundary(config: Config, step: int) -> int:
 
 
 def _last_record(job: Job, start: int) -> tuple[Record, bool, int]:
-    """Drop the metrics after step `start`, which will be made again.
+    """Drop the metrics after step `start`, which this session will log again.
 
     Returns:
         The record of that step, whether it is complete, and how many steps up to it in a row were

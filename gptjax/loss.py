@@ -194,7 +194,7 @@ def evaluate_windows(
         tokens: (N,) ids.
         starts: (n, B) first positions of windows; targets past the end of the tokens do not count.
         block_size: T.
-        pin: says where a batch lies; None: on one device.
+        pin: constrains the sharding of a batch; by default nothing does.
         options: of `evaluate_batch`.
 
     Returns:

@@ -9,7 +9,6 @@ and dropout masks follow from (seed, step) alone, whatever was evaluated, logged
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -263,5 +262,5 @@ def schedule_free_state(opt_state: Any) -> Any:
 
 
 def _find(tree: Any, cls: type) -> Any:
-    is_cls = partial(lambda cls, x: isinstance(x, cls), cls)
+    is_cls = lambda x: isinstance(x, cls)
     return next(filter(is_cls, jax.tree.leaves(tree, is_leaf=is_cls)), None)

@@ -14,11 +14,21 @@ import numpy as np
 import pytest
 from helpers import by_path
 
-from gptjax.config import DataConfig, ModelConfig
+from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
 
 QUIET = Report(quiet=True)
+CONFIG = Config(
+    steps=8,
+    batch_size=4,
+    eval_every=4,
+    save_every=4,
+    steps_per_dispatch=3,
+    model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, dropout=0.1),
+    optim=OptimConfig(learning_rate=1e-2),
+    mesh=MeshConfig(data=1),
+)
 
 
 def message(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

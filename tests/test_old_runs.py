@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import QUIET, SignalAt, arrays, assert_same, contents, message, records, text_file
+from run_helpers import (
+    CONFIG,
+    QUIET,
+    SignalAt,
+    arrays,
+    assert_same,
+    contents,
+    message,
+    records,
+    text_file,
+)
 
 import gptjax
-from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
+from gptjax.config import Config, ModelConfig
 from gptjax.interop.export import export
 from gptjax.lecture.models import Bigram
 from gptjax.runs import files
@@ -20,16 +30,6 @@ from gptjax.tools.replay import replay
 from gptjax.tools.verify import verify
 from gptjax.training import train
 
-CONFIG = Config(
-    steps=8,
-    batch_size=4,
-    eval_every=4,
-    save_every=4,
-    steps_per_dispatch=3,
-    model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, dropout=0.1),
-    optim=OptimConfig(learning_rate=1e-2),
-    mesh=MeshConfig(data=1),
-)
 # What gptjax 0.1 wrote for the fields that are gone, with the values of its presets.
 HARMLESS: dict[str, Any] = {
     **{"kind": "gpt", "qkv_bias": True, "ngram": 1, "pair_rows": None, "recall": None},

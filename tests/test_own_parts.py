@@ -15,6 +15,7 @@ import optax.contrib
 import pytest
 from helpers import by_path
 from run_helpers import (
+    CONFIG,
     QUIET,
     MeanOfThePast,
     SignalAt,
@@ -31,7 +32,7 @@ import gptjax
 from gptjax.assembly import assemble
 from gptjax.batches import Batch
 from gptjax.cli import verify as verify_command
-from gptjax.config import Config, MeshConfig, ModelConfig, OptimConfig
+from gptjax.config import Config
 from gptjax.interop.export import export
 from gptjax.lecture.models import Bigram
 from gptjax.loss import next_token_loss
@@ -41,17 +42,6 @@ from gptjax.runs.run import Run
 from gptjax.tools.replay import replay
 from gptjax.tools.verify import verify
 from gptjax.training import train
-
-CONFIG = Config(
-    steps=8,
-    batch_size=4,
-    eval_every=4,
-    save_every=4,
-    steps_per_dispatch=3,
-    model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, dropout=0.1),
-    optim=OptimConfig(learning_rate=1e-2),
-    mesh=MeshConfig(data=1),
-)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import GPT
-from gptjax.config import positive
+from gptjax.errors import positive
 from gptjax.layers import INIT_STD
 
 

@@ -12,14 +12,10 @@ from gptjax.errors import UserError
 
 FORMAT = 2  # raised when an old program could misread a new file
 
-# Fields that format 1 (gptjax 0.1) had and this one has not, with the values that change nothing.
-REMOVED: dict[str, tuple[Any, ...]] = {
-    "kind": ("gpt",),
-    "qkv_bias": (True,),
-    "ngram": (1,),
-    "pair_rows": (None,),
-    "recall": (None,),
-}
+# Fields of a model that format 1 (gptjax 0.1) had and this one has not, with the value that means
+# nothing; and values that this one has not.
+REMOVED = {"kind": "gpt", "qkv_bias": True, "ngram": 1, "pair_rows": None, "recall": None}
+REMOVED_VALUES = {"norm": "none", "init": "torch"}
 
 
 class Stored(NamedTuple):
@@ -77,19 +73,14 @@ def _from_format_1(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str
         parts = {"model": "Bigram"}
     elif model.get("bias") is False:
         model = {**model, "qkv_bias": True}  # meant nothing without the other biases
-    for name, harmless in REMOVED.items():
-        if name in model and model[name] not in harmless:
-            raise UserError(
-                f"model.{name}={model[name]!r} is a setting of gptjax 0.1 that this version does "
-                f"not have; use the run with pip install gptjax==0.1.0, or start a new one"
-            )
-    model = {name: value for name, value in model.items() if name not in REMOVED}
-    for name, value in (("norm", "none"), ("init", "torch")):
-        if model.get(name) == value:
+    for name, value in model.items():
+        gone = name in REMOVED and value != REMOVED[name]
+        if gone or (name in REMOVED_VALUES and value == REMOVED_VALUES[name]):
             raise UserError(
                 f"model.{name}={value!r} is a setting of gptjax 0.1 that this version does not "
-                f"have; use the run with pip install gptjax==0.1.0, or start a new one"
+                f"have; use the run with a checkout of 0.1, or start a new one"
             )
+    model = {name: value for name, value in model.items() if name not in REMOVED}
     return model, parts
 
 

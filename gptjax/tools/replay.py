@@ -1,6 +1,6 @@
 """Make one step of a run again, to look at it: `python train.py --run NAME --replay STEP`.
 
-A step follows from the state before it and from (seed, step), so any step can be made again from
+A step follows from the state before it and from (seed, step), so any step can be recomputed from
 the newest checkpoint before it, or from the state kept of a skipped one (`runs/bad_steps.py`).
 """
 
