@@ -684,3 +684,8 @@ def test_a_lecture_model_refuses_settings_that_it_does_not_read():
     with pytest.raises(UserError, match=r"--model\.position has no effect .* lecture/3-head"):
         parse_train(["--config", "lecture/3-head", "--model.position", "rotary"])
     assert parse_train(["--config", "lecture/3-head", "--n-embd", "64"]).settings.model.n_embd == 64
+
+
+def test_a_run_may_be_called_none(elsewhere):
+    assert parse_sample(["--run", "none"]).run == "none"
+    assert parse_sample(["--run", "None"]).run is None

@@ -80,7 +80,7 @@ class Flag:
         Raises:
             UserError: it stands for none.
         """
-        if self.optional and text in ("None", "none"):
+        if self.optional and text == "None":
             return None
         try:
             if self.type is int:
