@@ -190,7 +190,9 @@ def _newest_sound_step(run: Run, checkpoints: Checkpoints) -> int:
         UserError: there are checkpoints, and every one is damaged; or all of them are gone.
     """
     last = max((record["step"] for record in run.metrics()), default=0)
-    if last >= run.config.save_every and not checkpoints.exist():
+    # The first save makes the folder before its step is logged, and has ended by the second one.
+    saves = last // run.config.save_every
+    if saves >= (2 if checkpoints.path.is_dir() else 1) and not checkpoints.exist():
         raise UserError(
             f"{run.directory} has metrics up to step {last} and no checkpoint: put its folder "
             f"checkpoints back, or start a new run"

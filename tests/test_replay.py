@@ -41,6 +41,7 @@ CONFIG = Config(
     eval_every=6,
     eval_batches=1,
     save_every=5,
+    keep_last=3,
     steps_per_dispatch=4,
     model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8),
     optim=OptimConfig(learning_rate=1e-2),
@@ -145,6 +146,7 @@ def test_resuming_gives_the_same_skips(config, skipping, tmp_path):
     for step in Checkpoints(directory / "checkpoints").steps():
         if step > 5:
             shutil.rmtree(directory / "checkpoints" / str(step))
+    assert Checkpoints(directory / "checkpoints").steps() == [5]
     choosy(config, directory, resume=True)
     assert lines(directory) == lines(skipping)
     assert_same(arrays(directory, config.steps), arrays(skipping, config.steps))

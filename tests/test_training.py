@@ -123,6 +123,21 @@ def test_killed_before_the_first_checkpoint(finished, tmp_path):
     directory = tmp_path / "early"
     shutil.copytree(whole, directory)
     shutil.rmtree(directory / "checkpoints")
+    lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (directory / "metrics.jsonl").write_text("".join(lines[: config.save_every]))
+    train(config, directory, resume=True, report=QUIET)
+    assert_same_run(whole, directory, 24)
+
+
+def test_killed_while_the_first_checkpoint_was_saved(finished, tmp_path):
+    """The folder is there, a few more steps are logged, and no checkpoint is complete."""
+    whole, config = finished
+    directory = tmp_path / "early"
+    shutil.copytree(whole, directory)
+    shutil.rmtree(directory / "checkpoints")
+    (directory / "checkpoints").mkdir()
+    lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (directory / "metrics.jsonl").write_text("".join(lines[: 2 * config.save_every]))
     train(config, directory, resume=True, report=QUIET)
     assert_same_run(whole, directory, 24)
 
