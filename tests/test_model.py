@@ -388,7 +388,7 @@ def captured(model: Any, params: Any, tokens: Any, cache: Any = None, train: boo
     return run(params, cache)
 
 
-@pytest.mark.parametrize("rolled", [False, pytest.param(True, marks=core)])
+@pytest.mark.parametrize("rolled", [False, True])
 @pytest.mark.parametrize("remat", [False, True])
 def test_activations_of_every_block(monkeypatch: pytest.MonkeyPatch, remat: bool, rolled: bool):
     """Stacked over layers, in their order, and the same as when each block runs by itself."""

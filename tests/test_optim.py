@@ -19,7 +19,7 @@ from gptjax.lecture.models import Bigram
 from gptjax.model import GPT
 from gptjax.optim import decay_mask, make_optimizer, make_schedule
 
-pytestmark = pytest.mark.core
+core = pytest.mark.core
 
 VOCAB = 11
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=8, block_size=4)
@@ -37,6 +37,7 @@ def rates(optim: OptimConfig, steps: int = STEPS) -> np.ndarray:
 # Schedule
 
 
+@core
 def test_cosine_schedule():
     rate = rates(OPTIM)
     # The first update moves already.
@@ -49,6 +50,7 @@ def test_cosine_schedule():
     assert rate[20:] == pytest.approx(0.01 * 0.1)  # and it stays there
 
 
+@core
 def test_warm_up_stable_decay():
     rate = rates(replace(OPTIM, schedule="wsd", decay_share=0.4))
     assert rate[:4] == pytest.approx([0.002, 0.004, 0.006, 0.008])
@@ -58,22 +60,26 @@ def test_warm_up_stable_decay():
     assert rate[20:] == pytest.approx(0.001)
 
 
+@core
 def test_the_decay_never_overlaps_the_warm_up():
     rate = rates(replace(OPTIM, schedule="wsd", decay_share=1.0))
     assert rate[[4, 12, 20]] == pytest.approx([0.01, 0.0055, 0.001])
 
 
+@core
 def test_constant_schedule():
     rate = rates(replace(OPTIM, schedule="constant"))
     assert rate[:4] == pytest.approx(rates(OPTIM)[:4])
     assert set(rate[4:]) == {np.float32(0.01)}
 
 
+@core
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_without_warm_up_the_first_rate_is_the_peak(schedule):
     assert rates(replace(OPTIM, schedule=schedule, warmup_steps=0))[0] == np.float32(0.01)
 
 
+@core
 def test_a_run_that_is_all_warm_up():
     rate = rates(OPTIM, steps=4)
     assert rate[0] == pytest.approx(0.002) and rate[4] == np.float32(0.01)
@@ -84,6 +90,7 @@ def test_a_run_that_is_all_warm_up():
 # Decay mask
 
 
+@core
 def test_decay_mask_of_a_gpt():
     """Leaf by leaf: those of a stack have an axis more, so that norms look like matrices."""
     untied = replace(MODEL, tie_head=False)
@@ -109,6 +116,7 @@ def test_decay_mask_of_a_gpt():
     }
 
 
+@core
 def test_decay_mask_of_a_bigram():
     bigram = Bigram(MODEL, VOCAB)
     assert by_path(decay_mask(abstract_params(bigram))) == {"wte/embedding": True}
@@ -149,6 +157,7 @@ def numpy_adamw(
     return params
 
 
+@core
 @pytest.mark.parametrize("grad_clip", [0.5, 100.0, None])
 def test_adamw_equals_numpy(grad_clip):
     optim = replace(OPTIM, grad_clip=grad_clip)
@@ -166,6 +175,7 @@ def test_adamw_equals_numpy(grad_clip):
         np.testing.assert_allclose(new["layer"][name], value, atol=1e-6, rtol=0)
 
 
+@core
 def test_clipping_and_decay_change_the_reference():
     """Else the comparison above could not fail."""
     params, *gradients = (tree["layer"] for tree in random_trees(4))
@@ -324,6 +334,7 @@ def base() -> str:
     return text
 
 
+@core
 def test_every_field_has_a_test():
     assert set(OTHER_OPTIM) == {f.name for f in fields(OptimConfig)}
     # attention chooses a kernel for the devices: tests/test_kernels.py

@@ -22,7 +22,7 @@ from gptjax.model import GPT
 from gptjax.plan.hlo import Program
 from gptjax.sampling import CHUNK, Sampling, draw, generate
 
-pytestmark = pytest.mark.core
+core = pytest.mark.core
 
 V = 11
 GREEDY = Sampling(temperature=0.0)
@@ -125,6 +125,7 @@ def plain_loop(
 # Contexts
 
 
+@core
 @pytest.mark.parametrize("length", [4, 8])
 def test_greedy_through_the_cache_equals_reading_all_again(length: int):
     model, params = gpt()
@@ -161,6 +162,7 @@ def test_a_modern_model_past_its_window(options: dict[str, Any]):
     assert len(set(expected)) > 4
 
 
+@core
 def test_the_two_rules_differ():
     """Else the tests of either prove nothing."""
     model, params = gpt()
@@ -179,6 +181,7 @@ def test_without_a_cache_the_window_slides(block_size: int, length: int):
     assert run(model, params, prompt, n)[0].tolist() == plain_loop(model, params, prompt, n, slide)
 
 
+@core
 def test_bigram_equals_the_lectures_loop():
     """idx -> logits of the last position -> draw -> append."""
     model, params = gpt(8, Bigram)
@@ -189,6 +192,7 @@ def test_bigram_equals_the_lectures_loop():
     assert run(model, params, [0], 40, Sampling())[0].tolist() == idx[1:]
 
 
+@core
 @pytest.mark.parametrize("model_class", [GPT, Cacheless, Bigram])
 def test_a_long_prompt_is_read_from_its_end(model_class: type[nn.Module]):
     model, params = gpt(8, model_class)
@@ -213,6 +217,7 @@ def test_chunks_add_up(model_class: type[nn.Module], n: int):
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), more[:, :n])
 
 
+@core
 def test_chunks_come_as_they_are_drawn():
     model, params = gpt(8)
     endless = generate(model, params, np.array([1]), KEY, 10**9, GREEDY)
@@ -232,6 +237,7 @@ def test_each_token_has_a_key_of_its_own():
         assert row == plain_loop(model, params, [3], 3 * CHUNK, halve, choose)
 
 
+@core
 def test_samples_depend_on_the_key_alone():
     model, params = gpt()
     three = run(model, params, [1, 2], 24, Sampling(), num_samples=3)
@@ -243,6 +249,7 @@ def test_samples_depend_on_the_key_alone():
     assert (other != three).any(axis=1).all()
 
 
+@core
 @pytest.mark.parametrize("sampling", [Sampling(top_k=1), Sampling(temperature=1e-6, top_p=0.9)])
 def test_limits_that_are_greedy(sampling: Sampling):
     model, params = gpt(8)
@@ -267,6 +274,7 @@ PROBS = [0.1, 0.4, 0.05, 0.25, 0.2]  # by likelihood: 1, 3, 4, 0, 2
 TIES = [0.3, 0.1, 0.3, 0.1, 0.1, 0.1]
 
 
+@core
 @pytest.mark.parametrize(
     ("probs", "sampling", "kept"),
     [
@@ -314,6 +322,7 @@ def test_cuts_keep_exactly_the_right_tokens(probs: list[float], sampling: Sampli
     assert set(drawn(probs, sampling).tolist()) == kept
 
 
+@core
 @pytest.mark.parametrize(
     ("sampling", "weights"),
     [
@@ -335,6 +344,7 @@ def test_draws_follow_the_softmax(sampling: Sampling, weights: list[float]):
     assert chi_square < 20  # of at most 4 degrees of freedom: 1 in 2,000
 
 
+@core
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-45])
 def test_a_cold_draw_is_greedy(temperature: float):
     """Logits of a trained model reach tens; divided by a tiny temperature they overflow."""
@@ -343,6 +353,7 @@ def test_a_cold_draw_is_greedy(temperature: float):
     assert draw(logits, keys, Sampling(temperature=temperature)).tolist() == [1, 1]
 
 
+@core
 def test_padding_rows_are_not_generated():
     """A table with more rows than the tokenizer has tokens, all of them likely."""
     model, params = gpt(8)
@@ -431,6 +442,7 @@ def test_a_model_too_deep_to_unroll_draws_the_same(monkeypatch: pytest.MonkeyPat
     np.testing.assert_array_equal(run(model, params, [1, 2], 20, GREEDY, 2), tokens)
 
 
+@core
 def test_of_equal_logits_exactly_k_remain():
     """By rank: the first of equal ones count, as they would in a stable sort."""
     logits = jnp.array([[2.0, 2.0, 2.0, 1.0, 0.0]])

@@ -148,7 +148,6 @@ def test_chunked_loss_accumulates_bfloat16_in_float32():
     assert_close(chunked, gradient, 0.01 * float(optax.tree.norm(gradient)))
 
 
-@core
 def test_chunked_logits_never_exist_at_once():
     config = ONE
     whole, part = f"f32[4,8,{VOCAB}]", f"f32[4,2,{VOCAB}]"
@@ -192,7 +191,6 @@ def masked_batch(rows: int = 4) -> Batch:
     return Batch.of_windows(windows)._replace(mask=jnp.asarray(mask))
 
 
-@core
 def test_a_mask_weighs_the_positions():
     model, batch = GPT(replace(MODEL, dropout=0.0), VOCAB), masked_batch()
     params = large_params(model.config)
@@ -218,13 +216,11 @@ def test_a_batch_without_a_target_has_no_loss_and_no_gradient():
     assert value == 0 and not any(np.any(np.asarray(x)) for x in jax.tree.leaves(gradient))
 
 
-@core
 def test_the_first_loss_is_that_of_uniform_predictions():
     _, losses = trained(CONFIG, 1)
     assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.1)
 
 
-@core
 def test_one_batch_can_be_memorised():
     config = replace(
         CONFIG,
@@ -240,7 +236,6 @@ def test_one_batch_can_be_memorised():
 
 # ---------------------------------------------------------------------------------------------
 # EMA
-@core
 def test_ema_averages_the_parameters_after_each_step():
     config = replace(CONFIG, optim=replace(CONFIG.optim, ema=0.3))
     setup, key = setup_of(config), KEY
@@ -289,7 +284,6 @@ def jaxpr(config: Config) -> str:
     return str(assembly.trace(setup_of(config, sgd=True), len(TOKENS)).jaxpr)
 
 
-@core
 def test_micro_batches_are_smaller():
     """The tests above compare different programs: 4 rows at once, or 2."""
     four, two = f"f32[4,8,{VOCAB}]", f"f32[2,8,{VOCAB}]"  # logits
@@ -297,7 +291,6 @@ def test_micro_batches_are_smaller():
     assert two in jaxpr(accumulating(2)) and four not in jaxpr(accumulating(2))
 
 
-@core
 @pytest.mark.parametrize("n", [2, 4])
 def test_accumulation_weighs_masked_micro_batches_as_the_whole_batch(n):
     """The masks of the micro-batches differ in their sums, and one of four is 0 everywhere."""
@@ -335,7 +328,6 @@ def seven_updates() -> tuple[TrainState, np.ndarray]:
     return trained(CONFIG, 4, 3)
 
 
-@core
 @pytest.mark.parametrize("calls", [(1,) * 7, (2, 1, 4)])
 def test_calls_can_be_grouped_in_any_way(calls):
     state, losses = trained(CONFIG, *calls)
@@ -350,7 +342,6 @@ def test_steps_per_dispatch_never_changes_the_numbers():
     assert_same(losses, seven_updates()[1])
 
 
-@core
 def test_metrics_beyond_the_updates_made_are_empty():
     setup = setup_of(CONFIG)
     _, out = setup.steps(setup.start(), TOKENS, KEY, 0, 3)
@@ -373,7 +364,6 @@ def test_the_logged_norm_is_that_of_the_gradient_before_clipping():
     assert "lr" not in out  # nobody knows the rate of another's optimizer
 
 
-@core
 def test_a_call_for_another_step_is_a_no_op():
     """A call that was dispatched ahead finds the state before a step that was skipped: it must not
     train on the batches of later steps."""
@@ -466,7 +456,6 @@ def recorded(*calls: int, seed: int = 0, start: int = 0, evaluating: bool = Fals
     return list(seen)
 
 
-@core
 def test_batches_and_dropout_follow_from_seed_and_step():
     seen = recorded(4, 2)
     assert len(seen) == 6 * 2
@@ -476,21 +465,18 @@ def test_batches_and_dropout_follow_from_seed_and_step():
         assert tokens.shape == (2, 8) and tokens.dtype == np.int32
 
 
-@core
 def test_no_two_micro_batches_share_tokens_or_dropout():
     seen = recorded(4, 2) + recorded(4, 2, seed=1)
     for i in range(2):
         assert len({part[i].tobytes() for part in seen}) == len(seen)
 
 
-@core
 def test_dropout_is_in_force():
     """Without it the losses are others, from the first update on."""
     _, losses = trained(accumulating(2), 4)  # differs from CONFIG in that alone
     assert np.all(losses != seven_updates()[1][:4])
 
 
-@core
 def test_another_seed_is_another_run():
     _, losses = trained(CONFIG, 4, seed=1)
     assert np.all(losses != seven_updates()[1][:4])
@@ -561,7 +547,6 @@ def test_evaluation_with_metrics_of_ones_own():
     assert set(found) == {"loss", "zeros"}
 
 
-@core
 def test_evaluation_leaves_training_alone():
     setup, first = setup_of(CONFIG), 0
     state = setup.start()
@@ -573,7 +558,6 @@ def test_evaluation_leaves_training_alone():
     assert_same(state, seven_updates()[0])
 
 
-@core
 def test_random_evaluation_follows_from_seed_and_step():
     """Read off a model whose loss on a window is the place of the window."""
     tokens, starts = jnp.arange(30, dtype=jnp.int32), []
@@ -656,7 +640,6 @@ def pieces(skipping: bool = True) -> tuple[GPT, optax.GradientTransformation, An
     return model, optimizer, skip_nonfinite(step) if skipping else step
 
 
-@core
 def test_a_plain_python_loop_makes_the_steps_of_a_run():
     """`train_step` alone, without assembly, mesh or device loop."""
     model, optimizer, step = pieces(skipping=False)
