@@ -1,6 +1,6 @@
 """Choose a tokenizer for a text: load one by name, train BPE, or pick by size and alphabet."""
 
-import json
+import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from itertools import islice, pairwise
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from gptjax.config import DataConfig
 from gptjax.errors import UserError, optional_import
-from gptjax.runs.files import write_atomically
+from gptjax.runs import files
 from gptjax.text import tokenizers as tokenizer_module
 from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
+from gptjax.text.token_cache import read_sealed, write_sealed
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
 # Rules of thumb. With more distinct characters than this, most are too rare to learn an embedding
@@ -63,15 +64,15 @@ def choose(
 def cached(path: Path, choose: Callable[[], tuple[Tokenizer, str]]) -> tuple[Tokenizer, str]:
     """Load the result of an earlier `choose` from a folder, or call it and cache the result."""
     try:
-        values = json.loads((path / "chosen.json").read_text(encoding="utf-8"))
+        values = read_sealed(path / "chosen.json")
         return tokenizer_module.from_json(values["tokenizer"]), values["why"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         pass  # not cached yet, or damaged
     tokenizer, why = choose()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"tokenizer": tokenizer.to_json(), "why": why})
-        write_atomically(path / "chosen.json", text)
+        values = {"tokenizer": tokenizer.to_json(), "why": why}
+        write_sealed(path / "chosen.json", values)
     except (OSError, UserError):
         pass  # not cached: the next run chooses again
     return tokenizer, why
@@ -103,11 +104,11 @@ def named(name: str) -> Tokenizer:
     if name == "gpt2":
         return gpt2()
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # unlike Path's, false for any name that cannot be one
         inside = [path / "tokenizer.json", path / "tokenizer.model"]
         path = next((file for file in inside if file.exists()), inside[0])
     try:
-        raw = path.read_bytes()
+        raw = files.read_bytes(path)
     except OSError as error:
         raise UserError(
             f"no tokenizer {name!r}: give auto, char, byte, bpe, gpt2, or the path of a "

@@ -190,7 +190,11 @@ class _Text:
         self.key = [[source.stamp for source in self._sources], *options]
 
     def pieces(self) -> Iterator[sources.Piece]:
-        return sources.read(self._sources, self._config.encoding, self._config.field)
+        yield from sources.read(self._sources, self._config.encoding, self._config.field)
+        # Split, tokenizer and tokens come from several passes, and are cached under this key.
+        now = sources.find(self.name, lambda line: None)
+        if [source.stamp for source in now] != self.key[0]:
+            raise UserError(f"{self.name} changed while it was read; start again")
 
     @cached_property
     def survey(self) -> split.Survey:

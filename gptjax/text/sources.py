@@ -44,7 +44,8 @@ class Source:
         name: path, or name of a corpus.
         open: opens it for reading, still compressed.
         size: in bytes, as stored.
-        stamp: identifies this version of the file: path, size and modification time, or a hash.
+        stamp: identifies this version of the file: path, size, times of modification and of change
+            of state (which no program can set back), or a hash.
     """
 
     name: str
@@ -146,7 +147,7 @@ def _file(path: Path) -> Source:
         ) from None
     except OSError as error:
         raise UserError(f"cannot read the text {path}: {error.strerror}") from None
-    stamp = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    stamp = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     return Source(str(path), lambda: path.open("rb"), stat.st_size, stamp)
 
 

@@ -3,7 +3,9 @@
 FOLDER/train.bin, val.bin  ids, uint16 or uint32, in nanoGPT's layout
        tokens.json         counts of tokens, bytes and characters, checksums; written last
        tokenizer.json      the tokenizer that made them
-       progress.json       counts already on disk; exists only while encoding
+       progress.json       the same counts and checksums of what is on disk; only while encoding
+
+What is read back is checked: a file that does not match its checksum counts as missing.
 """
 
 import hashlib
@@ -20,17 +22,17 @@ import numpy as np
 import platformdirs
 
 from gptjax.errors import UserError
-from gptjax.runs.files import write_atomically
+from gptjax.runs.files import read_bytes, write_atomically
 from gptjax.text.split import Part
 from gptjax.text.tokenizers import Tokenizer
 
-FORMAT = 1  # raise it when the same key would give other ids
+FORMAT = 2  # raise it when the same key would give other ids, or other chunks
 UNIT = 2**16  # characters in a chunk, which one core encodes at a time
 LONGEST = 16 * UNIT  # characters without a place to cut (base64, for example)
+BLOCK = 2**20  # bytes of a file hashed at a time
 PER_CORE = 2**20  # characters passed to the tokenizer at once, per core
 SAVE_EVERY = 5.0  # seconds of work that a kill can lose
 NAMES = "train", "val"
-DESCRIPTION = "told"  # key of `Tokens.description` in tokens.json, as FORMAT 1 has it
 CUT = re.compile(r"[^\W\d_](?=[ \n\t\r])")  # a letter before a space
 
 
@@ -115,6 +117,29 @@ def folder(*key: Any) -> Path:
     return platformdirs.user_cache_path("gptjax") / "tokens" / _sha(text.encode())[:32]
 
 
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Write values as JSON, with a checksum that `read_sealed` checks."""
+    sha256 = _sha(json.dumps(values).encode())
+    write_atomically(path, json.dumps({"values": values, "sha256": sha256}))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The values that `write_sealed` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it was changed, or is something else.
+    """
+    try:
+        found = json.loads(read_bytes(path).decode("utf-8"))
+        values, sha256 = found["values"], found["sha256"]
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("not a file with a checksum") from None
+    if sha256 != _sha(json.dumps(values).encode()):
+        raise ValueError("does not match its checksum")
+    return values
+
+
 def load_or_encode(
     path: Path,
     encode_from: Callable[[int], Iterator[Batch]],
@@ -132,7 +157,8 @@ def load_or_encode(
         done: called with the number of characters encoded so far.
 
     Raises:
-        UserError: the folder cannot be written, or `encode_from` raised it.
+        UserError: the folder cannot be written, the disk does not keep what is written to it, or
+            `encode_from` raised it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -148,7 +174,7 @@ def load_or_encode(
 def load(path: Path) -> Tokens | None:
     """Memory-map the ids cached in a folder; None if they are missing, incomplete or corrupt."""
     try:
-        about = json.loads((path / "tokens.json").read_text(encoding="utf-8"))
+        about = read_sealed(path / "tokens.json")
         arrays = []
         for name, count, sha256 in zip(NAMES, about["tokens"], about["sha256"], strict=True):
             with (path / f"{name}.bin").open("rb") as file:
@@ -156,8 +182,8 @@ def load(path: Path) -> Tokens | None:
                     return None
             arrays.append(memory_map(path / f"{name}.bin", about["dtype"], count))
         n_bytes = about["bytes"][0], about["bytes"][1]
-        return Tokens(arrays[0], arrays[1], n_bytes, about["characters"], about[DESCRIPTION])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Tokens(arrays[0], arrays[1], n_bytes, about["characters"], about["description"])
+    except (OSError, ValueError, KeyError):
         return None
 
 
@@ -249,39 +275,62 @@ def _write(
     dtype = np.dtype(dtype_of(tokenizer.vocab_size))
     progress = path / "progress.json"
     write_atomically(path / "tokenizer.json", tokenizer.to_json())
-    state: dict[str, Any] = {"characters": 0, "tokens": [0, 0], "bytes": [0, 0]}
+    state, hashes = _encoded_before(path, dtype)
     files = [(path / f"{name}.bin").open("ab") for name in NAMES]
     try:
-        if progress.exists():
-            state = json.loads(progress.read_text(encoding="utf-8"))
         for file, count in zip(files, state["tokens"], strict=True):
             file.truncate(count * dtype.itemsize)
         saved = time.monotonic()
         for batch in encode_from(state["characters"]):
             for side, file in enumerate(files):
-                file.write(batch.ids[side].tobytes())
+                raw = batch.ids[side].tobytes()
+                file.write(raw)
+                hashes[side].update(raw)
                 state["tokens"][side] += len(batch.ids[side])
                 state["bytes"][side] += batch.n_bytes[side]
             state["characters"] += batch.characters
             done(state["characters"])
             if time.monotonic() - saved > SAVE_EVERY:
                 _sync(files)
-                write_atomically(progress, json.dumps(state))
+                state["sha256"] = [digest.hexdigest() for digest in hashes]
+                write_sealed(progress, state)
                 saved = time.monotonic()
         _sync(files)
     finally:
         for file in files:
             file.close()
-    hashes = []
-    for name in NAMES:
-        with (path / f"{name}.bin").open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    about = json.dumps({**state, "dtype": dtype.name, "sha256": hashes, DESCRIPTION: description})
-    write_atomically(path / "tokens.json", about)
+    state["sha256"] = [digest.hexdigest() for digest in hashes]
+    about = {**state, "dtype": dtype.name, "description": description}
+    write_sealed(path / "tokens.json", about)
     progress.unlink(missing_ok=True)
     tokens = load(path)
-    assert tokens is not None
+    if tokens is None:
+        raise UserError(
+            f"the tokens in {path} do not read back as they were written; check that disk, or set "
+            f"XDG_CACHE_HOME to a folder on another"
+        )
     return tokens
+
+
+def _encoded_before(path: Path, dtype: np.dtype) -> tuple[dict[str, Any], list[Any]]:
+    """What an interrupted encoding left: the values of progress.json, and the hash of each file up
+    to there. Nothing, if the files are not what it says: then the encoding starts again."""
+    try:
+        state = read_sealed(path / "progress.json")
+        hashes = []
+        for name, count, sha256 in zip(NAMES, state["tokens"], state["sha256"], strict=True):
+            digest, left = hashlib.sha256(), count * dtype.itemsize
+            with (path / f"{name}.bin").open("rb") as file:
+                while left and (raw := file.read(min(left, BLOCK))):
+                    digest.update(raw)
+                    left -= len(raw)
+            if left or digest.hexdigest() != sha256:
+                raise ValueError(f"{name}.bin does not match its checksum")
+            hashes.append(digest)
+        return state, hashes
+    except (OSError, ValueError, KeyError):
+        state = {"characters": 0, "tokens": [0, 0], "bytes": [0, 0]}
+        return state, [hashlib.sha256() for _ in NAMES]
 
 
 def _sync(files: list[Any]) -> None:
