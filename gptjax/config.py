@@ -164,7 +164,7 @@ class DataConfig:
             )
         try:
             "".encode(self.encoding)
-        except LookupError:
+        except (LookupError, ValueError):  # ValueError: a NUL in it, or `undefined`
             raise UserError(
                 f"data.encoding={self.encoding!r} is not a text encoding that Python knows; give "
                 f"e.g. utf-8, latin-1, cp1252, utf-16"

@@ -11,6 +11,7 @@ from gptjax.cli.recipe import parts_for_run, recipe_of_run
 from gptjax.config import MeshConfig
 from gptjax.errors import UserError
 from gptjax.runs import folders
+from gptjax.runs.files import read_bytes
 from gptjax.text.tokenizers import Unknown
 
 
@@ -73,11 +74,13 @@ def read_prompt(prompt: str) -> str:
     if prompt.startswith("file:"):
         path = Path(prompt.removeprefix("file:"))
         try:
-            prompt = path.read_bytes().decode("utf-8")
+            prompt = read_bytes(path).decode("utf-8").removeprefix("\ufeff")
         except OSError as error:
             raise UserError(f"prompt file {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"prompt file {path} is not UTF-8 (byte {error.start})") from None
+        if "\0" in prompt:
+            raise UserError(f"prompt file {path} has NULs, as in UTF-16; store it as UTF-8")
     if not prompt:
         raise UserError("the prompt has no characters; give one or more, or leave --prompt out")
     return prompt

@@ -22,7 +22,7 @@ import numpy as np
 import platformdirs
 
 from gptjax.errors import UserError
-from gptjax.runs.files import read_bytes, write_atomically
+from gptjax.runs.files import check_regular, read_bytes, write_atomically
 from gptjax.text.split import Part
 from gptjax.text.tokenizers import Tokenizer
 
@@ -200,7 +200,7 @@ def read_bin(path: Path, vocab_size: int) -> np.ndarray:
     """
     dtype = np.dtype(dtype_of(vocab_size))
     try:
-        size = path.stat().st_size
+        size = check_regular(path).st_size
         if size % dtype.itemsize:
             raise UserError(
                 f"{path} has {size} bytes, not a multiple of the {dtype.itemsize}-byte ids of this "
