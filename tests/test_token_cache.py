@@ -63,7 +63,7 @@ def pieces(documents: list[str], size: int) -> Iterator[Piece]:
 
 def test_survey():
     found = split.survey(pieces(["ab\u00e9", "b", "ab\u00e9"], 2), (0, 1, 4, 5))
-    assert (found.characters, found.alphabet) == (7, "ab\u00e9")
+    assert (found.characters, found.n_bytes, found.alphabet) == (7, 9, "ab\u00e9")
     assert found.lengths.tolist() == [3, 1, 3]
     assert found.names[0] == found.names[2] != found.names[1]
     assert found.marks == (0, 1, 3, 4)  # "\u00e9" has two bytes
@@ -482,17 +482,18 @@ def test_bad_token_files(tmp_path):
 def test_tiny_shakespeare_is_char_level():
     """The presets' losses depend on it."""
     alphabet = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    tokenizer, why = choose.choose(DataConfig(), alphabet, 1_115_394, 1, lambda: [])
+    tokenizer, why = choose.choose(DataConfig(), alphabet, 1_115_394, 1_115_394, 1, lambda: [])
     assert tokenizer == CharTokenizer(alphabet)
     assert why == "char-level, vocab 65 (auto: at most 512 distinct characters)"
 
 
 def test_auto_depends_on_length_and_alphabet(monkeypatch, play: str):
     pytest.importorskip("tokenizers", reason="needs the extra text")
-    auto = lambda alphabet, n, documents=1: choose.choose(
+    auto = lambda alphabet, n, documents=1, width=1.0: choose.choose(
         DataConfig(bpe_vocab_size=300),
         "".join(map(chr, range(alphabet))),
         n,
+        int(width * n),
         documents,
         lambda: [play],
     )
@@ -505,9 +506,48 @@ def test_auto_depends_on_length_and_alphabet(monkeypatch, play: str):
     assert tokenizer == choose.train_bpe([play], 300)
     assert why.startswith("BPE, vocab 300, trained on the training split (auto: ")
     assert "trained on 1/3 of the training split" in auto(65, 100_000_001)[1]
+    # Chinese has more characters, of several bytes each.
+    tokenizer, why = auto(3000, 50_000, width=2.8)
+    assert tokenizer.vocab_size == 3000 and isinstance(tokenizer, CharTokenizer)
+    assert (
+        why == "char-level, vocab 3,000 (auto: 3,000 distinct characters of 2.8 bytes on average)"
+    )
+    assert auto(3000, 50_000, width=1.1)[0] == ByteTokenizer()
+    assert auto(2**14 + 1, 50_000, width=3)[1].startswith("BPE, vocab 300, ")
     monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    assert "install the extra text" in auto(2**14 + 1, 50_000, width=3)[1]
     why = auto(65, 10_000_000)[1]
     assert why.startswith("char-level, vocab 65 (auto: ") and "install the extra text" in why
+
+
+def test_a_chinese_text_has_whole_characters(tmp_path):
+    """Bytes would show U+FFFD wherever a sample breaks off inside a character."""
+    path = tmp_path / "own.txt"
+    text = "".join(chr(0x4E00 + i * 7919 % 1500) + "\n" * (i % 20 == 0) for i in range(6000))
+    path.write_text(text, encoding="utf-8")
+    dataset = opened(config_of(path))
+    assert dataset.tokenizer == CharTokenizer.fit(text)
+    assert dataset.tokenizer.vocab_size == 1501 and dataset.train.dtype == np.uint16
+
+
+def test_odd_characters_are_told(tmp_path):
+    said: list[str] = []
+
+    class Listening(data.Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    path = tmp_path / "own.txt"
+    for odd in ("", "\0", "\x01\x02\0", "\ufffd"):
+        path.write_text("a line of text\r\n\t\x1b\x0c" * 50 + odd, encoding="utf-8")
+        data.open_dataset(config_of(path), BLOCK, None, Listening())
+    learns = "the model learns them: remove what is not meant"
+    assert said == [
+        f"{path} has control characters (U+0000); {learns}",
+        f"{path} has control characters (U+0000, U+0001, U+0002); {learns}",
+        f"{path} has U+FFFD, which stands for what an earlier program could not decode; if it is "
+        f"not meant, decode the original again",
+    ]
 
 
 def test_a_tokenizer_from_a_path(tmp_path, bpe: Tokenizer, play: str):

@@ -15,9 +15,9 @@ import numpy as np
 
 from gptjax.config import DataConfig
 from gptjax.errors import UserError
-from gptjax.text import choose, corpora, sources, split, token_cache
+from gptjax.text import choose, corpora, sniff, sources, split, token_cache
 from gptjax.text.token_cache import Tokens
-from gptjax.text.tokenizers import Tokenizer
+from gptjax.text.tokenizers import INCOMPLETE, Tokenizer
 
 LARGE = 2**24  # bytes of text; from this size on, its tokens are cached on disk
 
@@ -205,6 +205,9 @@ class _Text:
             found = split.survey(self.pieces(), marks, done)
         if not found.characters:
             raise UserError(f"text is empty: {self.name}")
+        if self.name not in corpora.names():
+            for remark in _remarks(found.alphabet):
+                self._progress.say(f"{self.name} {remark}")
         return found
 
     @cached_property
@@ -240,6 +243,18 @@ class _Text:
         return tokens
 
 
+def _remarks(alphabet: str) -> Iterator[str]:
+    """What is odd about a text with these characters, and what to do."""
+    if odd := sniff.CONTROLS.findall(alphabet):
+        shown = ", ".join(f"U+{ord(c):04X}" for c in odd[:5]) + ", ..." * (len(odd) > 5)
+        yield f"has control characters ({shown}); the model learns them: remove what is not meant"
+    if INCOMPLETE in alphabet:
+        yield (
+            "has U+FFFD, which stands for what an earlier program could not decode; if it is not "
+            "meant, decode the original again"
+        )
+
+
 def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tokenizer, str]:
     """The tokenizer of a new run on these texts, and a phrase about it for the console."""
     kind = config.tokenizer
@@ -259,6 +274,7 @@ def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tok
         config,
         "".join(sorted(set().union(*(text.survey.alphabet for text in known)))),
         sum(text.survey.characters for text in known),
+        sum(text.survey.n_bytes for text in known),
         max(len(text.survey.lengths) for text in known),
         lambda: (unit for text in known for unit in text.training_units()),
     )

@@ -19,6 +19,7 @@ class Survey(NamedTuple):
 
     Attributes:
         characters: length of the text.
+        n_bytes: its length in UTF-8.
         alphabet: its distinct characters, sorted.
         lengths: (D,) characters in each document.
         names: (D,) uint64 hash of each document's first piece, to detect near-copies.
@@ -26,6 +27,7 @@ class Survey(NamedTuple):
     """
 
     characters: int
+    n_bytes: int
     alphabet: str
     lengths: np.ndarray
     names: np.ndarray
@@ -59,14 +61,14 @@ class Part(NamedTuple):
 def survey(
     pieces: Iterable[Piece],
     byte_marks: tuple[int, ...] = (),
-    done: Callable[[int], None] = lambda characters: None,
+    done: Callable[[int], None] = lambda n_bytes: None,
 ) -> Survey:
     """Collect the statistics of a text in one pass.
 
     Args:
         pieces: the text.
         byte_marks: ascending UTF-8 byte offsets to convert to character offsets.
-        done: called with the number of characters read so far.
+        done: called with the number of bytes, in UTF-8, read so far.
     """
     seen = np.zeros(0x110000, bool)
     lengths: list[int] = []
@@ -74,23 +76,22 @@ def survey(
     marks: list[int] = []
     characters = n_bytes = length = 0
     for piece in pieces:
+        raw = piece.text.encode("utf-8")
         if not length:
-            raw = piece.text.encode("utf-8", "surrogatepass")
             names.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest()))
-        seen[np.frombuffer(piece.text.encode("utf-32-le", "surrogatepass"), "<u4")] = True
-        if len(marks) < len(byte_marks):
-            raw = piece.text.encode("utf-8", "surrogatepass")
-            while len(marks) < len(byte_marks) and byte_marks[len(marks)] <= n_bytes + len(raw):
-                marks.append(characters + len(raw[: byte_marks[len(marks)] - n_bytes].decode()))
-            n_bytes += len(raw)
+        seen[np.frombuffer(piece.text.encode("utf-32-le"), "<u4")] = True
+        while len(marks) < len(byte_marks) and byte_marks[len(marks)] <= n_bytes + len(raw):
+            marks.append(characters + len(raw[: byte_marks[len(marks)] - n_bytes].decode()))
+        n_bytes += len(raw)
         characters += len(piece.text)
         length += len(piece.text)
-        done(characters)
+        done(n_bytes)
         if piece.last:
             lengths.append(length)
             length = 0
     alphabet = "".join(map(chr, np.flatnonzero(seen)))
-    return Survey(characters, alphabet, np.array(lengths), np.array(names, np.uint64), tuple(marks))
+    hashes = np.array(names, np.uint64)
+    return Survey(characters, n_bytes, alphabet, np.array(lengths), hashes, tuple(marks))
 
 
 def split(found: Survey, val_fraction: float, val_limit: int | None) -> Split:

@@ -92,7 +92,7 @@ def encode(
         n_bytes = [0, 0]
         for unit, row in zip(group, found, strict=True):
             ids[unit.side].extend([row, end] if unit.last else [row])
-            n_bytes[unit.side] += len(unit.text.encode("utf-8", "surrogatepass"))
+            n_bytes[unit.side] += len(unit.text.encode("utf-8"))
         train, val = (np.concatenate([end[:0], *rows]).astype(dtype) for rows in ids)
         characters = sum(len(unit.text) for unit in group)
         at += characters
