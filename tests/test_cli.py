@@ -1,5 +1,6 @@
 """Tests of the command lines: what they understand, and one exact line for what they do not."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -457,6 +458,13 @@ def test_prompts(elsewhere):
     Path("start.txt").write_bytes("To be,\r\n\u00e9".encode())
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("empty.txt").touch()
+    Path("wide.txt").write_bytes("To be".encode("utf-16-le"))
+    Path("mark.txt").write_bytes(b"\xef\xbb\xbfTo be")
+    with Path("large.txt").open("wb") as file:
+        file.truncate(10**12)  # it takes no space
+    os.mkfifo("pipe")
+    assert read_prompt(None) is None
+    assert read_prompt("file:mark.txt") == "To be"
     assert read_prompt("ROMEO:") == "ROMEO:"
     assert read_prompt("file:start.txt") == "To be,\r\n\u00e9"
     nothing = "the prompt has no characters; give one or more, or leave --prompt out"
@@ -466,6 +474,12 @@ def test_prompts(elsewhere):
         ("file:none.txt", "prompt file none.txt: No such file or directory"),
         ("file:.", "prompt file .: Is a directory"),
         ("file:latin.txt", "prompt file latin.txt is not UTF-8 (byte 3)"),
+        ("file:wide.txt", "prompt file wide.txt has NULs, as in UTF-16; store it as UTF-8"),
+        ("file:pipe", "prompt file pipe: it is a device or a pipe; give a regular file"),
+        ("file:/dev/zero", "prompt file /dev/zero: it is a device or a pipe; give a regular file"),
+        (f"file:{'x' * 300}", f"prompt file {'x' * 300}: File name too long"),
+        ("file:a\0b", "prompt file a\\x00b: there is a NUL in its name"),
+        ("file:large.txt", "prompt file large.txt: it is larger than 67108864 bytes"),
     ):
         assert message_of(read_prompt, prompt) == message
 

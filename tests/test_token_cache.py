@@ -14,6 +14,7 @@ import pytest
 from gptjax.config import DataConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
+from gptjax.runs.files import read_sealed
 from gptjax.text import choose, sources, split, token_cache
 from gptjax.text import dataset as data
 from gptjax.text.dataset import Dataset
@@ -389,7 +390,7 @@ def test_an_interrupted_encoding_is_not_believed(
     encoding = Interruptible(folder, play, monkeypatch)
     with pytest.raises(Killed):
         encoding.run(9)
-    before = token_cache.read_sealed(folder / "progress.json")
+    before = read_sealed(folder / "progress.json")
     assert 5000 < before["characters"] < 6000 and all(before["tokens"])
     damage(folder)
     tokens = encoding.run()

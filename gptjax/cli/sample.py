@@ -25,8 +25,9 @@ class SampleCommand:
     """best (by validation loss), last, or a step."""
     config: str | None = None
     """Python file that the run's own model comes from; None: the model of its config."""
-    prompt: str = "\n"
-    """Text to continue, or file:PATH."""
+    prompt: str | None = None
+    """Text to continue, or file:PATH; None: begin a text, after a newline if the tokenizer has
+    one."""
     unknown: Unknown = "error"
     """What to do with characters of the prompt that the tokenizer lacks."""
     max_new_tokens: int = 500
@@ -65,12 +66,14 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> SampleCommand:
     return command
 
 
-def read_prompt(prompt: str) -> str:
-    """The prompt itself, or the text of `file:PATH`.
+def read_prompt(prompt: str | None) -> str | None:
+    """The prompt itself, or the text of `file:PATH` without its byte order mark.
 
     Raises:
         UserError: no such file, not UTF-8, or an empty prompt.
     """
+    if prompt is None:
+        return None
     if prompt.startswith("file:"):
         path = Path(prompt.removeprefix("file:"))
         try:

@@ -120,6 +120,29 @@ def read_file(path: Path, parse: Callable[[str], Any]) -> Any:
         raise Damaged(f"{path} is damaged: {error}") from None
 
 
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Write values as JSON, with a checksum that `read_sealed` checks."""
+    sha256 = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    write_atomically(path, json.dumps({"values": values, "sha256": sha256}))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The values that `write_sealed` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it was changed, or is something else.
+    """
+    try:
+        found = json.loads(read_bytes(path).decode("utf-8"))
+        values, sha256 = found["values"], found["sha256"]
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("not a file with a checksum") from None
+    if sha256 != hashlib.sha256(json.dumps(values).encode()).hexdigest():
+        raise ValueError("does not match its checksum")
+    return values
+
+
 def numbered(folder: Path) -> list[int]:
     """The numbers among the names of the subfolders of `folder`, ascending."""
     if not folder.is_dir():

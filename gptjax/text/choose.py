@@ -11,7 +11,6 @@ from gptjax.errors import UserError, optional_import
 from gptjax.runs import files
 from gptjax.text import tokenizers as tokenizer_module
 from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
-from gptjax.text.token_cache import read_sealed, write_sealed
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
 # Rules of thumb. With more distinct characters than this, most are too rare to learn an embedding
@@ -70,7 +69,7 @@ def choose(
 def cached(path: Path, choose: Callable[[], tuple[Tokenizer, str]]) -> tuple[Tokenizer, str]:
     """Load the result of an earlier `choose` from a folder, or call it and cache the result."""
     try:
-        values = read_sealed(path / "chosen.json")
+        values = files.read_sealed(path / "chosen.json")
         return tokenizer_module.from_json(values["tokenizer"]), values["why"]
     except (OSError, ValueError, KeyError):
         pass  # not cached yet, or damaged
@@ -78,7 +77,7 @@ def cached(path: Path, choose: Callable[[], tuple[Tokenizer, str]]) -> tuple[Tok
     try:
         path.mkdir(parents=True, exist_ok=True)
         values = {"tokenizer": tokenizer.to_json(), "why": why}
-        write_sealed(path / "chosen.json", values)
+        files.write_sealed(path / "chosen.json", values)
     except (OSError, UserError):
         pass  # not cached: the next run chooses again
     return tokenizer, why

@@ -22,7 +22,7 @@ import numpy as np
 import platformdirs
 
 from gptjax.errors import UserError
-from gptjax.runs.files import check_regular, read_bytes, write_atomically
+from gptjax.runs.files import check_regular, read_sealed, write_atomically, write_sealed
 from gptjax.text.split import Part
 from gptjax.text.tokenizers import Tokenizer
 
@@ -115,29 +115,6 @@ def folder(*key: Any) -> Path:
     """The folder for tokens of that key, in the user's cache directory."""
     text = json.dumps([FORMAT, *key])
     return platformdirs.user_cache_path("gptjax") / "tokens" / _sha(text.encode())[:32]
-
-
-def write_sealed(path: Path, values: dict[str, Any]) -> None:
-    """Write values as JSON, with a checksum that `read_sealed` checks."""
-    sha256 = _sha(json.dumps(values).encode())
-    write_atomically(path, json.dumps({"values": values, "sha256": sha256}))
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """The values that `write_sealed` wrote.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it was changed, or is something else.
-    """
-    try:
-        found = json.loads(read_bytes(path).decode("utf-8"))
-        values, sha256 = found["values"], found["sha256"]
-    except (KeyError, TypeError, RecursionError):
-        raise ValueError("not a file with a checksum") from None
-    if sha256 != _sha(json.dumps(values).encode()):
-        raise ValueError("does not match its checksum")
-    return values
 
 
 def load_or_encode(
