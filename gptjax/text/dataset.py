@@ -19,6 +19,8 @@ from gptjax.text import choose, corpora, sniff, sources, split, token_cache
 from gptjax.text.token_cache import Tokens
 from gptjax.text.tokenizers import INCOMPLETE, Tokenizer
 
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?inf(?:inity)?|nan"  # as `float` reads it
+LEAST_SHARE = 1e-9  # of a text in a mixture; less is never read
 LARGE = 2**24  # bytes of text; from this size on, its tokens are cached on disk
 
 SAMPLED, PIECES = 2**24, 2**8  # tokens of a split that its fingerprint hashes, in how many pieces
@@ -146,14 +148,19 @@ def _weights(text: str) -> dict[str, float]:
     """Parse "a.txt=0.7,b.txt=0.3" into weights by name; anything else names one text.
 
     Raises:
-        UserError: a weight of 0, or a text named twice.
+        UserError: a weight that is not above 0 and finite or is no share of the sum, or a text
+            named twice.
     """
-    pairs = [re.fullmatch(r"(.+)=(\d+\.?\d*|\.\d+)", part) for part in text.split(",")]
+    pairs = [re.fullmatch(rf"(.+)=({NUMBER})", part, re.IGNORECASE) for part in text.split(",")]
     if not all(pairs) or os.path.exists(text):
         return {text: 1.0}
     weights = {pair[1]: float(pair[2]) for pair in pairs if pair}
-    if len(weights) < len(pairs) or not all(weights.values()):
-        raise UserError(f"--data.text {text}: name each text once, with a weight above 0")
+    shares = [weight / sum(weights.values()) for weight in weights.values() if weight]
+    if len(shares) < len(pairs) or not all(share >= LEAST_SHARE for share in shares):
+        raise UserError(
+            f"--data.text {text}: name each text once, with a weight above 0, of which each is at "
+            f"least {LEAST_SHARE} of the sum"
+        )
     return weights
 
 
