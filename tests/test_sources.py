@@ -133,8 +133,16 @@ def test_utf_16_and_32_without_a_mark(tmp_path, stored: str, script: str):
     assert documents(path, stored) == [SCRIPTS[script]]
 
 
-def test_the_wrong_order_of_bytes(tmp_path):
+@pytest.mark.parametrize("script", ["English", "Russian", "Hindi", "Chinese"])
+def test_the_wrong_order_of_bytes(tmp_path, script: str):
     path = tmp_path / "own.txt"
+    text = SCRIPTS.get(script, HAN)
+    for stored, other in (("utf-16-le", "utf-16-be"), ("utf-16-be", "utf-16-le")):
+        path.write_bytes(text.encode(stored))
+        assert message(path, other).endswith(
+            f"it is probably {stored}; set --data.encoding {stored}"
+        )
+        assert documents(path, stored) == [text]
     path.write_bytes("a text\n".encode("utf-16"))
     other = {"little": "utf-16-be", "big": "utf-16-le"}[sys.byteorder]
     assert message(path, other).endswith("it is probably utf-16; set --data.encoding utf-16")
@@ -145,6 +153,12 @@ def test_utf_8_read_as_another(tmp_path):
     path.write_text("na\u00efve caf\u00e9\n" * 9, encoding="utf-8")
     assert message(path, "ascii").endswith("; it is UTF-8; leave --data.encoding out")
     assert message(path, "utf-32").endswith("; it is UTF-8; leave --data.encoding out")
+    for encoding in ("latin-1", "cp1252", "gbk"):  # which decode it to other characters
+        error = message(path, encoding)
+        assert error.startswith(f"text is not {encoding.upper()}: {path}, ")
+        assert error.endswith("; it is UTF-8; leave --data.encoding out")
+    path.write_bytes(b"caf\xe9 " * 9)
+    assert documents(path, "latin-1") == ["caf\u00e9 " * 9]
 
 
 def test_a_few_control_characters_are_read(tmp_path):
@@ -241,7 +255,10 @@ def test_without_charset_normalizer(tmp_path, monkeypatch):
 def test_a_text_that_ends_inside_a_character(tmp_path):
     path = tmp_path / "own.txt"
     path.write_bytes("caf\u00e9".encode()[:-1])
-    assert message(path).startswith(f"text is not UTF-8: {path}, byte offset 3; ")
+    ends = "it ends inside a character; complete it, or set another --data.encoding"
+    assert message(path) == f"text is not UTF-8: {path}, byte offset 3; {ends}"
+    path.write_bytes("caf\u00e9".encode("utf-16")[:-1])
+    assert message(path, "utf-16") == f"text is not UTF-16: {path}, byte offset 8; {ends}"
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -292,6 +309,17 @@ def test_a_folder(tmp_path):
     assert documents(tmp_path / "*.png") == ["e"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "*.txt", "."])
+def test_a_pipe_or_broken_link_is_not_passed_over(tmp_path, monkeypatch, name: str):
+    monkeypatch.chdir(tmp_path)
+    Path("b.txt").write_text("text")
+    os.mkfifo("a.txt")
+    assert message(name).endswith("a.txt: it is a device or a pipe; give a regular file")
+    Path("a.txt").unlink()
+    os.symlink("absent", "a.txt")
+    assert message(name).startswith("text not found: a.txt; ")
+
+
 @pytest.mark.parametrize(
     ("names", "found"), [(["x.py", "y.py", "z.json"], ".json, .py"), ([], "no files")]
 )
@@ -335,8 +363,9 @@ def test_what_is_no_regular_file(tmp_path, monkeypatch, name: str):
     os.mkfifo("pipe")
     os.symlink("pipe", "link")
     error = message(name)
-    if "x/" in name:  # the message is cut, too
+    if "x/" in name:  # the message is cut, but not its end
         assert error.startswith("cannot read the text x/x/x/")
+        assert error.endswith("x: File name too long")
     elif "\0" in name:
         assert error.endswith("there is a NUL in its name")
     else:

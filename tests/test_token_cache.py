@@ -108,7 +108,7 @@ def test_whole_documents_are_held_out(fraction: float, limit: int | None):
     assert 0.9 * target <= held <= target
     n = int((how.cuts == 0).sum())
     share = f"{held / found.characters:.2%} of the text"
-    assert how.description == f"by document (validation: {n} of 100 documents; {share})"
+    assert how.description == f"by document (validation: {n} of 100 documents, {share})"
     # The order of the documents does not matter.
     other = split.split(split.survey(pieces(documents[::-1], 1000)), fraction, limit)
     assert other.cuts is not None and (other.cuts[::-1] == how.cuts).all()
@@ -128,7 +128,7 @@ def numbers(n: int, start: int = 0) -> str:
         [numbers(15_000), numbers(26_000, 9)],  # two books: was 36 %
         [numbers(9000, 10_000 * i) for i in range(3)],
         [numbers(20_000, 4)] * 2,  # copies: refused before
-        [numbers(20_000), *[numbers(3000, 3)] * 3],
+        [numbers(20_000), *[numbers(3000, 30_000)] * 9],  # more in the copies
     ],
 )
 def test_few_documents_are_cut(documents: list[str], fraction: float, limit: int | None):
@@ -139,12 +139,14 @@ def test_few_documents_are_cut(documents: list[str], fraction: float, limit: int
     held = sum(map(len, on[VAL]))
     target = min(fraction * found.characters, limit or 10**9)
     assert 0.9 * target <= held <= target + len(documents)
-    assert f"; {held / found.characters:.2%} of the text)" in how.description
+    assert f", {held / found.characters:.2%} of the text)" in how.description
     assert sum(map(len, on[TRAIN])) + held == found.characters
     for text in {*on[VAL]} - {*documents}:
         assert any(document.endswith(text) for document in documents)
         assert any(document == start + text for document in documents for start in on[TRAIN])
         assert not any(text in other for other in on[TRAIN]), "the same text on both sides"
+    if len(documents) == 10 and fraction < 0.5:  # the one without copies is cut
+        assert how.cuts is not None and how.cuts[1:].tolist() == [3000] * 9
     other = split.split(split.survey(pieces(documents[::-1], 10**6)), fraction, limit)
     assert how.cuts is not None and other.cuts is not None
     assert (other.cuts[::-1] == how.cuts).all()
@@ -155,8 +157,8 @@ def test_a_book_and_its_readme(tmp_path):
     (tmp_path / "README.md").write_text(numbers(90, 7))
     dataset = opened(config_of(tmp_path))
     assert dataset.notes["split"] == (
-        "by document (validation: 1 of 2 documents, and 919 characters at the end of 1 more; "
-        "10.00% of the text)"
+        "by document (validation: 1 of 2 documents, 919 characters at the end of 1 more, 10.00% "
+        "of the text)"
     )
     # The end-of-text token is where the training part ends, and after each document.
     end = dataset.tokenizer.end_of_text

@@ -26,6 +26,7 @@ MARKS = {  # those of UTF-32 first: the mark of UTF-16-LE begins it
 # Control characters that no text has; without tab, line ends, form feed, backspace and escape.
 CONTROLS = re.compile(r"[\0-\x07\x0e-\x1a\x1c-\x1f\x7f]")
 MANY = 0.05  # share of them from which on something is not text, or was decoded wrongly
+WIDE_ENOUGH = 8  # characters of several bytes that are not UTF-8 by chance
 JSON_START = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)*(\{\s*"[^"\n]*"\s*:|(?<=\[)\s*")')
 
 
@@ -45,6 +46,18 @@ def is_json(raw: bytes) -> bool:
 def has_many_controls(text: str) -> bool:
     """Whether MANY of the characters are controls, as in UTF-16 read as UTF-8."""
     return len(CONTROLS.findall(text)) > MANY * len(text)
+
+
+def is_of_another(raw: bytes, encoding: str) -> bool:
+    """Whether bytes are clearly not in an encoding in which they may decode: as latin-1 decodes
+    UTF-8, and each byte order of UTF-16 the other."""
+    name = codecs.lookup(encoding).name
+    if name in ("utf-16-le", "utf-16-be"):
+        swapped = {"utf-16-le": "utf-16-be", "utf-16-be": "utf-16-le"}[name]
+        return b"\0" in raw and encoding_of(raw) == swapped
+    if name in ("utf-8", "utf-8-sig") or raw.isascii():
+        return False
+    return sum(not c.isascii() for c in _decoded(raw, "utf-8")) >= WIDE_ENOUGH
 
 
 def encoding_of(raw: bytes) -> str | None:

@@ -102,7 +102,7 @@ def _paths(text: str, notice: Callable[[str], None]) -> list[Path]:
             for folder, _, names in os.walk(path, onerror=_unreadable)
             for name in names
         )
-        files = sorted(p for p in everything if p.is_file() and not _hidden(p.relative_to(path)))
+        files = sorted(p for p in everything if not _hidden(p.relative_to(path)))
         found = [p for p in files if _plain_name(p).suffix.lower() in IN_FOLDERS]
         if not found:
             raise UserError(
@@ -116,7 +116,7 @@ def _paths(text: str, notice: Callable[[str], None]) -> list[Path]:
         return found
     if glob.has_magic(text) and not os.path.exists(text):
         matches = (Path(match) for match in glob.glob(text, recursive=True))
-        found = sorted(match for match in matches if match.is_file())
+        found = sorted(match for match in matches if not match.is_dir())
         if not found:
             raise UserError(f"no file matches {text}; check the pattern, and quote it in the shell")
         return found
@@ -224,9 +224,10 @@ def _decoded(source: Source, encoding: str) -> Generator[str, None, None]:
             except UnicodeDecodeError as error:
                 at = read - len(waiting) + error.start
                 near = (waiting + raw)[max(0, error.start - SAMPLE - at % 4) :][: 2 * SAMPLE]
+                ends = "it ends inside a character; complete it, or set another --data.encoding"
                 raise UserError(
                     f"text is not {encoding.upper()}: {source.name}, byte offset {at}; "
-                    f"{sniff.advice(near)}"
+                    f"{sniff.advice(near) if raw else ends}"
                 ) from None
             except UnicodeError as error:  # such as UTF-16 without a byte order mark
                 raise UserError(
@@ -238,6 +239,11 @@ def _decoded(source: Source, encoding: str) -> Generator[str, None, None]:
                     raise UserError(
                         f"{source.name} is not text in {encoding.upper()}: it has NULs or other "
                         f"control characters all over; {sniff.advice(raw[:SAMPLE])}"
+                    )
+                if sniff.is_of_another(raw[:SAMPLE], encoding):
+                    raise UserError(
+                        f"text is not {encoding.upper()}: {source.name}, though it can be decoded "
+                        f"so; {sniff.advice(raw[:SAMPLE])}"
                     )
                 text, first = text.removeprefix("\ufeff"), False
             _check_scalars(text, line, source)

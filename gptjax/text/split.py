@@ -99,8 +99,8 @@ def split(found: Survey, val_fraction: float, val_limit: int | None) -> Split:
 
     Held-out documents are chosen by a hash of their first piece, so their order does not matter
     and documents that start alike stay on one side. Where whole documents come to less than NEAR
-    of what is wanted, the end of one more is held out: of the largest (and of those that start like
-    it, from the same place on).
+    of what is wanted, the end of one more is held out: of the longest (and, if each has copies, of
+    those too, from the same place on).
 
     Args:
         found: statistics of the text.
@@ -128,14 +128,19 @@ def split(found: Survey, val_fraction: float, val_limit: int | None) -> Split:
             held += size
         else:
             training.append(group)
-    held_out = f"{int((cuts == 0).sum()):,} of {len(order):,} documents"
+    whole = int((cuts == 0).sum())
+    held_out = [f"{whole:,} of {len(order):,} documents"] * bool(whole)
     if held < NEAR * target:
-        group = max(training, key=lambda group: int(found.lengths[group].sum()))
+        # One without copies, if there is one: many short copies would make a poor validation.
+        length = lambda group: int(found.lengths[group].max())
+        group = max(training, key=lambda group: (len(group) == 1, length(group)))
         cuts[group] = _cut(found.lengths[group], math.ceil(target - held))
         ends = int((found.lengths - cuts)[group].sum())
         held += ends
-        held_out += f", and {ends:,} characters at the end of {len(group)} more"
-    return Split(cuts, (), f"by document (validation: {held_out}; {held / n:.2%} of the text)")
+        of = f"{len(group):,} " + ("more" if whole else f"of {len(order):,} documents")
+        held_out.append(f"{ends:,} characters at the end of {of}")
+    held_out.append(f"{held / n:.2%} of the text")
+    return Split(cuts, (), f"by document (validation: {', '.join(held_out)})")
 
 
 def _cut(lengths: np.ndarray, wanted: int) -> np.ndarray:
