@@ -18,6 +18,7 @@ from gptjax.assembly import make_model
 from gptjax.cli import names
 from gptjax.cli.flags import flags_of
 from gptjax.cli.main import COMMANDS, main
+from gptjax.cli.recipe import load_recipe
 from gptjax.cli.sample import SampleCommand, parse_sample, read_prompt
 from gptjax.cli.train import TrainCommand, parse_train
 from gptjax.config import Config
@@ -606,6 +607,13 @@ def test_an_unknown_flag_is_one_line_and_exit_2(script):
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"{script}: error: unknown flag --stepz")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "y/" * 3000, "a\0b", "a/" * 1500])
+def test_names_that_no_file_can_have(elsewhere, name: str):
+    for function in (folders.find, lambda name: folders.new_directory(name, "small")):
+        assert message_of(function, name).startswith("--run '")
+    assert message_of(load_recipe, name).startswith("config file ")
 
 
 def test_ctrl_c_at_any_time_is_one_line(capsys):

@@ -121,8 +121,8 @@ def _is_vacant(directory: Path) -> bool:
 
 
 def _check_name(name: str) -> None:
-    lengths = [len(os.fsencode(part)) for part in Path(name).parts]
-    if not name or "\0" in name or max(lengths, default=0) > 255 or sum(lengths) > LONGEST:
+    longest = max((len(os.fsencode(part)) for part in Path(name).parts), default=0)
+    if not name or "\0" in name or longest > 255 or len(os.fsencode(name)) > LONGEST:
         raise UserError(f"--run {name[:40]!r} is not a folder name; give 1 to 255 characters")
 
 
