@@ -473,6 +473,19 @@ def test_bad_token_files(tmp_path):
     error = message(config_of(path, tokenizer="byte"))
     assert error.startswith(f"{path} has the id 50256 at position 160")
     assert "256 tokens" in error and "--data.tokenizer" in error
+    letters = np.frombuffer(b"a text of some length " * 20, np.uint8)
+    for dtype in ("<u4", "<i8"):
+        path.write_bytes(letters.astype(dtype).tobytes())
+        error = message(config_of(path, tokenizer="byte"))
+        assert error.startswith(
+            f"in {path} every second id is 0, as where ids are wider than the 2 "
+        )
+        assert error.endswith("write it with array.astype('uint16').tofile")
+    with path.open("wb") as file:
+        np.save(file, letters.astype("<u2"))
+    error = message(config_of(path, tokenizer="byte"))
+    assert error == f"{path} is numpy's .npy; write its ids with array.tofile instead"
+    path.write_bytes(ids.tobytes())
     for kind in ("auto", "char", "bpe"):
         error = message(config_of(path, tokenizer=kind))
         assert error.startswith(f"{path} contains token ids, so --data.tokenizer {kind} ")
@@ -676,6 +689,12 @@ def test_a_mixture_has_one_tokenizer(tmp_path, monkeypatch):
             {"bpe_vocab_size": 256},
             "data.bpe_vocab_size=256 is too small; give 257 or more",
         ),
+        (
+            {"bpe_vocab_size": 10**9},
+            "data.bpe_vocab_size=1000000000 is too large; give 1048576 or ",
+        ),
+        ({"encoding": "undefined"}, "data.encoding='undefined' is not a text encoding that"),
+        ({"encoding": "a\0"}, "data.encoding='a\\x00' is not a text encoding that"),
         ({"val_limit": 0}, "data.val_limit=0 is too small; give 1 or more"),
         ({"resident_tokens": -1}, "data.resident_tokens=-1 is out of range; give 0 or more"),
     ],

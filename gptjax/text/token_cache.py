@@ -173,7 +173,8 @@ def read_bin(path: Path, vocab_size: int) -> np.ndarray:
     """Memory-map a token file in nanoGPT's layout: raw uint16 ids (uint32 for large vocabularies).
 
     Raises:
-        UserError: it cannot be read, is truncated, or has an id outside the vocabulary.
+        UserError: it cannot be read, is truncated, has ids of another size, or one outside the
+            vocabulary.
     """
     dtype = np.dtype(dtype_of(vocab_size))
     try:
@@ -186,6 +187,14 @@ def read_bin(path: Path, vocab_size: int) -> np.ndarray:
         ids = memory_map(path, dtype, size // dtype.itemsize)
     except OSError as error:
         raise UserError(f"cannot read the token file {path}: {error.strerror}") from None
+    head = ids[:UNIT]
+    if head[:3].tobytes() == b"\x93NUMPY":
+        raise UserError(f"{path} is numpy's .npy; write its ids with array.tofile instead")
+    if len(head) >= 2**8 and head[::2].any() and not head[1::2].any():
+        raise UserError(
+            f"in {path} every second id is 0, as where ids are wider than the {dtype.itemsize} "
+            f"bytes of this vocabulary; write it with array.astype({dtype.name!r}).tofile"
+        )
     for start in range(0, len(ids), PER_CORE):
         block = ids[start : start + PER_CORE]
         if (largest := int(block.max())) >= vocab_size:
