@@ -18,6 +18,8 @@ from gptjax.errors import (
     within,
 )
 
+LARGEST_BPE = 2**20  # tokens; memory is taken for all of them before the training begins
+
 # The fields of a model that do not come with its weights.
 OF_A_LOADED_MODEL = (
     *("block_size", "dropout", "attn_dropout", "attention", "dtype", "remat", "remat_saves"),
@@ -162,9 +164,14 @@ class DataConfig:
                 f"data.bpe_vocab_size={self.bpe_vocab_size} is too small; give 257 or more (256 "
                 f"bytes and the end of a text)"
             )
+        if self.bpe_vocab_size > LARGEST_BPE:
+            raise UserError(
+                f"data.bpe_vocab_size={self.bpe_vocab_size} is too large; give {LARGEST_BPE} or "
+                f"less"
+            )
         try:
             "".encode(self.encoding)
-        except LookupError:
+        except (LookupError, ValueError):  # ValueError: a NUL in it, or `undefined`
             raise UserError(
                 f"data.encoding={self.encoding!r} is not a text encoding that Python knows; give "
                 f"e.g. utf-8, latin-1, cp1252, utf-16"

@@ -16,12 +16,13 @@ class UserError(ValueError):
     """Bad input: the message is one line saying what was expected, what was given, what to do.
 
     What a stranger's file puts into a message stays on that line: control characters are shown by
-    their escapes, and it ends somewhere.
+    their escapes, and of a long one the middle is left out, not what to do.
     """
 
     def __init__(self, message: str):
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:LONGEST])
-        super().__init__(line + "..." * (len(message) > LONGEST))
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]}...{message[-LONGEST // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 def optional_import(package: str, extra: str = "text") -> Any:

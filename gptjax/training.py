@@ -37,6 +37,7 @@ from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling, generate
 from gptjax.text.dataset import fingerprint, open_dataset
+from gptjax.text.stream import first_tokens
 from gptjax.text.tokenizers import IdTokenizer, Tokenizer
 
 SAMPLE_TOKENS = 300  # shown when a run ends
@@ -234,12 +235,10 @@ def _own_tokenizer(batches: Batches, config: Config) -> Tokenizer:
 
 
 def _sample(setup: Setup, tokenizer: Tokenizer, params: Any) -> str:
-    """Some text from the trained model, after a newline if the tokenizer has one."""
-    first = tokenizer.encode("\n", unknown="skip")
-    prompt = first if len(first) else np.zeros(1, np.int32)
+    """Some text from the trained model, without a prompt."""
     sampling = Sampling(temperature=0.8, vocab_size=tokenizer.vocab_size)
     key = jax.random.key(setup.config.seed)
-    chunks = generate(setup.applied, params, prompt, key, SAMPLE_TOKENS, sampling)
+    chunks = generate(setup.applied, params, first_tokens(tokenizer), key, SAMPLE_TOKENS, sampling)
     return tokenizer.decode(np.concatenate(list(chunks), axis=1)[0])
 
 

@@ -1,5 +1,6 @@
 """Tests of the command lines: what they understand, and one exact line for what they do not."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from gptjax.assembly import make_model
 from gptjax.cli import names
 from gptjax.cli.flags import flags_of
 from gptjax.cli.main import COMMANDS, main
+from gptjax.cli.recipe import load_recipe
 from gptjax.cli.sample import SampleCommand, parse_sample, read_prompt
 from gptjax.cli.train import TrainCommand, parse_train
 from gptjax.config import Config
@@ -457,6 +459,13 @@ def test_prompts(elsewhere):
     Path("start.txt").write_bytes("To be,\r\n\u00e9".encode())
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("empty.txt").touch()
+    Path("wide.txt").write_bytes("To be".encode("utf-16-le"))
+    Path("mark.txt").write_bytes(b"\xef\xbb\xbfTo be")
+    with Path("large.txt").open("wb") as file:
+        file.truncate(10**12)  # it takes no space
+    os.mkfifo("pipe")
+    assert read_prompt(None) is None
+    assert read_prompt("file:mark.txt") == "To be"
     assert read_prompt("ROMEO:") == "ROMEO:"
     assert read_prompt("file:start.txt") == "To be,\r\n\u00e9"
     nothing = "the prompt has no characters; give one or more, or leave --prompt out"
@@ -466,6 +475,12 @@ def test_prompts(elsewhere):
         ("file:none.txt", "prompt file none.txt: No such file or directory"),
         ("file:.", "prompt file .: Is a directory"),
         ("file:latin.txt", "prompt file latin.txt is not UTF-8 (byte 3)"),
+        ("file:wide.txt", "prompt file wide.txt has NULs, as in UTF-16; store it as UTF-8"),
+        ("file:pipe", "prompt file pipe: it is a device or a pipe; give a regular file"),
+        ("file:/dev/zero", "prompt file /dev/zero: it is a device or a pipe; give a regular file"),
+        (f"file:{'x' * 300}", f"prompt file {'x' * 300}: File name too long"),
+        ("file:a\0b", "prompt file a\\x00b: there is a NUL in its name"),
+        ("file:large.txt", "prompt file large.txt: it is larger than 67108864 bytes"),
     ):
         assert message_of(read_prompt, prompt) == message
 
@@ -594,6 +609,13 @@ def test_an_unknown_flag_is_one_line_and_exit_2(script):
     assert done.stderr.startswith(f"{script}: error: unknown flag --stepz")
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "y/" * 3000, "a\0b", "a/" * 1500])
+def test_names_that_no_file_can_have(elsewhere, name: str):
+    for function in (folders.find, lambda name: folders.new_directory(name, "small")):
+        assert message_of(function, name).startswith("--run '")
+    assert message_of(load_recipe, name).startswith("config file ")
+
+
 def test_ctrl_c_at_any_time_is_one_line(capsys):
     with pytest.raises(SystemExit) as caught, one_line_errors("train.py"):
         raise KeyboardInterrupt
@@ -605,7 +627,9 @@ def test_a_message_is_one_line_that_ends_and_paints_nothing():
     assert str(UserError("red \x1b[31m\nand\u2028more: é 文")) == (
         "red \\x1b[31m\\nand\\u2028more: é 文"
     )
-    assert str(UserError("x" * 10**6)) == "x" * LONGEST + "..."
+    half = "x" * (LONGEST // 2)
+    assert str(UserError("x" * 10**6)) == f"{half}...{half}"
+    assert str(UserError(f"{half * 9}; do this")).endswith("xxx; do this")
 
 
 FLAGS = [*shown_defaults(Config()), "--config", "--run", "--resume", "--help", "-h"]

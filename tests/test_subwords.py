@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 
 from gptjax.errors import UserError
 from gptjax.text import choose
+from gptjax.text.stream import StreamDecoder, first_tokens
 from gptjax.text.subwords import HFTokenizer, SentencePieceTokenizer
-from gptjax.text.tokenizers import ByteTokenizer, StreamDecoder, Tokenizer, from_json
+from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, IdTokenizer, Tokenizer, from_json
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra text")
 RANKS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "gpt2.tiktoken"
@@ -58,22 +60,25 @@ def gpt2(ranks: Path) -> HFTokenizer:
         return choose.gpt2()
 
 
-@pytest.fixture(scope="module")
-def model(play: str) -> bytes:
-    """A small SentencePiece model with byte fallback."""
+def sentencepiece_model(play: str, **options: Any) -> bytes:
+    """A small SentencePiece model."""
     library = pytest.importorskip("sentencepiece", reason="needs the extra text")
     written = io.BytesIO()
     library.SentencePieceTrainer.train(
         sentence_iterator=iter(play.split("\n")),
         model_writer=written,
-        vocab_size=400,
         model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         minloglevel=2,
+        **options,
     )
     return written.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model(play: str) -> bytes:
+    """A small SentencePiece model with byte fallback, which keeps all blanks."""
+    exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return sentencepiece_model(play, vocab_size=400, byte_fallback=True, **exact)
 
 
 def test_bpe_round_trip_of_all_of_unicode(bpe: HFTokenizer):
@@ -259,3 +264,28 @@ def test_stream_decoder_returns_invalid_bytes_too(ids: list[int]):
     decoder = StreamDecoder(tokenizer, np.array([65]))
     pieces = [decoder.add(np.array([token])) for token in ids]
     assert "".join(pieces) + decoder.end() == tokenizer.decode(ids)
+
+
+def test_where_a_text_begins(play: str, bpe: HFTokenizer):
+    """After a newline if there is one, else the end-of-text token, else id 0: never nothing."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    word_level = HFTokenizer(words.to_str())
+    words.add_special_tokens(["</s>"])
+    ending = HFTokenizer(words.to_str())
+    sentencepiece = SentencePieceTokenizer(sentencepiece_model(play, vocab_size=200))
+    for tokenizer in (word_level, ending, sentencepiece):
+        assert not len(tokenizer.encode(" \n "))
+    for tokenizer, expected in (
+        (word_level, [0]),
+        (ending, [2]),
+        (sentencepiece, [sentencepiece.end_of_text]),
+        (bpe, bpe.encode("\n").tolist()),
+        (ByteTokenizer(256), [10]),
+        (CharTokenizer("\nab"), [0]),
+        (CharTokenizer("ab", 2), [2]),
+        (CharTokenizer("ab"), [0]),
+        (IdTokenizer(9), [0]),
+    ):
+        assert first_tokens(tokenizer).tolist() == expected
+        assert first_tokens(tokenizer).dtype == np.int32

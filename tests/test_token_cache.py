@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import pytest
 from gptjax.config import DataConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
-from gptjax.text import choose, split, token_cache
+from gptjax.runs.files import read_sealed
+from gptjax.text import choose, sources, split, token_cache
 from gptjax.text import dataset as data
 from gptjax.text.dataset import Dataset
 from gptjax.text.sources import Piece
@@ -63,7 +64,7 @@ def pieces(documents: list[str], size: int) -> Iterator[Piece]:
 
 def test_survey():
     found = split.survey(pieces(["ab\u00e9", "b", "ab\u00e9"], 2), (0, 1, 4, 5))
-    assert (found.characters, found.alphabet) == (7, "ab\u00e9")
+    assert (found.characters, found.n_bytes, found.alphabet) == (7, 9, "ab\u00e9")
     assert found.lengths.tolist() == [3, 1, 3]
     assert found.names[0] == found.names[2] != found.names[1]
     assert found.marks == (0, 1, 3, 4)  # "\u00e9" has two bytes
@@ -81,40 +82,118 @@ def test_parts_by_position(bounds: tuple[int, int], size: int):
     assert all(part.side != LEFT_OUT for part in parts)
 
 
-@pytest.mark.parametrize(
-    ("fraction", "limit"), [(0.1, None), (0.5, None), (0.5, 300), (0.001, None)]
-)
+def sides(documents: list[str], how: Split, size: int = 5) -> dict[int, list[str]]:
+    """The texts on each side of a split, each up to its mark `last`."""
+    found: dict[int, list[str]] = {TRAIN: [""], VAL: [""]}
+    for part in split.parts(pieces(documents, size), how):
+        found[part.side][-1] += part.text
+        if part.last:
+            found[part.side].append("")
+    assert found[TRAIN].pop() == found[VAL].pop() == "", "a side that does not end with a mark"
+    return found
+
+
+@pytest.mark.parametrize(("fraction", "limit"), [(0.1, None), (0.5, None), (0.5, 3000)])
 def test_whole_documents_are_held_out(fraction: float, limit: int | None):
     documents = [f"document {i} of them " * (1 + i % 7) for i in [*range(50), *range(50)]]
     found = split.survey(pieces(documents, 1000))
     how = split.split(found, fraction, limit)
-    assert how.sides is not None
-    parts = list(split.parts(pieces(documents, 5), how))
-    sides: dict[int, list[str]] = {TRAIN: [""], VAL: [""]}
-    for part in parts:
-        sides[part.side][-1] += part.text
-        if part.last:
-            sides[part.side].append("")
-    train, val = (set(sides[side][:-1]) for side in (TRAIN, VAL))
+    assert how.cuts is not None
+    on = sides(documents, how)
+    train, val = set(on[TRAIN]), set(on[VAL])
     assert train | val == set(documents)
     assert not train & val, "the same document on both sides"
-    held = sum(map(len, sides[VAL]))
+    held = sum(map(len, on[VAL]))
     target = min(fraction * found.characters, limit or 10**9)
-    longest = 2 * max(map(len, documents))  # each document is there twice
-    assert 0 < held <= max(target, longest) and held > min(target - longest, target / 2)
-    n = int((how.sides == VAL).sum())
-    assert f"{n} of 100 documents" in how.description
+    assert 0.9 * target <= held <= target
+    n = int((how.cuts == 0).sum())
+    share = f"{held / found.characters:.2%} of the text"
+    assert how.description == f"by document (validation: {n} of 100 documents, {share})"
     # The order of the documents does not matter.
     other = split.split(split.survey(pieces(documents[::-1], 1000)), fraction, limit)
-    assert other.sides is not None and (other.sides[::-1] == how.sides).all()
+    assert other.cuts is not None and (other.cuts[::-1] == how.cuts).all()
 
 
-def test_two_documents_and_identical_documents(tmp_path):
-    how = split.split(split.survey(pieces(["aaaa", "b"], 9)), 0.1, None)
-    assert how.sides is not None and how.sides.tolist() == [TRAIN, VAL]  # the smaller one
-    (tmp_path / "a.txt").write_text("x" * 99)
-    (tmp_path / "b.txt").write_text("x" * 99)
-    assert message(config_of(tmp_path)).startswith("all 2 documents start alike")
+def numbers(n: int, start: int = 0) -> str:
+    """n characters that differ everywhere."""
+    return "".join(f"{i} " for i in range(start, start + n))[:n]
+
+
+@pytest.mark.parametrize("limit", [None, 700])
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5])
+@pytest.mark.parametrize(
+    "documents",
+    [
+        [numbers(20_000), numbers(200, 5)],  # a book and its README: was 1 % for any fraction
+        [numbers(15_000), numbers(26_000, 9)],  # two books: was 36 %
+        [numbers(9000, 10_000 * i) for i in range(3)],
+        [numbers(20_000, 4)] * 2,  # copies: refused before
+        [numbers(20_000), *[numbers(3000, 30_000)] * 9],  # more in the copies
+        [numbers(9000), *[numbers(20_000, 30_000)] * 2],
+    ],
+)
+def test_few_documents_are_cut(documents: list[str], fraction: float, limit: int | None):
+    """What is held out is near the wanted share, and what is cut is cut in all copies alike."""
+    found = split.survey(pieces(documents, 10**6))
+    how = split.split(found, fraction, limit)
+    on = sides(documents, how, 1000)
+    held = sum(map(len, on[VAL]))
+    target = min(fraction * found.characters, limit or 10**9)
+    assert 0.9 * target <= held <= target + len(documents)
+    assert f", {held / found.characters:.2%} of the text)" in how.description
+    assert sum(map(len, on[TRAIN])) + held == found.characters
+    for text in {*on[VAL]} - {*documents}:
+        assert any(document.endswith(text) for document in documents)
+        assert any(document == start + text for document in documents for start in on[TRAIN])
+        assert not any(text in other for other in on[TRAIN]), "the same text on both sides"
+    assert how.cuts is not None
+    single = [n for n, document in enumerate(documents) if documents.count(document) == 1]
+    if any(how.cuts[n] for n in single):  # copies are not cut then
+        assert all(
+            how.cuts[n] in (0, len(documents[n])) for n in {*range(len(documents))} - {*single}
+        )
+    other = split.split(split.survey(pieces(documents[::-1], 10**6)), fraction, limit)
+    assert other.cuts is not None
+    assert (other.cuts[::-1] == how.cuts).all()
+
+
+def test_a_book_and_its_readme(tmp_path):
+    (tmp_path / "book.txt").write_text(numbers(10_000))
+    (tmp_path / "README.md").write_text(numbers(90, 7))
+    dataset = opened(config_of(tmp_path))
+    assert dataset.notes["split"] == (
+        "by document (validation: 1 of 2 documents, 919 characters at the end of 1 more, 10.00% "
+        "of the text)"
+    )
+    # The end-of-text token is where the training part ends, and after each document.
+    end = dataset.tokenizer.end_of_text
+    assert np.flatnonzero(dataset.train == end).tolist() == [10_000 - 919]
+    assert np.flatnonzero(dataset.val == end).tolist() == [90, 90 + 1 + 919]
+    with pytest.raises(UserError, match="changed while it was read"):
+        how = split.split(split.survey(pieces(["ab", "cd"], 9)), 0.5, None)
+        list(split.parts(pieces(["ab", "cd", "ef"], 9), how))
+
+
+def test_a_text_that_changes_while_it_is_read(tmp_path, monkeypatch, cache, play: str):
+    """Nothing is made of it, and nothing is cached."""
+    monkeypatch.setattr(data, "LARGE", 1000)
+    path = tmp_path / "play.txt"
+    path.write_text(play)
+    found = os.stat(path)
+    decoded = sources._decoded
+
+    def changing(*args: Any) -> Iterator[str]:
+        yield from decoded(*args)
+        path.write_text(play.swapcase())
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+    monkeypatch.setattr(sources, "_decoded", changing)
+    assert message(config_of(path, tokenizer="byte")) == (
+        f"{path} changed while it was read; start again"
+    )
+    assert not list(cache.glob("*/tokens.json"))
+    monkeypatch.undo()
+    assert opened(config_of(path, tokenizer="byte")).tokenizer.decode(opened(config_of(path)).val)
 
 
 # Encoding
@@ -242,34 +321,42 @@ class Killed(BaseException):
     """Simulates a signal that ends the process."""
 
 
-def test_an_interrupted_encoding_is_continued(tmp_path, monkeypatch, play: str):
-    monkeypatch.setattr(token_cache, "UNIT", 50)
-    monkeypatch.setattr(token_cache, "PER_CORE", 300)
-    monkeypatch.setattr(token_cache, "SAVE_EVERY", 0.0)
-    tokenizer, how = ByteTokenizer(), Split(None, (5000, len(play)), "split")
-    started: list[int] = []
+class Interruptible:
+    """Encodes a play in small batches, into `folder`; `started` says where each attempt began."""
 
-    def encode(skip: int) -> Iterator[token_cache.Batch]:
-        started.append(skip)
-        return token_cache.encode(split.parts(pieces([play], 700), how), tokenizer, False, skip)
+    def __init__(self, folder: Path, play: str, monkeypatch: pytest.MonkeyPatch):
+        for name, value in (("UNIT", 50), ("PER_CORE", 600), ("SAVE_EVERY", 0.0)):
+            monkeypatch.setattr(token_cache, name, value)
+        monkeypatch.setattr(os, "cpu_count", lambda: 1)
+        self.folder, self.play, self.started = folder, play, []
 
-    def stop_after(n: int):
+    def encode(self, skip: int) -> Iterator[token_cache.Batch]:
+        self.started.append(skip)
+        how = Split(None, (5000, len(self.play)), "split")
+        parts = split.parts(pieces([self.play], 700), how)
+        return token_cache.encode(parts, ByteTokenizer(), False, skip)
+
+    def run(self, batches: int = 10**9) -> token_cache.Tokens:
+        """All tokens; killed after that many batches."""
         calls = []
 
         def done(characters: int) -> None:
             calls.append(characters)
-            if len(calls) == n:
+            if len(calls) == batches:
                 raise Killed
 
-        return done
+        return token_cache.load_or_encode(self.folder, self.encode, ByteTokenizer(), "split", done)
 
+
+def test_an_interrupted_encoding_is_continued(tmp_path, monkeypatch, play: str):
     folder = tmp_path / "tokens"
+    encoding = Interruptible(folder, play, monkeypatch)
     for n in (1, 3, 2):
         with pytest.raises(Killed):
-            token_cache.load_or_encode(folder, encode, tokenizer, "split", stop_after(n))
+            encoding.run(n)
         with (folder / "train.bin").open("ab") as file:
             file.write(b"\1\2\3")  # written, but not yet counted in progress.json
-    tokens = token_cache.load_or_encode(folder, encode, tokenizer, "split", lambda n: None)
+    tokens, started = encoding.run(), encoding.started
     assert started[0] == started[1] == 0 < started[2] < started[3]
     assert tokens.train.tolist() == list(play[:5000].encode())
     assert tokens.val.tolist() == list(play[5000:].encode())
@@ -277,6 +364,64 @@ def test_an_interrupted_encoding_is_continued(tmp_path, monkeypatch, play: str):
     assert sorted(p.name for p in folder.iterdir()) == [
         *(".lock", "tokenizer.json", "tokens.json", "train.bin", "val.bin"),
     ]
+
+
+def rewritten(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "train.bin").unlink(),
+        lambda folder: (folder / "val.bin").unlink(),
+        rewritten("train.bin", lambda raw: raw[:-100]),
+        rewritten("train.bin", lambda raw: bytes(len(raw))),
+        rewritten("val.bin", lambda raw: raw[:10] + b"!" + raw[11:]),
+        rewritten("progress.json", lambda raw: b""),
+        rewritten("progress.json", lambda raw: raw[:-20]),
+        rewritten("progress.json", lambda raw: b"[]"),
+        rewritten("progress.json", lambda raw: b"[" * 100_000),
+        rewritten("progress.json", lambda raw: b"\xff"),
+        rewritten("progress.json", lambda raw: raw.replace(b'"characters": 5', b'"characters": 4')),
+        rewritten("progress.json", lambda raw: b'{"characters": 600, "tokens": [600, 0]}'),
+        lambda folder: (folder / "progress.json").unlink(),
+    ],
+)
+def test_an_interrupted_encoding_is_not_believed(
+    tmp_path, monkeypatch, play: str, damage: Callable[[Path], Any]
+):
+    """Where the files are not what progress.json says, all is encoded again: nothing is missing,
+    nothing is zero."""
+    folder = tmp_path / "tokens"
+    encoding = Interruptible(folder, play, monkeypatch)
+    with pytest.raises(Killed):
+        encoding.run(9)
+    before = read_sealed(folder / "progress.json")
+    assert 5000 < before["characters"] < 6000 and all(before["tokens"])
+    damage(folder)
+    tokens = encoding.run()
+    assert encoding.started == [0, 0]
+    assert tokens.train.tolist() == list(play[:5000].encode())
+    assert tokens.val.tolist() == list(play[5000:].encode())
+
+
+def test_a_disk_that_does_not_keep_tokens(tmp_path, monkeypatch, play: str):
+    """Files that are replaced while they are written are noticed, and not sealed as they are."""
+    folder = tmp_path / "tokens"
+    encoding = Interruptible(folder, play, monkeypatch)
+    encode = encoding.encode
+
+    def replacing(skip: int) -> Iterator[token_cache.Batch]:
+        for batch in encode(skip):
+            yield batch
+            (folder / "train.bin").unlink()
+            (folder / "train.bin").write_bytes(b"\0" * 9000)
+
+    encoding.encode = replacing
+    with pytest.raises(UserError, match="do not read back as they were written; check that disk"):
+        encoding.run()
+    assert token_cache.load(folder) is None
 
 
 def test_an_unwritable_cache(tmp_path, monkeypatch, cache, play: str):
@@ -328,6 +473,19 @@ def test_bad_token_files(tmp_path):
     error = message(config_of(path, tokenizer="byte"))
     assert error.startswith(f"{path} has the id 50256 at position 160")
     assert "256 tokens" in error and "--data.tokenizer" in error
+    letters = np.frombuffer(b"a text of some length " * 20, np.uint8)
+    for dtype in ("<u4", "<i8"):
+        path.write_bytes(letters.astype(dtype).tobytes())
+        error = message(config_of(path, tokenizer="byte"))
+        assert error.startswith(
+            f"in {path} every second id is 0, as where ids are wider than the 2 "
+        )
+        assert error.endswith("write it with array.astype('uint16').tofile")
+    with path.open("wb") as file:
+        np.save(file, letters.astype("<u2"))
+    error = message(config_of(path, tokenizer="byte"))
+    assert error == f"{path} is numpy's .npy; write its ids with array.tofile instead"
+    path.write_bytes(ids.tobytes())
     for kind in ("auto", "char", "bpe"):
         error = message(config_of(path, tokenizer=kind))
         assert error.startswith(f"{path} contains token ids, so --data.tokenizer {kind} ")
@@ -345,17 +503,18 @@ def test_bad_token_files(tmp_path):
 def test_tiny_shakespeare_is_char_level():
     """The presets' losses depend on it."""
     alphabet = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    tokenizer, why = choose.choose(DataConfig(), alphabet, 1_115_394, 1, lambda: [])
+    tokenizer, why = choose.choose(DataConfig(), alphabet, 1_115_394, 1_115_394, 1, lambda: [])
     assert tokenizer == CharTokenizer(alphabet)
     assert why == "char-level, vocab 65 (auto: at most 512 distinct characters)"
 
 
 def test_auto_depends_on_length_and_alphabet(monkeypatch, play: str):
     pytest.importorskip("tokenizers", reason="needs the extra text")
-    auto = lambda alphabet, n, documents=1: choose.choose(
+    auto = lambda alphabet, n, documents=1, width=1.0: choose.choose(
         DataConfig(bpe_vocab_size=300),
         "".join(map(chr, range(alphabet))),
         n,
+        int(width * n),
         documents,
         lambda: [play],
     )
@@ -368,9 +527,48 @@ def test_auto_depends_on_length_and_alphabet(monkeypatch, play: str):
     assert tokenizer == choose.train_bpe([play], 300)
     assert why.startswith("BPE, vocab 300, trained on the training split (auto: ")
     assert "trained on 1/3 of the training split" in auto(65, 100_000_001)[1]
+    # Chinese has more characters, of several bytes each.
+    tokenizer, why = auto(3000, 50_000, width=2.8)
+    assert tokenizer.vocab_size == 3000 and isinstance(tokenizer, CharTokenizer)
+    assert (
+        why == "char-level, vocab 3,000 (auto: 3,000 distinct characters of 2.8 bytes on average)"
+    )
+    assert auto(3000, 50_000, width=1.1)[0] == ByteTokenizer()
+    assert auto(2**14 + 1, 50_000, width=3)[1].startswith("BPE, vocab 300, ")
     monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    assert "install the extra text" in auto(2**14 + 1, 50_000, width=3)[1]
     why = auto(65, 10_000_000)[1]
     assert why.startswith("char-level, vocab 65 (auto: ") and "install the extra text" in why
+
+
+def test_a_chinese_text_has_whole_characters(tmp_path):
+    """Bytes would show U+FFFD wherever a sample breaks off inside a character."""
+    path = tmp_path / "own.txt"
+    text = "".join(chr(0x4E00 + i * 7919 % 1500) + "\n" * (i % 20 == 0) for i in range(6000))
+    path.write_text(text, encoding="utf-8")
+    dataset = opened(config_of(path))
+    assert dataset.tokenizer == CharTokenizer.fit(text)
+    assert dataset.tokenizer.vocab_size == 1501 and dataset.train.dtype == np.uint16
+
+
+def test_odd_characters_are_told(tmp_path):
+    said: list[str] = []
+
+    class Listening(data.Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    path = tmp_path / "own.txt"
+    for odd in ("", "\0", "\x01\x02\0", "\ufffd"):
+        path.write_text("a line of text\r\n\t\x1b\x0c" * 50 + odd, encoding="utf-8")
+        data.open_dataset(config_of(path), BLOCK, None, Listening())
+    learns = "the model learns them: remove what is not meant"
+    assert said == [
+        f"{path} has control characters (U+0000); {learns}",
+        f"{path} has control characters (U+0000, U+0001, U+0002); {learns}",
+        f"{path} has U+FFFD, which stands for what an earlier program could not decode; if it is "
+        f"not meant, decode the original again",
+    ]
 
 
 def test_a_tokenizer_from_a_path(tmp_path, bpe: Tokenizer, play: str):
@@ -444,24 +642,26 @@ def test_bits_per_byte(tmp_path, bpe: Tokenizer, play: str):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    "text",
     [
-        (
-            "a.txt=1,a.txt=2",
-            "--data.text a.txt=1,a.txt=2: name each text once, with a weight above 0",
+        *("a.txt=1,a.txt=2", "a.txt=0,b.txt=2", "a.txt=-1,b.txt=2", "a.txt=-0.0"),
+        *(
+            "a.txt=inf,b.txt=2",
+            "a.txt=1,b.txt=Infinity",
+            "a.txt=nan,b.txt=2",
+            "a.txt=1e400,b.txt=2",
         ),
-        (
-            "a.txt=0,b.txt=2",
-            "--data.text a.txt=0,b.txt=2: name each text once, with a weight above 0",
-        ),
-        (
-            "a.txt=.5,b.txt=2",
-            "2 weighted texts need shuffled order, not random; add --data.order shuffled",
-        ),
+        *(f"a.txt=1{'0' * 400},b.txt=2", "a.txt=1e308,b.txt=1e308", "a.txt=1e-300,b.txt=1"),
     ],
 )
-def test_refused_mixtures(text: str, reason: str):
-    assert message(config_of(text)) == reason
+def test_refused_mixtures(text: str):
+    assert message(config_of(text)).startswith(f"--data.text {text}: name each text once, with a ")
+
+
+def test_a_mixture_needs_shuffled_order():
+    expected = "2 weighted texts need shuffled order, not random; add --data.order shuffled"
+    assert message(config_of("a.txt=.5,b.txt=2e3")) == expected
+    assert message(config_of("a.txt=x,b.txt=2")).startswith("text not found: a.txt=x,b.txt=2; ")
 
 
 def test_a_mixture_has_one_tokenizer(tmp_path, monkeypatch):
@@ -489,6 +689,12 @@ def test_a_mixture_has_one_tokenizer(tmp_path, monkeypatch):
             {"bpe_vocab_size": 256},
             "data.bpe_vocab_size=256 is too small; give 257 or more",
         ),
+        (
+            {"bpe_vocab_size": 10**9},
+            "data.bpe_vocab_size=1000000000 is too large; give 1048576 or ",
+        ),
+        ({"encoding": "undefined"}, "data.encoding='undefined' is not a text encoding that"),
+        ({"encoding": "a\0"}, "data.encoding='a\\x00' is not a text encoding that"),
         ({"val_limit": 0}, "data.val_limit=0 is too small; give 1 or more"),
         ({"resident_tokens": -1}, "data.resident_tokens=-1 is out of range; give 0 or more"),
     ],

@@ -18,7 +18,7 @@ from rich.console import Console
 from run_helpers import QUIET, SignalAt, arrays, assert_same, assert_same_run, records
 
 from gptjax import assembly
-from gptjax.cli.sample import SampleCommand, print_samples, stream
+from gptjax.cli.sample import SampleCommand, parse_sample, print_samples, stream
 from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
@@ -28,6 +28,7 @@ from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.loaded import load
 from gptjax.runs.run import Run
 from gptjax.text import corpora
+from gptjax.text.tokenizers import IdTokenizer
 from gptjax.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -286,6 +287,36 @@ def test_the_run_folder_is_all_the_sampler_needs(finished, tmp_path, monkeypatch
     printed = capsys.readouterr()
     assert printed.out == "\n---\n".join(once) + "\n"
     assert printed.err.endswith("tokens/s, compilation not counted\n")
+
+
+def test_a_text_without_a_newline(tmp_path, monkeypatch, capsys):
+    """It is sampled by the command that training prints, from its first character."""
+    monkeypatch.chdir(tmp_path)
+    Path("dna.txt").write_text("acgt" * 1000)
+    config = replace(TINY, steps=8, data=DataConfig(text="dna.txt"))
+    train(config, Path("runs/dna"))
+    command = re.findall(r"next: python sample.py (.*)", capsys.readouterr().out)[0].split()
+    print_samples(parse_sample([*command, "--max-new-tokens", "9"]))
+    assert re.fullmatch("[acgt]{9}\n", capsys.readouterr().out)
+    run = load("dna", "last")
+    text = "".join(run.generate(None, 20, temperature=0.0))
+    assert text == "".join(run.generate("a", 20, temperature=0.0))  # "a" is id 0
+    with pytest.raises(UserError, match=r"^1 unknown characters \('\\n' at 0\)"):
+        list(run.generate("\n", 3))
+
+
+def test_a_prompt_without_tokens_is_refused(finished):
+    """Nothing is drawn after padding, and nothing else stands in for the prompt."""
+    run = load(finished[0], "last")
+    nothing = "to this run's tokenizer it is blank, or its characters are all skipped"
+    with pytest.raises(UserError, match=nothing):
+        list(run.generate("\u4eca\u65e5", 3, unknown="skip"))
+    with pytest.raises(UserError, match=nothing):
+        list(run.generate("", 3))
+    run.tokenizer = IdTokenizer(run.tokenizer.vocab_size)
+    with pytest.raises(UserError, match=r"^the prompt '  \\n' has no tokens: "):
+        list(run.generate("  \n", 3))
+    assert list(run.generate(max_new_tokens=3))
 
 
 def test_a_checkpoint_is_chosen_as_best_last_or_a_step(finished):

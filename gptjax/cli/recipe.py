@@ -11,6 +11,7 @@ Such a file runs only when it is named on the command line; what is stored in a 
 
 import difflib
 import importlib.util
+import os
 import sys
 import traceback
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def load_recipe(path: str) -> Recipe:
         UserError: no such file, an exception in it (with its line), or no sound `config`.
     """
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(path):  # unlike Path's, false for any name that cannot be one
         raise UserError(f"config file {path} is not there; give a Python file or a preset's name")
     module = _run(file)
     config = getattr(module, "config", None)

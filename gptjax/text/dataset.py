@@ -15,10 +15,12 @@ import numpy as np
 
 from gptjax.config import DataConfig
 from gptjax.errors import UserError
-from gptjax.text import choose, corpora, sources, split, token_cache
+from gptjax.text import choose, corpora, sniff, sources, split, token_cache
 from gptjax.text.token_cache import Tokens
-from gptjax.text.tokenizers import Tokenizer
+from gptjax.text.tokenizers import INCOMPLETE, Tokenizer
 
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?inf(?:inity)?|nan"  # as `float` reads it
+LEAST_SHARE = 1e-9  # of a text in a mixture; less is never read
 LARGE = 2**24  # bytes of text; from this size on, its tokens are cached on disk
 
 SAMPLED, PIECES = 2**24, 2**8  # tokens of a split that its fingerprint hashes, in how many pieces
@@ -146,14 +148,19 @@ def _weights(text: str) -> dict[str, float]:
     """Parse "a.txt=0.7,b.txt=0.3" into weights by name; anything else names one text.
 
     Raises:
-        UserError: a weight of 0, or a text named twice.
+        UserError: a weight that is not above 0 and finite or is no share of the sum, or a text
+            named twice.
     """
-    pairs = [re.fullmatch(r"(.+)=(\d+\.?\d*|\.\d+)", part) for part in text.split(",")]
+    pairs = [re.fullmatch(rf"(.+)=({NUMBER})", part, re.IGNORECASE) for part in text.split(",")]
     if not all(pairs) or os.path.exists(text):
         return {text: 1.0}
     weights = {pair[1]: float(pair[2]) for pair in pairs if pair}
-    if len(weights) < len(pairs) or not all(weights.values()):
-        raise UserError(f"--data.text {text}: name each text once, with a weight above 0")
+    shares = [weight / sum(weights.values()) for weight in weights.values() if weight]
+    if len(shares) < len(pairs) or not all(share >= LEAST_SHARE for share in shares):
+        raise UserError(
+            f"--data.text {text}: name each text once, with a weight above 0, of which each is at "
+            f"least {LEAST_SHARE} of the sum"
+        )
     return weights
 
 
@@ -190,7 +197,11 @@ class _Text:
         self.key = [[source.stamp for source in self._sources], *options]
 
     def pieces(self) -> Iterator[sources.Piece]:
-        return sources.read(self._sources, self._config.encoding, self._config.field)
+        yield from sources.read(self._sources, self._config.encoding, self._config.field)
+        # Split, tokenizer and tokens come from several passes, and are cached under this key.
+        now = sources.find(self.name, lambda line: None)
+        if [source.stamp for source in now] != self.key[0]:
+            raise UserError(f"{self.name} changed while it was read; start again")
 
     @cached_property
     def survey(self) -> split.Survey:
@@ -201,6 +212,9 @@ class _Text:
             found = split.survey(self.pieces(), marks, done)
         if not found.characters:
             raise UserError(f"text is empty: {self.name}")
+        if self.name not in corpora.names():
+            for remark in _remarks(found.alphabet):
+                self._progress.say(f"{self.name} {remark}")
         return found
 
     @cached_property
@@ -236,6 +250,18 @@ class _Text:
         return tokens
 
 
+def _remarks(alphabet: str) -> Iterator[str]:
+    """What is odd about a text with these characters, and what to do."""
+    if odd := sniff.CONTROLS.findall(alphabet):
+        shown = ", ".join(f"U+{ord(c):04X}" for c in odd[:5]) + ", ..." * (len(odd) > 5)
+        yield f"has control characters ({shown}); the model learns them: remove what is not meant"
+    if INCOMPLETE in alphabet:
+        yield (
+            "has U+FFFD, which stands for what an earlier program could not decode; if it is not "
+            "meant, decode the original again"
+        )
+
+
 def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tokenizer, str]:
     """The tokenizer of a new run on these texts, and a phrase about it for the console."""
     kind = config.tokenizer
@@ -255,6 +281,7 @@ def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tok
         config,
         "".join(sorted(set().union(*(text.survey.alphabet for text in known)))),
         sum(text.survey.characters for text in known),
+        sum(text.survey.n_bytes for text in known),
         max(len(text.survey.lengths) for text in known),
         lambda: (unit for text in known for unit in text.training_units()),
     )

@@ -19,14 +19,19 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from gptjax.errors import UserError, optional_import
-from gptjax.text import corpora
+from gptjax.runs.files import check_regular
+from gptjax.text import corpora, sniff
 
 OPENWEBTEXT = "openwebtext"  # what GPT-2's presets are meant for
-IN_FOLDERS = (".txt", ".text", ".md", ".jsonl", ".ndjson")  # optionally compressed: .gz, .zst
+LINES = (".jsonl", ".ndjson")  # each line is a JSON object
+IN_FOLDERS = (".txt", ".text", ".md", *LINES)  # optionally compressed: .gz, .zst
+SYNTAX = (".json", ".csv", ".tsv", ".ipynb", ".html", ".htm", ".xml", ".rtf")
 BLOCK = 2**20  # bytes read at a time
 LONGEST_LINE = 2**28  # characters in one JSONL line
 BOMB_RATIO, BOMB_FROM = 200, 2**26  # text compresses less than 100-fold; checked from 64 MB on
-SAMPLE = 2**15  # bytes on either side of an error, used to guess the encoding
+HEAD = 2**7  # bytes of each file that are looked at first
+SAMPLE = 2**15  # bytes on either side of an error, or at the start, used to guess the encoding
+SWAPPED = "\ufffe"  # the byte order mark with its bytes swapped
 
 
 class Piece(NamedTuple):
@@ -44,13 +49,16 @@ class Source:
         name: path, or name of a corpus.
         open: opens it for reading, still compressed.
         size: in bytes, as stored.
-        stamp: identifies this version of the file: path, size and modification time, or a hash.
+        stamp: identifies this version of the file: path, size, times of modification and of change
+            of state (which no program can set back), or a hash.
+        head: its first bytes, as stored; of a corpus none.
     """
 
     name: str
     open: Callable[[], IO[bytes]]
     size: int
     stamp: tuple[str | int, ...]
+    head: bytes = b""
 
 
 def find(text: str, notice: Callable[[str], None]) -> list[Source]:
@@ -58,7 +66,8 @@ def find(text: str, notice: Callable[[str], None]) -> list[Source]:
 
     Args:
         text: a corpus, a file, a folder (all files below it that end in IN_FOLDERS) or a glob.
-        notice: called with one line about the files of a folder that are skipped.
+        notice: called with one line about the files of a folder that are skipped, and one about
+            files whose syntax would be trained on.
 
     Raises:
         UserError: no such text.
@@ -67,6 +76,19 @@ def find(text: str, notice: Callable[[str], None]) -> list[Source]:
         corpus = corpora.describe(text)
         read = lambda: io.BytesIO(corpora.read_bytes(text))
         return [Source(text, read, corpus.bytes, ("sha256", corpus.sha256))]
+    found = [_file(path) for path in _paths(text, notice)]
+    raw = [source for source in found if _has_syntax(source)]
+    if raw:
+        more = f" and {len(raw) - 1} more" if len(raw) > 1 else ""
+        notice(
+            f"{raw[0].name}{more}: read as plain text, syntax and names of fields included; to "
+            f'train on the texts alone, write them to a .jsonl file, {{"text": ...}} on each line'
+        )
+    return found
+
+
+def _paths(text: str, notice: Callable[[str], None]) -> list[Path]:
+    """The paths of the files that `--data.text` names."""
     path = Path(text)
     if text == OPENWEBTEXT and not path.exists():
         raise UserError(
@@ -75,9 +97,12 @@ def find(text: str, notice: Callable[[str], None]) -> list[Source]:
             "--data.text FOLDER, or a text of your own as --data.text FILE"
         )
     if os.path.isdir(text):  # unlike Path's, false for any name that cannot be one
-        files = sorted(
-            p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))
+        everything = (
+            Path(folder, name)
+            for folder, _, names in os.walk(path, onerror=_unreadable)
+            for name in names
         )
+        files = sorted(p for p in everything if not _hidden(p.relative_to(path)))
         found = [p for p in files if _plain_name(p).suffix.lower() in IN_FOLDERS]
         if not found:
             raise UserError(
@@ -88,14 +113,14 @@ def find(text: str, notice: Callable[[str], None]) -> list[Source]:
         if len(found) < len(files):
             skipped = sorted(set(files) - set(found))
             notice(f"{text}: {len(skipped)} other files skipped ({_suffixes(skipped)})")
-        return [_file(p) for p in found]
+        return found
     if glob.has_magic(text) and not os.path.exists(text):
         matches = (Path(match) for match in glob.glob(text, recursive=True))
-        found = sorted(match for match in matches if match.is_file())
+        found = sorted(match for match in matches if not match.is_dir())
         if not found:
             raise UserError(f"no file matches {text}; check the pattern, and quote it in the shell")
-        return [_file(p) for p in found]
-    return [_file(path)]
+        return found
+    return [path]
 
 
 def read(sources: list[Source], encoding: str, field: str) -> Iterator[Piece]:
@@ -105,15 +130,15 @@ def read(sources: list[Source], encoding: str, field: str) -> Iterator[Piece]:
 
     Args:
         sources: see `find`.
-        encoding: encoding of the files. A UTF-8 byte order mark is dropped; newlines are kept.
+        encoding: encoding of the files. A byte order mark is dropped; newlines are kept.
         field: JSONL field that contains the text.
 
     Raises:
-        UserError: a file that cannot be read, is corrupt, or has another encoding; or a JSONL
-            line without that field.
+        UserError: a file that cannot be read, is corrupt, no text, or has another encoding; a
+            lone surrogate; or a JSONL line without that field.
     """
     for source in sources:
-        is_jsonl = _plain_name(Path(source.name)).suffix.lower() in (".jsonl", ".ndjson")
+        is_jsonl = _plain_name(Path(source.name)).suffix.lower() in LINES
         with closing(_decoded(source, encoding)) as blocks:
             if is_jsonl:
                 for document in _lines(source, blocks, field):
@@ -136,9 +161,9 @@ def read_text(text: str) -> str:
 
 def _file(path: Path) -> Source:
     try:
-        with path.open("rb"):
-            pass  # check permissions now rather than after other files were read
-        stat = path.stat()
+        stat = check_regular(path)
+        with path.open("rb") as file:  # permissions are checked before other files are read
+            head = file.read(HEAD)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"text not found: {path}; give a file, a folder, a glob, or one of the corpora "
@@ -146,8 +171,18 @@ def _file(path: Path) -> Source:
         ) from None
     except OSError as error:
         raise UserError(f"cannot read the text {path}: {error.strerror}") from None
-    stamp = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    return Source(str(path), lambda: path.open("rb"), stat.st_size, stamp)
+    stamp = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return Source(str(path), lambda: path.open("rb"), stat.st_size, stamp, head)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from None
+
+
+def _has_syntax(source: Source) -> bool:
+    """Whether a file holds more than its texts: by its name, or as JSON by its first bytes."""
+    suffix = _plain_name(Path(source.name)).suffix.lower()
+    return suffix in SYNTAX or (suffix not in LINES and sniff.is_json(source.head))
 
 
 def _suffixes(files: list[Path]) -> str:
@@ -178,23 +213,54 @@ def _pieces(blocks: Iterator[str]) -> Iterator[Piece]:
 def _decoded(source: Source, encoding: str) -> Generator[str, None, None]:
     """Decode a file, a block at a time."""
     decoder = codecs.getincrementaldecoder(encoding)("strict")
-    strips_mark = codecs.lookup(encoding).name == "utf-8"
-    read = 0
+    read, line, first = 0, 1, True
     with closing(_unpacked(source)) as unpacked:  # close the file now, not when garbage-collected
         for raw in chain(unpacked, [b""]):
+            if not read and (what := sniff.container(raw)):
+                raise UserError(f"{source.name} is {what}")
             waiting = decoder.getstate()[0]
             try:
                 text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
-                near = (waiting + raw)[max(0, error.start - SAMPLE) :][: 2 * SAMPLE]
+                at = read - len(waiting) + error.start
+                near = (waiting + raw)[max(0, error.start - SAMPLE - at % 4) :][: 2 * SAMPLE]
+                ends = "it ends inside a character; complete it, or set another --data.encoding"
                 raise UserError(
-                    f"text is not {encoding.upper()}: {source.name}, byte offset "
-                    f"{read - len(waiting) + error.start}; {_guess(near)}"
+                    f"text is not {encoding.upper()}: {source.name}, byte offset {at}; "
+                    f"{sniff.advice(near) if raw else ends}"
                 ) from None
-            if strips_mark and text:
-                text, strips_mark = text.removeprefix("\ufeff"), False
+            except UnicodeError as error:  # such as UTF-16 without a byte order mark
+                raise UserError(
+                    f"text is not {encoding.upper()}: {source.name}: {error}; {sniff.advice(raw)}"
+                ) from None
             read += len(raw)
+            if text and first:
+                if sniff.has_many_controls(text[:SAMPLE]) or text[0] == SWAPPED:
+                    raise UserError(
+                        f"{source.name} is not text in {encoding.upper()}: it has NULs or other "
+                        f"control characters all over; {sniff.advice(raw[:SAMPLE])}"
+                    )
+                if sniff.is_of_another(raw[:SAMPLE], encoding):
+                    raise UserError(
+                        f"text is not {encoding.upper()}: {source.name}, though it can be decoded "
+                        f"so; {sniff.advice(raw[:SAMPLE])}"
+                    )
+                text, first = text.removeprefix("\ufeff"), False
+            _check_scalars(text, line, source)
+            line += text.count("\n")
             yield text
+
+
+def _check_scalars(text: str, line: int, source: Source) -> None:
+    """Refuse lone surrogates: halves of characters, which only escapes can write."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        line += text.count("\n", 0, error.start)
+        raise UserError(
+            f"line {line} of {source.name} has {text[error.start]!r}, a lone surrogate, which "
+            f"UTF-8 cannot encode; remove it, or write both halves of the character"
+        ) from None
 
 
 def _unpacked(source: Source) -> Generator[bytes, None, None]:
@@ -258,7 +324,9 @@ def _lines(source: Source, blocks: Iterator[str], field: str) -> Iterator[str]:
         for line in lines:
             number += 1
             if line.strip():
-                yield _field(f"line {number} of {source.name}", line, field)
+                text = _field(f"line {number} of {source.name}", line, field)
+                _check_scalars(text.replace("\n", " "), number, source)
+                yield text
         if len(rest) > LONGEST_LINE:
             raise UserError(
                 f"line {number + 1} of {source.name} is longer than {LONGEST_LINE} characters; "
@@ -275,19 +343,3 @@ def _field(where: str, line: str, field: str) -> str:
         has = ", ".join(map(repr, values)) if isinstance(values, dict) else type(values).__name__
         raise UserError(f"{where} has no text field {field!r} (found: {has}); set --data.field")
     return values[field]
-
-
-def _guess(raw: bytes) -> str:
-    """Advice on the encoding of bytes that failed to decode; only shown, never acted on."""
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "it starts with a UTF-16 byte order mark; set --data.encoding utf-16"
-    if b"\0" in raw:
-        return "it looks like a binary file"
-    advice = "set its encoding, for example --data.encoding latin-1"
-    try:
-        best = optional_import("charset_normalizer").from_bytes(raw).best()
-    except UserError:
-        return advice
-    return (
-        f"it is probably {best.encoding}; set --data.encoding {best.encoding}" if best else advice
-    )

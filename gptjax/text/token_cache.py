@@ -3,7 +3,9 @@
 FOLDER/train.bin, val.bin  ids, uint16 or uint32, in nanoGPT's layout
        tokens.json         counts of tokens, bytes and characters, checksums; written last
        tokenizer.json      the tokenizer that made them
-       progress.json       counts already on disk; exists only while encoding
+       progress.json       the same counts and checksums of what is on disk; only while encoding
+
+What is read back is checked: a file that does not match its checksum counts as missing.
 """
 
 import hashlib
@@ -20,17 +22,17 @@ import numpy as np
 import platformdirs
 
 from gptjax.errors import UserError
-from gptjax.runs.files import write_atomically
+from gptjax.runs.files import check_regular, read_sealed, write_atomically, write_sealed
 from gptjax.text.split import Part
 from gptjax.text.tokenizers import Tokenizer
 
-FORMAT = 1  # raise it when the same key would give other ids
+FORMAT = 2  # raise it when the same key would give other ids, or other chunks
 UNIT = 2**16  # characters in a chunk, which one core encodes at a time
 LONGEST = 16 * UNIT  # characters without a place to cut (base64, for example)
+BLOCK = 2**20  # bytes of a file hashed at a time
 PER_CORE = 2**20  # characters passed to the tokenizer at once, per core
 SAVE_EVERY = 5.0  # seconds of work that a kill can lose
 NAMES = "train", "val"
-DESCRIPTION = "told"  # key of `Tokens.description` in tokens.json, as FORMAT 1 has it
 CUT = re.compile(r"[^\W\d_](?=[ \n\t\r])")  # a letter before a space
 
 
@@ -90,7 +92,7 @@ def encode(
         n_bytes = [0, 0]
         for unit, row in zip(group, found, strict=True):
             ids[unit.side].extend([row, end] if unit.last else [row])
-            n_bytes[unit.side] += len(unit.text.encode("utf-8", "surrogatepass"))
+            n_bytes[unit.side] += len(unit.text.encode("utf-8"))
         train, val = (np.concatenate([end[:0], *rows]).astype(dtype) for rows in ids)
         characters = sum(len(unit.text) for unit in group)
         at += characters
@@ -132,7 +134,8 @@ def load_or_encode(
         done: called with the number of characters encoded so far.
 
     Raises:
-        UserError: the folder cannot be written, or `encode_from` raised it.
+        UserError: the folder cannot be written, the disk does not keep what is written to it, or
+            `encode_from` raised it.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -148,7 +151,7 @@ def load_or_encode(
 def load(path: Path) -> Tokens | None:
     """Memory-map the ids cached in a folder; None if they are missing, incomplete or corrupt."""
     try:
-        about = json.loads((path / "tokens.json").read_text(encoding="utf-8"))
+        about = read_sealed(path / "tokens.json")
         arrays = []
         for name, count, sha256 in zip(NAMES, about["tokens"], about["sha256"], strict=True):
             with (path / f"{name}.bin").open("rb") as file:
@@ -156,8 +159,8 @@ def load(path: Path) -> Tokens | None:
                     return None
             arrays.append(memory_map(path / f"{name}.bin", about["dtype"], count))
         n_bytes = about["bytes"][0], about["bytes"][1]
-        return Tokens(arrays[0], arrays[1], n_bytes, about["characters"], about[DESCRIPTION])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Tokens(arrays[0], arrays[1], n_bytes, about["characters"], about["description"])
+    except (OSError, ValueError, KeyError):
         return None
 
 
@@ -170,11 +173,12 @@ def read_bin(path: Path, vocab_size: int) -> np.ndarray:
     """Memory-map a token file in nanoGPT's layout: raw uint16 ids (uint32 for large vocabularies).
 
     Raises:
-        UserError: it cannot be read, is truncated, or has an id outside the vocabulary.
+        UserError: it cannot be read, is truncated, has ids of another size, or one outside the
+            vocabulary.
     """
     dtype = np.dtype(dtype_of(vocab_size))
     try:
-        size = path.stat().st_size
+        size = check_regular(path).st_size
         if size % dtype.itemsize:
             raise UserError(
                 f"{path} has {size} bytes, not a multiple of the {dtype.itemsize}-byte ids of this "
@@ -183,6 +187,14 @@ def read_bin(path: Path, vocab_size: int) -> np.ndarray:
         ids = memory_map(path, dtype, size // dtype.itemsize)
     except OSError as error:
         raise UserError(f"cannot read the token file {path}: {error.strerror}") from None
+    head = ids[:UNIT]
+    if head[:3].tobytes() == b"\x93NUMPY":
+        raise UserError(f"{path} is numpy's .npy; write its ids with array.tofile instead")
+    if len(head) >= 2**8 and head[::2].any() and not head[1::2].any():
+        raise UserError(
+            f"in {path} every second id is 0, as where ids are wider than the {dtype.itemsize} "
+            f"bytes of this vocabulary; write it with array.astype({dtype.name!r}).tofile"
+        )
     for start in range(0, len(ids), PER_CORE):
         block = ids[start : start + PER_CORE]
         if (largest := int(block.max())) >= vocab_size:
@@ -249,39 +261,62 @@ def _write(
     dtype = np.dtype(dtype_of(tokenizer.vocab_size))
     progress = path / "progress.json"
     write_atomically(path / "tokenizer.json", tokenizer.to_json())
-    state: dict[str, Any] = {"characters": 0, "tokens": [0, 0], "bytes": [0, 0]}
+    state, hashes = _encoded_before(path, dtype)
     files = [(path / f"{name}.bin").open("ab") for name in NAMES]
     try:
-        if progress.exists():
-            state = json.loads(progress.read_text(encoding="utf-8"))
         for file, count in zip(files, state["tokens"], strict=True):
             file.truncate(count * dtype.itemsize)
         saved = time.monotonic()
         for batch in encode_from(state["characters"]):
             for side, file in enumerate(files):
-                file.write(batch.ids[side].tobytes())
+                raw = batch.ids[side].tobytes()
+                file.write(raw)
+                hashes[side].update(raw)
                 state["tokens"][side] += len(batch.ids[side])
                 state["bytes"][side] += batch.n_bytes[side]
             state["characters"] += batch.characters
             done(state["characters"])
             if time.monotonic() - saved > SAVE_EVERY:
                 _sync(files)
-                write_atomically(progress, json.dumps(state))
+                state["sha256"] = [digest.hexdigest() for digest in hashes]
+                write_sealed(progress, state)
                 saved = time.monotonic()
         _sync(files)
     finally:
         for file in files:
             file.close()
-    hashes = []
-    for name in NAMES:
-        with (path / f"{name}.bin").open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    about = json.dumps({**state, "dtype": dtype.name, "sha256": hashes, DESCRIPTION: description})
-    write_atomically(path / "tokens.json", about)
+    state["sha256"] = [digest.hexdigest() for digest in hashes]
+    about = {**state, "dtype": dtype.name, "description": description}
+    write_sealed(path / "tokens.json", about)
     progress.unlink(missing_ok=True)
     tokens = load(path)
-    assert tokens is not None
+    if tokens is None:
+        raise UserError(
+            f"the tokens in {path} do not read back as they were written; check that disk, or set "
+            f"XDG_CACHE_HOME to a folder on another"
+        )
     return tokens
+
+
+def _encoded_before(path: Path, dtype: np.dtype) -> tuple[dict[str, Any], list[Any]]:
+    """What an interrupted encoding left: the values of progress.json, and the hash of each file up
+    to there. Nothing, if the files are not what it says: then the encoding starts again."""
+    try:
+        state = read_sealed(path / "progress.json")
+        hashes = []
+        for name, count, sha256 in zip(NAMES, state["tokens"], state["sha256"], strict=True):
+            digest, left = hashlib.sha256(), count * dtype.itemsize
+            with (path / f"{name}.bin").open("rb") as file:
+                while left and (raw := file.read(min(left, BLOCK))):
+                    digest.update(raw)
+                    left -= len(raw)
+            if left or digest.hexdigest() != sha256:
+                raise ValueError(f"{name}.bin does not match its checksum")
+            hashes.append(digest)
+        return state, hashes
+    except (OSError, ValueError, KeyError):
+        state = {"characters": 0, "tokens": [0, 0], "bytes": [0, 0]}
+        return state, [hashlib.sha256() for _ in NAMES]
 
 
 def _sync(files: list[Any]) -> None:

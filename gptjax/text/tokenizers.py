@@ -256,47 +256,6 @@ class IdTokenizer:
         return json.dumps({"type": "ids", "vocab_size": self.vocab_size})
 
 
-class StreamDecoder:
-    """Decodes generated tokens as they arrive; never splits a character.
-
-    A token may hold only some bytes of a character. Those are held back until the tokens that
-    complete the character arrive, so the pieces, joined, are the text of all the tokens.
-
-    Args:
-        tokenizer: decodes the ids.
-        prompt: (N,) ids before the stream. Some tokenizers need the last one to decode the next
-            (whether it starts with a space); its text is not returned again.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray):
-        self._tokenizer = tokenizer
-        self._start_window(prompt[-1:].tolist())
-
-    def _start_window(self, context: list[int]) -> None:
-        """Decode from `context` on, ids whose text has been returned, instead of from the start
-        of the stream: the cost of a token does not grow with the length of the text."""
-        self._ids, self._n_context = context, len(context)
-        self._n_returned = len(self._tokenizer.decode(context))  # characters
-
-    def add(self, ids: np.ndarray) -> str:
-        """The text that (N,) more ids complete; may be empty."""
-        pieces = []
-        for token in ids.tolist():
-            self._ids.append(token)
-            text = self._tokenizer.decode(self._ids)
-            # At most three of a character's four bytes can be waiting for the last one.
-            complete = max(len(text.rstrip(INCOMPLETE)), len(text) - 3)
-            pieces.append(text[self._n_returned : complete])
-            self._n_returned = max(self._n_returned, complete)
-            if complete == len(text):
-                self._start_window(self._ids[self._n_context :])
-        return "".join(pieces)
-
-    def end(self) -> str:
-        """The text of incomplete bytes at the end of the stream: U+FFFD for each."""
-        return self._tokenizer.decode(self._ids)[self._n_returned :]
-
-
 def from_json(text: str) -> Tokenizer:
     """Make a tokenizer from the text of a run's `tokenizer.json`.
 
