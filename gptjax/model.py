@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from gptjax.attention import (
     Kernel,
@@ -240,7 +241,8 @@ class GPT(nn.Module):
         if (T := tokens.shape[1]) > c.block_size:
             raise UserError(f"T={T} tokens exceed model.block_size={c.block_size}; give fewer")
         x, cache = self.embed(tokens, cache)
-        x, cache = self.blocks(x.astype(c.dtype), cache, train)
+        x = jax.lax.platform_dependent(x.astype(c.dtype), cuda=_row_major, default=lambda x: x)
+        x, cache = self.blocks(x, cache, train)
         return norm(c, "ln_f")(x).astype(c.dtype), cache
 
     def embed(self, tokens: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache | None]:
@@ -295,6 +297,11 @@ class GPT(nn.Module):
         shape = (c.n_layer, batch, c.n_kv_head or c.n_head, c.block_size, c.head_size)
         empty = jnp.zeros(shape, c.dtype)
         return KVCache(empty, empty, jnp.zeros((), jnp.int32))
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    """On GPUs: with learned positions XLA would put the batch last, and transpose in each block."""
+    return with_layout_constraint(x, Layout((0, 1, 2)))
 
 
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
