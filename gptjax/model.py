@@ -45,6 +45,7 @@ from gptjax.layers import INIT_STD, Linear, activate, norm, residual_std, rms, r
 
 Model = nn.Module | Callable[[ModelConfig, int], nn.Module]  # or a function that makes one
 
+MATRICES = "wte", "c_attn", "c_q", "c_kv", "c_proj", "c_fc", "lm_head"
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
 
 
@@ -308,6 +309,19 @@ def _write(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Arra
     """(B, G, S, D) keys or values with `new` ones, (B, T, G, D), from position `start` on."""
     new = new.swapaxes(1, 2).astype(cache.dtype)
     return jax.lax.dynamic_update_slice_in_dim(cache, new, start, 2)
+
+
+def cast(params: Any, dtype: Any) -> Any:
+    """Parameters of a GPT, the matrices of its linear layers and its table in the compute dtype.
+
+    Each layer does this itself; a loop over tokens would read all of the float32 in every one.
+    """
+
+    def leaf(path: Any, x: jax.Array) -> jax.Array:
+        names = [getattr(key, "key", None) for key in path[-2:]]
+        return x.astype(dtype) if names[0] in MATRICES and names[1] != "bias" else x
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def unstack(tree: Any) -> Any:
