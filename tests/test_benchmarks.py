@@ -14,6 +14,7 @@ from benchmarks import (
     ablation,
     checks,
     feed,
+    gpu,
     growth,
     jax_gpt,
     measure,
@@ -239,6 +240,35 @@ def test_pytorch_models_compute_the_same_loss(kind: str):
     ours = evaluate_split(setup, params, sharding.put(setup.mesh, val))["loss"]
     loss = torch_gpt.whole_split_loss(theirs, forward, val, config.model.block_size)
     assert loss == pytest.approx(ours, rel=1e-6)
+
+
+def test_the_parts_of_a_gpu_run_fail_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One without a checkout to run, one that has no time, and one that works."""
+    limits = {**gpu.LIMITS, "sweep": 0.1, "facts": 300}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "LIMITS", limits)
+        gpu.main(f"--toy --parts nanogpt sweep facts --out {tmp_path}".split())
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    by_part = {part: [row for row in rows if row["part"] == part] for part in gpu.LIMITS}
+    [nanogpt], [sweep] = by_part["nanogpt"], by_part["sweep"]
+    assert nanogpt["name"] == sweep["name"] == "failed"
+    assert nanogpt["value"].endswith("no train.py there; give a checkout")
+    assert sweep["value"] == "stopped after its limit of 0 s"
+    assert {"device", "versions", "memory"} <= {row["name"] for row in by_part["facts"]}
+    assert "facts: device: " in capsys.readouterr().out
+
+
+def test_a_gpu_table_goes_into_its_page(tmp_path: Path):
+    page, (start, end) = tmp_path / "speed.md", gpu.MARKERS
+    page.write_text(f"before\n{start}\nold\n{end}\nafter\n")
+    gpu.write_page([gpu.Row("step", "a | b", "1 ms")], page)
+    written = page.read_text()
+    assert "| step | a / b | 1 ms |" in written and "old" not in written
+    assert written.startswith("before\n") and written.endswith("after\n")
+    assert gpu.MARKERS[0] in gpu.PAGE.read_text()
+    with pytest.raises(UserError, match="lacks the lines"):
+        page.write_text("nothing")
+        gpu.write_page([], page)
 
 
 def test_spread_and_ratios():
