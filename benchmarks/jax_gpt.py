@@ -84,10 +84,16 @@ def training(
             "flops": flops,
             "first_losses": losses,
             "compile_seconds": compile_seconds,
-            "peak_memory": measure.peak_memory(),
+            "peak_memory": peak_memory(),
         }
 
     return ask
+
+
+def peak_memory() -> int:
+    """Peak bytes of the first device, or of this process where the device is a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    return measure.peak_memory() if stats is None else stats["peak_bytes_in_use"]
 
 
 def sampling(config: Config, vocab_size: int, weights: Path) -> Callable[..., Any]:
@@ -145,7 +151,7 @@ def floor(config: Config, params: Any, batch: int, length: int, peak: float) -> 
     attention = 12 * m.n_layer * m.n_embd * m.block_size
     multiplied = (flops_per_token(m, params) - attention) // 6
     context = min(length, m.block_size) // 2  # the mean over a window that fills
-    read = 4 * (multiplied + batch * 2 * m.n_layer * context * width)
+    read = jnp.dtype(m.dtype).itemsize * (multiplied + batch * 2 * m.n_layer * context * width)
     flops = batch * (2 * multiplied + 4 * m.n_layer * m.n_embd * context)
     bandwidth, memory = read_bandwidth(read), read_bandwidth(2**28)
     seconds = max(read / bandwidth, flops / peak)
@@ -154,14 +160,17 @@ def floor(config: Config, params: Any, batch: int, length: int, peak: float) -> 
 
 @functools.cache
 def read_bandwidth(size: int) -> float:
-    """Bytes/s of repeatedly reading `size` bytes, by the fastest of three methods."""
-    rows = max(1, size // 4096)
-    host, vector = np.ones((rows, 1024), np.float32), np.ones(1024, np.float32)
-    array, on_device = jnp.asarray(host), jnp.asarray(vector)
+    """Bytes/s of repeatedly reading `size` bytes, by the fastest of several methods."""
+    on_cpu = jax.default_backend() == "cpu"
+    rows, calls = max(1, size // 4096), 1 if on_cpu else 20
+    host = np.random.default_rng(0).random((rows, 1024), np.float32)
+    array, vector = jnp.asarray(host), jnp.ones(1024)
     add, multiply = jax.jit(jnp.sum), jax.jit(jnp.matmul)
-    ways = (
-        lambda: host @ vector,
-        lambda: add(array).block_until_ready(),
-        lambda: multiply(array, on_device).block_until_ready(),
-    )
-    return host.nbytes / min(map(measure.best_seconds, ways))
+    ways: list[Callable[[], Any]] = [
+        lambda: jax.block_until_ready([add(array) for _ in range(calls)]),
+        lambda: jax.block_until_ready([multiply(array, vector) for _ in range(calls)]),
+    ]
+    if on_cpu:
+        numbers = np.ones(1024, np.float32)
+        ways.append(lambda: host @ numbers)
+    return calls * host.nbytes / min(map(measure.best_seconds, ways))

@@ -32,7 +32,14 @@ from gptjax.errors import UserError
 from gptjax.parallel.flops import processor
 from gptjax.presets import LECTURE_MODELS
 
+# Several sides share a GPU, so that none may take most of its memory at the start.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 RESULTS = Path("benchmarks") / "results"
+PACKAGES = (
+    *("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "optax", "torch"),
+    *("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "transformers"),
+)
 BUSY = 0.25  # load average per core above which the machine counts as busy
 LEGEND = (
     "Medians (smallest to largest) over rounds in which the sides take turns; ratios are taken "
@@ -280,16 +287,28 @@ def at_least(**flags: float | None) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Conditions of the measurement: processor, load, versions, commit, date."""
+    """Conditions of the measurement: processor, GPU, load, versions, commit, date."""
     return {
         "processor": processor(),
+        "gpu": gpu(),
         "load": round(os.getloadavg()[0], 2),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("jax", "flax", "optax", "torch")},
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": commit(),
         "date": date.today().isoformat(),
     }
+
+
+def gpu() -> str | None:
+    """Name, memory and driver of each NVIDIA GPU; None: there is none."""
+    query = "--query-gpu=name,memory.total,driver_version"
+    try:
+        words = ["nvidia-smi", query, "--format=csv,noheader"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return "; ".join(done.stdout.split("\n")).strip("; ") or None
 
 
 def _version(package: str) -> str | None:
@@ -313,7 +332,8 @@ def commit() -> str:
 def begin(title: str) -> dict[str, Any]:
     """Print the benchmark and the machine, warn if it is busy; the machine, for `save`."""
     here = machine()
-    console.print(f"{title}; {here['processor']}; commit {here['commit']}")
+    device = f"{here['gpu']}; " if here["gpu"] else ""
+    console.print(f"{title}; {device}{here['processor']}; commit {here['commit']}")
     if here["load"] > BUSY * cores():
         console.print(
             f"warning: the machine is busy (load {here['load']} on {cores()} cores), so these "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import measure
-from benchmarks.step import SIZES
+from benchmarks.step import SIZES, SizeName
 from gptjax import cli
 from gptjax.config import Config
 from gptjax.errors import one_line_errors
@@ -26,7 +26,7 @@ CACHED = ("gptjax", "transformers")
 class SamplingCommand:
     """Measure tokens per second of gptjax and PyTorch, in turns, in separate processes."""
 
-    sizes: tuple[Literal["0.8M", "10.7M", "124M", "tiny"], ...] = ("0.8M", "10.7M")
+    sizes: tuple[SizeName, ...] = ("0.8M", "10.7M")
     """Models to compare."""
     sides: tuple[SideName, ...] = ("gptjax", "nanogpt", "transformers", "transformers-uncached")
     """gptjax; a plain GPT without a KV cache, like nanoGPT; transformers' generate, with a KV cache
@@ -77,7 +77,8 @@ def compare(command: SamplingCommand, size: str) -> list[dict[str, Any]]:
         with measure.sides(made) as sides:
             texts = {name: side("greedy", window) for name, side in sides.items()}
             for name, text in texts.items():
-                if text != texts["gptjax"]:
+                # In bfloat16 two logits that round to the same number may differ on one side.
+                if config.model.dtype == "float32" and text != texts["gptjax"]:
                     raise RuntimeError(f"{size}: {name} samples another greedy text: {texts}")
             for task, length in (("window", window), ("long", command.length)):
                 for batch in command.batches:

@@ -238,9 +238,6 @@ def confirm(texts: tuple[str, ...]) -> list[Point]:
         made = plan.make_plan(best, 1, state, target.count, devices)
         assert made.compiled is not None
         costs = {"estimate": cost}
-        if made.compiled.plain:
-            plain = replace(best, model=replace(best.model, attention="plain"))
-            costs["estimate, plain attention"] = estimate.estimate(plain, state, best.mesh)
         name = "out of memory" if made.refused else "compiled"
         costs[f"{name} in {made.compiled.seconds:.0f} s"] = made.cost
         steps = [point_of(model, target.name, target.count, "", best, x) for x in costs.values()]

@@ -1,12 +1,15 @@
 """The PyTorch sides of the comparisons: GPT-2, trained and sampled as in nanoGPT.
 
-Two models: a plain one with PyTorch's fused attention, and that of transformers. PyTorch gets all
-cores, fused AdamW and fused tanh GELU, its fastest options on a CPU.
+Two models: a plain one with PyTorch's fused attention, and that of transformers. PyTorch gets its
+fastest options: all cores or the GPU, fused AdamW and tanh GELU, batches cut on the device, losses
+read while it works; on a GPU also autocast to bfloat16 where gptjax computes in it, TF32 elsewhere,
+and a static cache for sampling.
 """
 
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,13 @@ from torch.nn import functional as F  # pyright: ignore[reportMissingImports]
 from benchmarks import measure
 from gptjax.config import Config, ModelConfig
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.n_head, self.dropout = c.n_head, c.dropout
+        self.n_head, self.dropout, self.attn_dropout = c.n_head, c.dropout, c.dropped_attention
         self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=c.bias)
         self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
 
@@ -30,7 +35,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        drop = self.dropout if self.training else 0.0
+        drop = self.attn_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=drop)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -78,24 +83,38 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Any) -> Any:
         """(B, T) ids -> (B, T, V) logits."""
-        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
         x = F.dropout(x, self.dropout, self.training)
         for block in self.h:
             x = block(x)
         return F.linear(self.ln_f(x), self.wte.weight)
 
 
-def build(kind: str, c: ModelConfig, vocab_size: int) -> tuple[Any, Callable[[Any], Any]]:
-    """The "plain" or "transformers" model, and its function from (B, T) ids to (B, T, V) logits."""
+def build(kind: str, config: Config, vocab_size: int) -> tuple[Any, Callable[[Any], Any]]:
+    """The "plain" or "transformers" model on the device, and its function from (B, T) ids to
+    (B, T, V) logits."""
+    c = config.model
+    torch.set_num_threads(measure.cores())
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as JAX's default
+
+    def computed(forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def run(tokens: Any) -> Any:
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=c.dtype == "bfloat16"):
+                return forward(tokens)
+
+        return run
+
     if kind == "plain":
-        model = GPT(c, vocab_size)
-        return model, model
+        model = GPT(c, vocab_size).to(DEVICE)
+        return model, computed(model)
     from transformers import (  # pyright: ignore[reportMissingImports]
         GPT2Config,
         GPT2LMHeadModel,
     )
 
-    others: Any = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+    others: Any = dict.fromkeys(("resid_pdrop", "embd_pdrop"), c.dropout)
+    others["attn_pdrop"] = c.dropped_attention
     others["attn_implementation"] = "sdpa"
     model = GPT2LMHeadModel(
         GPT2Config(
@@ -110,8 +129,8 @@ def build(kind: str, c: ModelConfig, vocab_size: int) -> tuple[Any, Callable[[An
             eos_token_id=None,
             **others,
         )
-    )
-    return model, lambda tokens: model(tokens, use_cache=False).logits
+    ).to(DEVICE)
+    return model, computed(lambda tokens: model(tokens, use_cache=False).logits)
 
 
 def load(model: Any, arrays: Any) -> None:
@@ -146,21 +165,23 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=o.learning_rate, betas=(o.beta1, o.beta2), fused=True)
 
 
-def random_batch(tokens: np.ndarray, batch: int, block: int) -> tuple[Any, Any]:
-    """x, y: (batch, block) ids at random positions, cut on the host as in nanoGPT."""
-    starts = torch.randint(len(tokens) - block, (batch,))
-    cut = lambda i: torch.from_numpy(tokens[i : i + block].astype(np.int64))
-    return torch.stack([cut(i) for i in starts]), torch.stack([cut(i + 1) for i in starts])
+def random_batch(tokens: Any, batch: int, block: int) -> tuple[Any, Any]:
+    """x, y: (batch, block) ids at random positions of (N,) ids on the device."""
+    starts = torch.randint(len(tokens) - block, (batch, 1), device=DEVICE)
+    windows = tokens[starts + torch.arange(block + 1, device=DEVICE)]
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def cross_entropy(logits: Any, targets: Any, reduction: str = "mean") -> Any:
-    return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), reduction=reduction)
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    return F.cross_entropy(logits, targets.reshape(-1), reduction=reduction)
 
 
 def make_update(
     model: nn.Module, forward: Callable[[Any], Any], config: Config, compiled: bool
-) -> tuple[Callable[[Any, Any], float], torch.optim.Optimizer]:
-    """`update(x, y) -> loss` (forward, backward, clip, AdamW), and its optimizer."""
+) -> tuple[Callable[[Any, Any], Any], torch.optim.Optimizer]:
+    """`update(x, y) -> loss` (forward, backward, clip, AdamW), and its optimizer. The loss is still
+    being computed when it returns."""
     optimizer, clip = adamw(model, config), config.optim.grad_clip
     model.train()
 
@@ -169,14 +190,14 @@ def make_update(
 
     loss_of = torch.compile(loss_fn) if compiled else loss_fn
 
-    def update(x: Any, y: Any) -> float:
+    def update(x: Any, y: Any) -> Any:
         loss = loss_of(x, y)
         loss.backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.detach()
 
     return update, optimizer
 
@@ -194,55 +215,76 @@ def training(
     Returns:
         The same interface.
     """
-    torch.set_num_threads(measure.cores())
-    torch.manual_seed(config.seed)
-    model, forward = build(kind, config.model, vocab_size)
+    model, forward = build(kind, config, vocab_size)
     with np.load(start, allow_pickle=False) as arrays:
         load(model, arrays)
-        batches = torch.from_numpy(arrays["batches"].astype(np.int64))
+        batches = on_device(arrays["batches"])
     update, _ = make_update(model, forward, config, compiled)
     began, losses = time.perf_counter(), []
     for batch in batches:
-        losses.append(update(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()))
+        losses.append(update(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()).item())
         if len(losses) == 1:
             compile_seconds = time.perf_counter() - began
     B, T = config.batch_size, config.model.block_size
+    text = on_device(tokens)
+    pending: Any = None
 
     def step() -> int:
-        update(*random_batch(tokens, B, T))
+        nonlocal pending
+        before, pending = pending, update(*random_batch(text, B, T))
+        if before is not None:
+            before.item()
         return 1
 
     def ask(what: str, seconds: float = 0.0) -> Any:
         if what == "work":
-            return measure.work(step, seconds)
+            return measure.work(step, seconds, lambda: pending.item())
         if what == "peak":
-            a = torch.ones(1024, 1024)
-            return 2 * 1024**3 / measure.best_seconds(lambda: a @ a)
+            return matmul_peak(config.model.dtype)
         return {
             "first_losses": losses,
             "compile_seconds": compile_seconds,
-            "peak_memory": measure.peak_memory(),
+            "peak_memory": torch.cuda.max_memory_allocated()
+            if DEVICE == "cuda"
+            else measure.peak_memory(),
         }
 
     return ask
 
 
+def on_device(ids: np.ndarray) -> Any:
+    return torch.from_numpy(ids.astype(np.int64)).to(DEVICE)
+
+
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of a large square matmul of random numbers, as `parallel.flops.matmul_peak`."""
+    n, calls = (1024, 1) if DEVICE == "cpu" else (8192, 20)
+    a = torch.randn(n, n, device=DEVICE, dtype=getattr(torch, dtype))
+
+    def some() -> None:
+        for _ in range(calls):
+            result = a @ a
+        result[0, 0].item()
+
+    return calls * 2 * n**3 / measure.best_seconds(some)
+
+
 def time_to_loss(
     config: Config, vocab_size: int, train: np.ndarray, val: np.ndarray
 ) -> Callable[[int], list[dict[str, float]]]:
-    """A side that trains the plain model in eager mode, as nanoGPT does on a CPU.
+    """A side that trains the plain model: in eager mode on a CPU, as nanoGPT does there, and
+    compiled on a GPU.
 
     Returns:
         `run(seed)`: a record for each evaluation of the whole validation split, with the seconds of
         training so far.
     """
-    torch.set_num_threads(measure.cores())
     B, T, o = config.batch_size, config.model.block_size, config.optim
+    text = on_device(train)
 
     def run(seed: int) -> list[dict[str, float]]:
-        torch.manual_seed(seed)
-        model, forward = build("plain", config.model, vocab_size)
-        update, optimizer = make_update(model, forward, config, compiled=False)
+        model, forward = build("plain", replace(config, seed=seed), vocab_size)
+        update, optimizer = make_update(model, forward, config, compiled=DEVICE == "cuda")
         seconds, records = 0.0, []
         for step in range(config.steps + 1):
             if step % config.eval_every == 0 or step == config.steps:
@@ -254,7 +296,9 @@ def time_to_loss(
             rate = learning_rate(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            update(*random_batch(train, B, T))
+            loss = update(*random_batch(text, B, T))
+            if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+                loss.item()  # the device may lag behind until then
             seconds += time.perf_counter() - began
         return records
 
@@ -275,13 +319,13 @@ def whole_split_loss(
 ) -> float:
     """Mean loss over `val`, in windows that predict each token except the first once."""
     model.eval()
-    padded = torch.from_numpy(np.pad(val.astype(np.int64), (0, T + 1), constant_values=0))
+    padded = on_device(np.pad(val, (0, T + 1)))
     starts, total = np.arange(0, len(val) - 1, T), 0.0
     for some in np.array_split(starts, max(1, len(starts) // 32)):
         windows = torch.stack([padded[i : i + T + 1] for i in some.tolist()])
-        inside = torch.from_numpy(some[:, None] + np.arange(T) < len(val) - 1).reshape(-1)
+        inside = (some[:, None] + np.arange(T) < len(val) - 1).reshape(-1)
         losses = cross_entropy(forward(windows[:, :-1]), windows[:, 1:].reshape(-1), "none")
-        total += losses[inside].sum().item()
+        total += losses[torch.from_numpy(inside).to(DEVICE)].sum().item()
     model.train()
     return total / (len(val) - 1)
 
@@ -296,8 +340,7 @@ def sampling(
         The interface of `jax_gpt.sampling` without the floor; "warm" chooses between one thread and
         all.
     """
-    torch.manual_seed(config.seed)
-    model, forward = build(kind, config.model, vocab_size)
+    model, forward = build(kind, config, vocab_size)
     with np.load(weights, allow_pickle=False) as arrays:
         load(model, arrays)
     model.eval()
@@ -305,9 +348,11 @@ def sampling(
 
     @torch.no_grad()
     def tokens(batch: int, length: int, greedy: bool) -> Any:
-        ids = torch.zeros((batch, 1), dtype=torch.int64)
+        ids = torch.zeros((batch, 1), dtype=torch.int64, device=DEVICE)
         if kind == "transformers":
-            how = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0}
+            how: Any = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0}
+            if cache and DEVICE == "cuda":
+                how["cache_implementation"] = "static"  # compiled, without a wait for each token
             mask = torch.ones_like(ids)
             return model.generate(
                 ids,
@@ -330,14 +375,15 @@ def sampling(
         if what == "warm":
             batch, length = args
             seconds = {}
-            for threads in (1, measure.cores()):
+            for threads in (1, measure.cores()) if DEVICE == "cpu" else (measure.cores(),):
                 torch.set_num_threads(threads)
                 one = lambda: tokens(batch, min(length, window // 4), False)
                 seconds[threads] = measure.best_seconds(one, 2)
             return torch.set_num_threads(min(seconds, key=lambda n: seconds[n]))
         if what == "work":
             batch, length, seconds = args
-            return measure.work(lambda: tokens(batch, length, False).numel(), seconds)
+            # `cpu` waits for the device, so that a GPU's time counts.
+            return measure.work(lambda: tokens(batch, length, False).cpu().numel(), seconds)
         return tokens(1, args[0], True)[0].tolist()
 
     return ask

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.model import restack, unstack
+from gptjax.model import cast, restack, unstack
 
 CHUNK = 16  # tokens per return to the host: what a terminal shows at a time
 
@@ -182,7 +182,7 @@ def decode(
     sampling: Sampling,
 ) -> tuple[jax.Array, Any, jax.Array]:
     """Draw n <= CHUNK tokens after `token` (B,): the last, the state, and all as (B, CHUNK)."""
-    layers = unstack(params)
+    layers = unstack(cast(params, model.config.dtype))
 
     def body(i: jax.Array, carry: tuple[jax.Array, Any, jax.Array]):
         token, state, drawn = carry

@@ -14,6 +14,7 @@ from benchmarks import (
     ablation,
     checks,
     feed,
+    gpu,
     growth,
     jax_gpt,
     measure,
@@ -108,11 +109,11 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_sides_with_different_losses_are_not_compared():
     same = [4.17, 4.16]
-    step.check_losses({"gptjax": same, "plain": [4.1701, 4.1601]})
+    step.check_losses({"gptjax": same, "plain": [4.1701, 4.1601]}, 1e-4)
     with pytest.raises(RuntimeError, match="plain computes something else than gptjax"):
-        step.check_losses({"gptjax": same, "plain": [4.17, 4.19]})
+        step.check_losses({"gptjax": same, "plain": [4.17, 4.19]}, 1e-4)
     with pytest.raises(RuntimeError, match="computes something else"):
-        step.check_losses({"gptjax": same, "plain": [4.17, float("nan")]})
+        step.check_losses({"gptjax": same, "plain": [4.17, float("nan")]}, 1e-4)
 
 
 @pytest.mark.torch
@@ -234,11 +235,40 @@ def test_pytorch_models_compute_the_same_loss(kind: str):
     params = setup.start().params
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
     val = measure.random_tokens(65, 333)
-    theirs, forward = torch_gpt.build(kind, config.model, 65)
+    theirs, forward = torch_gpt.build(kind, config, 65)
     torch_gpt.load(theirs, jax_gpt.flat(params))
     ours = evaluate_split(setup, params, sharding.put(setup.mesh, val))["loss"]
     loss = torch_gpt.whole_split_loss(theirs, forward, val, config.model.block_size)
     assert loss == pytest.approx(ours, rel=1e-6)
+
+
+def test_the_parts_of_a_gpu_run_fail_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One without a checkout to run, one that has no time, and one that works."""
+    limits = {**gpu.LIMITS, "sweep": 0.1, "facts": 300}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "LIMITS", limits)
+        gpu.main(f"--toy --parts nanogpt sweep facts --out {tmp_path}".split())
+    rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    by_part = {part: [row for row in rows if row["part"] == part] for part in gpu.LIMITS}
+    [nanogpt], [sweep] = by_part["nanogpt"], by_part["sweep"]
+    assert nanogpt["name"] == sweep["name"] == "failed"
+    assert nanogpt["value"].endswith("no train.py there; give a checkout")
+    assert sweep["value"] == "stopped after its limit of 0 s"
+    assert {"device", "versions", "memory"} <= {row["name"] for row in by_part["facts"]}
+    assert "facts: device: " in capsys.readouterr().out
+
+
+def test_a_gpu_table_goes_into_its_page(tmp_path: Path):
+    page, (start, end) = tmp_path / "speed.md", gpu.MARKERS
+    page.write_text(f"before\n{start}\nold\n{end}\nafter\n")
+    gpu.write_page([gpu.Row("step", "a | b", "1 ms")], page)
+    written = page.read_text()
+    assert "| step | a / b | 1 ms |" in written and "old" not in written
+    assert written.startswith("before\n") and written.endswith("after\n")
+    assert gpu.MARKERS[0] in gpu.PAGE.read_text()
+    with pytest.raises(UserError, match="lacks the lines"):
+        page.write_text("nothing")
+        gpu.write_page([], page)
 
 
 def test_spread_and_ratios():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.attention import Kernel, attention, causal_mask
+from gptjax.attention import Kernel, attention, causal_attention, causal_mask
 from gptjax.batches import Batch
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.errors import UserError
@@ -183,6 +183,46 @@ def test_auto_selects_a_kernel_that_fits(monkeypatch, config, mesh, kernel):
         assert isinstance(made, Kernel)
         made(*drawn(1, 128, 4, 2, 8))
     assert called == ([kernel] if kernel else [])
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A mesh of a GPU that is present, on which cuDNN's attention does not compile."""
+
+    def refuse(*inputs: jax.Array) -> jax.Array:
+        raise RuntimeError("cuDNN 9.1 is too old\nfor this")
+
+    monkeypatch.setattr(kernels, "cudnn", refuse)
+    monkeypatch.setattr(jax, "devices", lambda: list(H100.devices))
+    return H100
+
+
+def test_auto_falls_back_and_says_so(broken, caplog):
+    assert kernels.make_kernel(replace(BF16, attention="auto"), broken) is None
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "cudnn attention does not work here, so plain attention is used: "
+        "RuntimeError: cuDNN 9.1 is too old"
+    )
+
+
+def test_a_requested_kernel_that_does_not_work_is_refused(broken):
+    with pytest.raises(UserError, match=r"does not work on this NVIDIA H100.*; give plain or auto"):
+        kernels.make_kernel(replace(BF16, attention="cudnn"), broken)
+
+
+def test_a_kernel_that_works_is_tried_once(monkeypatch):
+    tried: list[Any] = []
+
+    def works(*inputs: jax.Array) -> jax.Array:
+        tried.append(inputs)
+        return causal_attention(*inputs)
+
+    monkeypatch.setattr(kernels, "cudnn", works)
+    monkeypatch.setattr(jax, "devices", lambda: list(H100.devices))
+    for _ in range(2):
+        assert kernels.make_kernel(replace(BF16, attention="auto"), H100) is not None
+    assert len(tried) == 1
 
 
 def test_sizes_that_the_kernel_does_not_divide_use_plain_attention():

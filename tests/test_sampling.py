@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -432,6 +433,41 @@ def test_a_loop_over_tokens_copies_neither_weights_nor_cache(monkeypatch: pytest
     jax.clear_caches()
     weights, cached = arrays_made(model, params)
     assert weights == 3 and cached > 3 * 2  # so XLA needs the help, and this would notice
+
+
+def equations(jaxpr: Any, in_loop: bool = False) -> Any:
+    """Every equation in a loop over tokens, and in what it calls."""
+    for eqn in jaxpr.eqns:
+        if in_loop:
+            yield eqn
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from equations(inner, in_loop or eqn.primitive.name == "while")
+
+
+@core
+def test_weights_are_cast_before_the_loop(monkeypatch: pytest.MonkeyPatch):
+    """In float32 they would be read, and cast, for every token."""
+
+    def casts() -> list[tuple[int, ...]]:
+        model, params = gpt(8, GPT, n_layer=2, dtype="bfloat16")
+        token, state = sampling_module.prefill(
+            model, params, jnp.zeros((1, 8), jnp.int32), 1, KEY[None], 0, GREEDY
+        )
+        decode = functools.partial(sampling_module.decode, model)
+        jaxpr = jax.make_jaxpr(decode)(params, token, state, KEY[None], 1, 2, GREEDY)
+        return [
+            eqn.outvars[0].aval.shape
+            for eqn in equations(jaxpr.jaxpr)
+            if eqn.primitive.name == "convert_element_type"
+            and eqn.params["new_dtype"] == jnp.bfloat16
+            and len(eqn.outvars[0].aval.shape) > 1
+            and eqn.invars[0].aval.size > 4 * model.config.n_embd
+        ]
+
+    assert casts() == []
+    monkeypatch.setattr(sampling_module, "cast", lambda params, dtype: params)
+    jax.clear_caches()
+    assert len(casts()) == 5  # what this would notice: the table, and four matrices of the blocks
 
 
 def test_a_model_too_deep_to_unroll_draws_the_same(monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,10 @@ Neither kernel supports attention dropout or cached decoding (one query at a tim
 attention. Letters as in `model.py`.
 """
 
+import functools
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +20,7 @@ from gptjax.attention import Kernel, causal_attention
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 
+log = logging.getLogger(__name__)
 BLOCKS = 512, 256, 128  # block sizes in positions; 128 is the number of a TPU's lanes
 CUDNN_HEAD_SIZES = 128, 8  # largest head size supported on every GPU, and its required divisor
 
@@ -45,6 +49,16 @@ def make_kernel(config: ModelConfig, mesh: Mesh) -> Kernel | None:
             return None
         raise UserError(f"model.attention={name} {reason}; give plain or auto")
     kernel = {"splash": splash, "cudnn": cudnn}[name]
+    if device in jax.devices() and (reason := _failure(kernel, config)):
+        if config.attention == "auto":
+            log.warning(
+                "%s attention does not work here, so plain attention is used: %s", name, reason
+            )
+            return None
+        raise UserError(
+            f"model.attention={name} does not work on this {device.device_kind}: {reason}; give "
+            f"plain or auto"
+        )
     # XLA cannot partition a kernel. Key and value heads may be too few for the tensor axis.
     heads = P(("data", "fsdp"), None, "tensor", None)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -89,6 +103,20 @@ def _unfit(name: str, config: ModelConfig, device: Any) -> str | None:
             f"needs a head size n_embd / n_head that is a multiple of {multiple} up to {largest}, "
             f"and it is {config.head_size}"
         )
+    return None
+
+
+@functools.cache
+def _failure(kernel: Callable[..., jax.Array], config: ModelConfig) -> str | None:
+    """What a kernel answers when its forward and backward pass are tried on this machine's devices,
+    such as versions of CUDA and cuDNN that do not go together; None: it works."""
+    shape = (1, config.block_size, 1, config.head_size)
+    inputs = [jnp.ones(shape, config.dtype)] * 3
+    try:
+        total = lambda *inputs: kernel(*inputs).astype(jnp.float32).sum()
+        jax.block_until_ready(jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*inputs))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None
 
 

@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of the train step, for devices that need not be present.
 
-The extra `plan` installs the compilers: libtpu for TPUs, the CUDA plug-in for GPUs. Nothing is
+The extra `plan` installs the compilers: libtpu for TPUs, a CUDA plug-in for GPUs. Nothing is
 allocated or run.
 """
 
@@ -8,9 +8,11 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 
@@ -21,6 +23,12 @@ from gptjax.plan import chips, hlo
 from gptjax.plan.chips import Target
 
 CORPUS = 2**20  # tokens of the compiled step; a run also keeps its own corpus on every device
+CUDNN = 91000  # the version of cuDNN that is assumed where there is none
+# The first one that is installed compiles.
+COMPILERS = {
+    "tpu": ("libtpu",),
+    "gpu": ("jax-cuda13-plugin", "jax-cuda12-plugin"),
+}
 
 
 class Compiled(NamedTuple):
@@ -28,10 +36,9 @@ class Compiled(NamedTuple):
 
     Attributes:
         seconds: compile time.
+        by: the package that compiled for devices that are absent; None: they are present.
         refused: the compiler's out-of-memory message; None if it compiled. The fields with
             defaults are set only then.
-        plain: whether plain attention replaced cuDNN's, which JAX lowers only where it finds cuDNN
-            and the GPU.
         arguments: bytes of the state and the tokens.
         temporaries: bytes allocated during the step only.
         rest: bytes of the program and of results that reuse no argument's buffer.
@@ -41,8 +48,8 @@ class Compiled(NamedTuple):
     """
 
     seconds: float
+    by: str | None
     refused: str | None
-    plain: bool
     arguments: int = 0
     temporaries: int = 0
     rest: int = 0
@@ -62,25 +69,24 @@ def compile_step(config: Config, vocab_size: int, devices: Sequence[Any]) -> Com
     Raises:
         UserError: the mesh does not divide a size.
     """
-    absent = getattr(devices[0], "client", None) is None or devices[0] not in jax.local_devices()
-    plain = absent and devices[0].platform == "gpu" and config.model.attention != "plain"
-    if plain:
-        config = replace(config, model=replace(config.model, attention="plain"))
+    absent = devices[0] not in jax.devices()
+    by = compiler(devices[0].platform) if absent else None
     setup = assemble(config, vocab_size, devices=devices)
     start = time.perf_counter()
-    traced = trace(setup, CORPUS)
     try:
-        compiled = traced.lower().compile()
+        with _assumed_cudnn() if absent else nullcontext():
+            traced = trace(setup, CORPUS)
+            compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(time.perf_counter() - start, str(error), plain)
+        return Compiled(time.perf_counter() - start, by, str(error))
     seconds = time.perf_counter() - start
     program, memory = hlo.Program(compiled.as_text() or ""), _memory(compiled)
     return Compiled(
         seconds,
+        by,
         None,
-        plain,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes
@@ -92,8 +98,30 @@ def compile_step(config: Config, vocab_size: int, devices: Sequence[Any]) -> Com
     )
 
 
+@contextmanager
+def _assumed_cudnn() -> Iterator[None]:
+    """JAX asks for the machine's cuDNN and GPU before it lowers cuDNN's attention; these are the
+    answers for an absent GPU."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    with (
+        mock.patch.object(fused, "check_cudnn_version", lambda: CUDNN),
+        mock.patch.object(fused, "check_compute_capability", lambda _: True),
+        mock.patch.object(fused, "is_cuda_compute_capability_equal", lambda _: False),
+    ):
+        yield
+
+
 def _memory(compiled: Any) -> Any:
     return compiled.memory_analysis()
+
+
+def compiler(kind: str) -> str | None:
+    """The installed package, with its version, that compiles for "tpu" or "gpu", if any."""
+    for name in COMPILERS[kind]:
+        if importlib.util.find_spec(name.replace("-", "_")) is not None:
+            return f"{name} {metadata.version(name)}"
+    return None
 
 
 def topology(target: Target) -> list[Any] | None:
@@ -104,8 +132,7 @@ def topology(target: Target) -> list[Any] | None:
     """
     from jax.experimental import topologies
 
-    compiler = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}[target.chip.kind]
-    if importlib.util.find_spec(compiler) is None:
+    if compiler(target.chip.kind) is None:
         return None
     jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not needed
     # Without these, libtpu queries the network for the TPU that it runs on.

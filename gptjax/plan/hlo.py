@@ -145,6 +145,24 @@ class Program:
                 found.append(Collective(kind, size, _group(i.attributes), self.times[name]))
         return found
 
+    def executed(self, opcode: str) -> list[tuple[Instruction, int]]:
+        """Every instruction of one kind, in fusions too, and how often one call executes it."""
+        return [
+            (i, self.times[name])
+            for name, instructions in self.computations.items()
+            for i in instructions
+            if i.opcode == opcode and self.times[name]
+        ]
+
+    def kernels(self) -> int:
+        """Operations of one call outside fusions that move data."""
+        return sum(
+            self.times[name]
+            for name, instructions in self.computations.items()
+            for i in instructions
+            if name not in self._fused and i.opcode not in FREE
+        )
+
     def traffic(self) -> int:
         """Bytes that one device reads from and writes to main memory in one call.
 

@@ -138,7 +138,8 @@ def show(plan: Plan, chip: Chip, title: str, console: Console) -> None:
     rows = config.batch_size // config.optim.accumulate // (sizes["data"] * mesh.fsdp)
     how = "estimated analytically; pip install -e '.[plan]' to compile the step itself"
     if plan.compiled:
-        how = f"the step compiled in {plan.compiled.seconds:.0f} s; nothing was run"
+        by = f" by {plan.compiled.by}" if plan.compiled.by else ""
+        how = f"the step compiled in {plan.compiled.seconds:.0f} s{by}; nothing was run"
         if plan.compiled.refused:
             how = "the compiler ran out of device memory; these figures are analytical"
     console.print(
@@ -149,13 +150,6 @@ def show(plan: Plan, chip: Chip, title: str, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
-    if plan.compiled and plan.compiled.plain:
-        console.print(
-            "compiled with plain attention; cuDNN's kernel would need less memory and traffic",
-            markup=False,
-            soft_wrap=True,
-        )
-
     table = Table("memory per device", title_justify="left", box=None, pad_edge=False)
     table.add_column("GiB", justify="right")
     for kind, size in [*plan.cost.memory.items(), ("total", plan.cost.total)]:

@@ -1,0 +1,86 @@
+"""What the train steps of the GPU presets are compiled to for an H100, which need not be present.
+
+The counts hold what was gained: each of them was higher once, and costs time on the device.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptjax.plan import aot
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# In a process of its own: tests/conftest.py sets the precision of matmuls and more.
+COUNT = """
+import json, sys
+from dataclasses import replace
+from gptjax.plan import aot, hlo
+from gptjax.plan.chips import read_target
+from gptjax.presets import PRESETS
+
+texts = []
+class Kept(hlo.Program):
+    def __init__(self, text):
+        super().__init__(text)
+        texts.append(self)
+hlo.Program = Kept
+
+config = PRESETS[sys.argv[1]]
+vocab_size = config.model.vocab_size or 65
+layers = int(sys.argv[2])
+config = replace(config, steps_per_dispatch=1, model=replace(config.model, n_layer=layers))
+compiled = aot.compile_step(config, vocab_size, aot.topology(read_target("h100:1")))
+program = texts[-1]
+size = lambda i: hlo._bytes(i.shape)
+large = lambda found: [i.shape for i, _ in found if "s32" not in i.shape and size(i) > 2**20]
+shapes = {i.name: i.shape for c in program.computations.values() for i in c}
+dots = [[shapes[name] for name in i.operands] for i, _ in program.executed("dot")]
+print(json.dumps({
+    "refused": compiled.refused,
+    "by": compiled.by,
+    "transposes": large(program.executed("transpose")),
+    "scatters": [i.shape for i, _ in program.executed("scatter")],
+    "copies": large(program.executed("copy")),
+    "attention": sum("fmha" in i.attributes for i, _ in program.executed("custom-call")),
+    "float32 matmuls": [d for d in dots if all(shape.startswith("f32") for shape in d)],
+    "conditionals": len(program.executed("conditional")),
+    "kernels": program.kernels(),
+    "traffic": compiled.traffic,
+    "temporaries": compiled.temporaries,
+}))
+"""
+
+
+def counts(preset: str, layers: int) -> dict[str, Any]:
+    if aot.compiler("gpu") is None:
+        pytest.skip("needs a CUDA plug-in of JAX: pip install -e '.[plan]'")
+    words = [sys.executable, "-c", COUNT, preset, str(layers)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print({name: len(x) if isinstance(x, list) else x for name, x in found.items()})
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "layers", "kernels", "traffic", "temporaries"),
+    [("shakespeare", 2, 165, 4.0e9, 0.60e9), ("gpt2", 2, 2000, 590e9, 6.0e9)],
+)
+def test_a_step_on_an_h100(preset, layers, kernels, traffic, temporaries):
+    found = counts(preset, layers)
+    assert found["refused"] is None and found["by"] == aot.compiler("gpu")
+    assert found["attention"] == 2 * layers  # cuDNN's, forward and backward
+    assert found["transposes"] == []  # the batch stays first
+    assert len(found["scatters"]) == 1  # into the embedding table, and none over the logits
+    assert found["float32 matmuls"] == []
+    assert found["copies"] == []  # of parameters or the optimizer's state
+    assert found["conditionals"] == 0  # the host would wait for each
+    assert found["kernels"] <= kernels
+    assert found["traffic"] <= traffic
+    assert found["temporaries"] <= temporaries
