@@ -30,7 +30,10 @@ from gptjax.text.tokenizers import Tokenizer
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_VOCAB = (50257, 50304)  # GPT-2's vocabulary size; nanoGPT pads it to a multiple of 64
 HUB = "hf:"  # prefix of OWNER/NAME
-FILES = ("config.json", "model*.safetensors*", "tokenizer.json", "tokenizer.model")
+FILES = (
+    *("config.json", "model*.safetensors*"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+)
 DTYPES = ("F64", "F32", "F16", "BF16")  # supported dtypes, in safetensors' spelling
 PICKLES = (".bin", ".pkl", ".pickle", ".pth", ".ckpt")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from gptjax.config import DataConfig
 from gptjax.errors import UserError
-from gptjax.text import choose, corpora, sniff, sources, split, token_cache
+from gptjax.text import choose, corpora, sniff, sources, special_tokens, split, token_cache
 from gptjax.text.token_cache import Tokens
 from gptjax.text.tokenizers import INCOMPLETE, Tokenizer
 
@@ -112,6 +112,8 @@ def open_dataset(
     why = "from the run"
     if tokenizer is None:
         tokenizer, why = _tokenizer(config, found)
+    if not config.special_tokens:
+        tokenizer = special_tokens.without(tokenizer)
     opened = [
         text.tokens(tokenizer) if isinstance(text, _Text) else _read(text, tokenizer, config)
         for text in found
