@@ -61,7 +61,9 @@ def write(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     if isinstance(tokenizer, HFTokenizer):
         values = json.loads(tokenizer.source)
         if special_tokens.hf(tokenizer.source) != tokenizer:  # as in a run trained without them
-            values["post_processor"] = special_tokens.template(tokenizer)
+            named = lambda ids: {tokenizer.piece(i): i for i in ids}
+            before, after = named(tokenizer.before), named(tokenizer.after)
+            values["post_processor"] = special_tokens.template(before, after)
     elif isinstance(tokenizer, CharTokenizer):
         values = _of_characters(tokenizer)
     else:

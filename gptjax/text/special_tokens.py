@@ -5,6 +5,7 @@ score and each document to train on get them, as transformers' `tokenizer(text)`
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,23 +35,19 @@ def without(tokenizer: Any) -> Any:
     return replace(tokenizer, before=(), after=()) if len(before) or len(after) else tokenizer
 
 
-def template(tokenizer: HFTokenizer) -> dict[str, Any] | None:
-    """The post-processor of a `tokenizer.json` that does what `around` does; None: nothing."""
-    if not (tokenizer.before or tokenizer.after):
+def template(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any] | None:
+    """The post-processor of a `tokenizer.json` that puts these tokens, by name, around a text."""
+    if not before and not after:
         return None
-    before, after = (
-        [{"SpecialToken": {"id": tokenizer.piece(i), "type_id": 0}} for i in ids]
-        for ids in (tokenizer.before, tokenizer.after)
-    )
+    special = lambda names: [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
     text, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
     return {
         "type": "TemplateProcessing",
-        "single": [*before, text, *after],
-        "pair": [*before, text, other, *after],
+        "single": [*special(before), text, *special(after)],
+        "pair": [*special(before), text, other, *special(after)],
         "special_tokens": {
-            name: {"id": name, "ids": [i], "tokens": [name]}
-            for i in (*tokenizer.before, *tokenizer.after)
-            for name in [tokenizer.piece(i)]
+            name: {"id": name, "ids": [id_], "tokens": [name]}
+            for name, id_ in {**before, **after}.items()
         },
     }
 
