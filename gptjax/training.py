@@ -1,6 +1,7 @@
 """A training run, from a config to a folder that `sample.py` loads."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,9 @@ def train(
     # Data
     run, params = Run(directory) if resume else None, None
     tokenizer = run.tokenizer if run else None
-    if run:  # before a text is looked for that batches of the caller's stand in for
+    if run:
+        config = replace(config, init=pretrained.pinned(config.init, run.config.init))
+        # Before a text is looked for that batches of the caller's stand in for.
         parts.check(run, parts.describe(batches=batches), ("batches",))
     if run is None and config.init is not None:
         loaded = distributed.first_then_all(partial(pretrained.load, config.init))
