@@ -124,6 +124,22 @@ def test_byte_level_equals_the_family(pre: str, play: str):
         assert ids(ours, "e\u0301") == ids(ours, "é")
 
 
+@pytest.mark.parametrize("pre", OWN)
+def test_another_familys_tokens_without_a_name_are_refused(pre: str, play: str):
+    """Llama 3's, Qwen 2's and Mistral's have words like ".get", which GPT-2's cut never makes."""
+    _, values = train(pre, "".join(f"x.{word}(y)" for word in play.split()))
+    named = gguf_tokenizer.read(values)
+    default = {**values, "tokenizer.ggml.pre": "default"}
+    absent = {key: value for key, value in values.items() if key != "tokenizer.ggml.pre"}
+    for unnamed in (default, absent):
+        if pre in ("default", "gpt-2", "smollm"):
+            ours = gguf_tokenizer.read(unnamed)
+            assert ids(ours, SAMPLES[0]) == ids(named, SAMPLES[0])
+        else:
+            line = message(gguf_tokenizer.read, unnamed)
+            assert line.startswith("it does not name its pre-tokenizer (tokenizer.ggml.pre), and ")
+
+
 @pytest.mark.parametrize("pre", ["llama-bpe", "tekken", "smaug-bpe", "gpt-2"])
 def test_a_whole_word_needs_no_merges_in_llama_3_and_tekken(pre: str):
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

@@ -14,6 +14,7 @@ from run_helpers import CONFIG, QUIET, message
 from gptjax.assembly import make_model
 from gptjax.config import DataConfig, ModelConfig
 from gptjax.interop import hf, hf_config, hf_tokenizer
+from gptjax.interop.export import export
 from gptjax.interop.import_ import import_model
 from gptjax.runs.loaded import load
 from gptjax.text import choose, special_tokens
@@ -282,9 +283,9 @@ def test_a_run_equals_transformers(bpe: Any, tmp_path: Path, play: str):
         tokenizer = load(tmp_path / name).tokenizer
         assert special_tokens.of(tokenizer)[0].tolist() == [BOS] * special
         out = tmp_path / f"exported {name}"
-        out.mkdir()
-        for file, content in hf_tokenizer.write(tokenizer, 64).items():
-            (out / file).write_bytes(content)
+        export(tmp_path / name, out)
+        bos = json.loads((out / "config.json").read_text())["bos_token_id"]
+        assert bos == (BOS if special else tokenizer.end_of_text)
         ids = special_tokens.around(tokenizer, tokenizer.encode(text)).tolist()
         assert transformers.AutoTokenizer.from_pretrained(out)(text).input_ids == ids
         assert special_tokens.of(hf_tokenizer.read(out))[0].tolist() == [BOS] * special

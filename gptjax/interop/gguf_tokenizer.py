@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, optional_import
 from gptjax.text import special_tokens
 from gptjax.text.subwords import HFTokenizer
 
@@ -52,7 +52,7 @@ def _cut(pattern: str) -> list[dict[str, Any]]:
 
 LLAMA_3, QWEN_2 = _cut(WORDS % "{1,3}"), _cut(WORDS % "")
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {  # by llama.cpp's name
-    "default": [BYTE_LEVEL],  # no name: GPT-2's own, as in transformers
+    "default": [BYTE_LEVEL],  # no name: GPT-2's own, as in transformers, if the tokens bear it out
     "gpt-2": [BYTE_LEVEL],
     "smollm": [DIGITS, BYTE_LEVEL],
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), LLAMA_3),
@@ -127,9 +127,33 @@ def read(values: Mapping[str, Any]) -> HFTokenizer:
         "merges": merges,
     }
     try:
-        return HFTokenizer(json.dumps(form), bos, eos)
+        tokenizer = HFTokenizer(json.dumps(form), bos, eos)
     except UserError as error:
         raise UserError(f"its tokenizer is not usable: {error}") from None
+    if kind == "gpt2" and pre == "default":
+        _check_words(tokenizer, [i for i in vocabulary.values() if not types or types[i] == NORMAL])
+    return tokenizer
+
+
+def _check_words(tokenizer: HFTokenizer, ids: list[int]) -> None:
+    """Check that GPT-2's way to cut text suits a vocabulary whose file does not name one.
+
+    Each of GPT-2's own tokens lies inside a word; of a Llama 3's or a Qwen's many do not, such as
+    ".get".
+
+    Raises:
+        UserError: it does not.
+    """
+    cutter = optional_import("tokenizers").pre_tokenizers.ByteLevel(add_prefix_space=False)
+    texts = [
+        text for i in ids if "\N{REPLACEMENT CHARACTER}" not in (text := tokenizer.decode([i]))
+    ]
+    across = [text for text in texts if len(cutter.pre_tokenize_str(text)) > 1]
+    if len(across) > len(texts) / 100:
+        raise UserError(
+            f"it does not name its pre-tokenizer ({PREFIX}pre), and GPT-2's would never make "
+            f"{len(across):,} of its tokens, such as {across[0]!r}; convert the model anew"
+        )
 
 
 def _byte_level(pre: str) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def write(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     if (end := tokenizer.end_of_text) is not None:
         added = values.get("added_tokens") or []
         about["eos_token"] = next(token["content"] for token in added if token["id"] == end)
+    if before := special_tokens.of(tokenizer)[0].tolist():
+        about["bos_token"] = tokenizer.piece(before[-1])  # pyright: ignore
     try:
         return {
             "tokenizer.json": json.dumps(values, ensure_ascii=False).encode("utf-8"),
