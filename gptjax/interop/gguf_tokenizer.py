@@ -102,7 +102,7 @@ def read(values: Mapping[str, Any]) -> HFTokenizer:
     else:
         scores = _list(found, "scores", float, len(tokens))
         if values.get("general.architecture") in GEMMA:  # merged in the order of the tokens
-            scores = [-i for i in range(len(tokens))]
+            scores = [float(-i) for i in range(len(tokens))]
         of_text = [not types or types[i] in (NORMAL, USER_DEFINED) for i in range(len(tokens))]
         merges = _merges(tokens, scores, of_text)
     bos = _around(found, "bos", len(tokens), kind == "llama" or pre in WHOLE_WORDS)
