@@ -316,6 +316,10 @@ def test_the_line_names_the_file(tmp_path: Path):
     values = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2"}
     path = write(tmp_path, values) / "m.gguf"
     assert message(pretrained.load, str(path)).startswith(f"{path}: ")
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"gpt2", b"gp\xff2"))
+    line = message(pretrained.load, str(path))
+    assert line.startswith(f"{path} is not a valid GGUF file: 'utf-8' codec can't decode byte 0xff")
 
 
 def test_what_changes_nothing_is_accepted():

@@ -51,12 +51,12 @@ def read(path: Path) -> Source:
     gguf = optional_import("gguf", "hf")
     try:
         file = gguf.GGUFReader(path)
+        values = {key: field.contents() for key, field in file.fields.items()}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # the package raises no specific type
         raise UserError(f"{path} is not a valid GGUF file: {error}") from None
     try:
-        values = {key: field.contents() for key, field in file.fields.items()}
         tensors = {_name(tensor.name): tensor for tensor in file.tensors}
         settings = _settings(values)
         settings.setdefault("vocab_size", len(values.get("tokenizer.ggml.tokens", ())))
