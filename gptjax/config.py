@@ -141,9 +141,6 @@ class DataConfig:
     tokenizer: str = "auto"
     """Tokenizer: auto (chosen by the text's size and alphabet), char, byte, bpe (trained on the
     text), gpt2, or the path of a tokenizer.json or of a SentencePiece model."""
-    special_tokens: bool = True
-    """Put around each document the tokens that a pretrained tokenizer itself puts around a text,
-    such as a BOS; prompts of the run get them too. It changes nothing for other tokenizers."""
     bpe_vocab_size: int = 4096
     """Vocabulary size of a BPE that is trained."""
     val_fraction: float = 0.1

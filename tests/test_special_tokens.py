@@ -246,7 +246,7 @@ def test_documents_get_them(bpe: Any, tmp_path: Path):
     assert one.train.tolist() == [BOS, *plain(text[:n]), EOS]
     assert one.val.tolist() == [BOS, *plain(text[n:]), EOS]
     assert one.val_bytes == len(text[n:])
-    off = open_dataset(replace(data, text=str(tmp_path / "one.txt"), special_tokens=False), 8)
+    off = open_dataset(replace(data, text=str(tmp_path / "one.txt")), 8, special=False)
     assert off.train.tolist() == plain(text[:n])
     assert special_tokens.without(off.tokenizer) is off.tokenizer  # its prompts get none either
 
@@ -276,9 +276,12 @@ def test_a_run_equals_transformers(bpe: Any, tmp_path: Path, play: str):
         assert abs(run.loss(text, special_tokens=special) - float(loss)) < 1e-5
         pieces = run.generate(text, 20, temperature=0, special_tokens=special)
         assert "".join(pieces) == theirs.decode(greedy[0, ids.shape[1] :])
+    refused = message(train, run.config, run.directory, resume=True, special_tokens=False)
+    assert refused.startswith(f"{run.directory} was trained with its tokenizer's special tokens;")
     (tmp_path / "play.txt").write_text(play)
-    data = DataConfig(text=str(tmp_path / "play.txt"), special_tokens=False)
-    train(replace(CONFIG, steps=1, init=str(folder), data=data), tmp_path / "tuned", report=QUIET)
+    data = DataConfig(text=str(tmp_path / "play.txt"))
+    config = replace(CONFIG, steps=1, init=str(folder), data=data)
+    train(config, tmp_path / "tuned", report=QUIET, special_tokens=False)
     for name, special in (("run", True), ("tuned", False)):
         tokenizer = load(tmp_path / name).tokenizer
         assert special_tokens.of(tokenizer)[0].tolist() == [BOS] * special

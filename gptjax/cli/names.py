@@ -24,7 +24,6 @@ SYNONYMS = {
     "--eval-batches": "eval-iters",
     "--save-every": "save-steps save-interval checkpoint-every ckpt-every",
     "--keep-last": "save-total-limit",
-    "--data.special-tokens": "add-special-tokens add-bos-token add-bos bos",
     "--special-tokens": "add-special-tokens add-bos-token add-bos bos",
     "--model.n-layer": "num-layers n-layers layers depth num-hidden-layers",
     "--model.n-head": "heads num-heads n-heads num-attention-heads",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
-from gptjax.runs.files import read_file
+from gptjax.runs.files import read_bytes, read_file
 from gptjax.text import special_tokens
 from gptjax.text.choose import byte_letters
 from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
@@ -29,7 +29,7 @@ def read(folder: Path) -> Tokenizer | None:
         return read_file(path, _from_text)
     if (path := folder / "tokenizer.model").exists():
         try:
-            return special_tokens.sentencepiece(path.read_bytes(), folder)
+            return special_tokens.sentencepiece(read_bytes(path), folder)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except UserError as error:

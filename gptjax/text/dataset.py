@@ -89,6 +89,7 @@ def open_dataset(
     block_size: int,
     tokenizer: Tokenizer | None = None,
     progress: Progress = SILENT,
+    special: bool = True,
 ) -> Dataset:
     """Read the configured texts, split them and encode them.
 
@@ -97,6 +98,8 @@ def open_dataset(
         block_size: context length; each split must hold at least one window of block_size + 1.
         tokenizer: use this one, as a resumed run does; None: the one that `config` names.
         progress: shows what takes time.
+        special: put the tokens around each document that the tokenizer itself puts around a text,
+            such as a BOS; without them the dataset's tokenizer has none either.
 
     Raises:
         UserError: no such text or tokenizer, a character that the tokenizer lacks, or a split
@@ -112,7 +115,7 @@ def open_dataset(
     why = "from the run"
     if tokenizer is None:
         tokenizer, why = _tokenizer(config, found)
-    if not config.special_tokens:
+    if not special:
         tokenizer = special_tokens.without(tokenizer)
     opened = [
         text.tokens(tokenizer) if isinstance(text, _Text) else _read(text, tokenizer, config)
