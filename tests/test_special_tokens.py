@@ -291,4 +291,5 @@ def test_a_run_equals_transformers(bpe: Any, tmp_path: Path, play: str):
         assert bos == (BOS if special else tokenizer.end_of_text)
         ids = special_tokens.around(tokenizer, tokenizer.encode(text)).tolist()
         assert transformers.AutoTokenizer.from_pretrained(out)(text).input_ids == ids
-        assert special_tokens.of(hf_tokenizer.read(out))[0].tolist() == [BOS] * special
+        again: Any = hf_tokenizer.read(out)
+        assert special_tokens.of(again)[0].tolist() == [BOS] * special

@@ -15,24 +15,26 @@ import numpy as np
 from gptjax.errors import UserError, optional_import
 from gptjax.runs.files import read_file
 from gptjax.text.subwords import HFTokenizer, SentencePieceTokenizer
+from gptjax.text.tokenizers import Tokenizer
 
 
-def of(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def of(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """The int32 ids before and after each text; none for a tokenizer without any."""
     before, after = getattr(tokenizer, "before", ()), getattr(tokenizer, "after", ())
     return np.array(before, np.int32), np.array(after, np.int32)
 
 
-def around(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+def around(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     """(N,) ids of a whole text, with the tokens before and after it."""
     before, after = of(tokenizer)
     return np.concatenate([before, ids, after]) if len(before) or len(after) else ids
 
 
-def without(tokenizer: Any) -> Any:
+def without(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer that puts nothing around a text."""
-    before, after = of(tokenizer)
-    return replace(tokenizer, before=(), after=()) if len(before) or len(after) else tokenizer
+    if isinstance(tokenizer, HFTokenizer | SentencePieceTokenizer) and any(map(len, of(tokenizer))):
+        return replace(tokenizer, before=(), after=())
+    return tokenizer
 
 
 def template(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any] | None:
