@@ -19,6 +19,7 @@ from gptjax.interop.import_ import import_model
 from gptjax.runs.loaded import load
 from gptjax.text import choose, special_tokens
 from gptjax.text.dataset import open_dataset
+from gptjax.text.stream import first_tokens
 from gptjax.text.subwords import HFTokenizer
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, from_json
 from gptjax.training import train
@@ -97,6 +98,13 @@ def test_the_post_processor_of_a_tokenizer_json(name: str, bpe: Any):
     assert from_json(tokenizer.to_json()) == tokenizer
     around = special_tokens.around(tokenizer, tokenizer.encode("né"))
     assert tokenizer.count_bytes(around) == 3
+
+
+def test_a_text_without_a_prompt_begins_after_them(bpe: Any):
+    assert first_tokens(special_tokens.hf(source(bpe, "bos"))).tolist() == [BOS]
+    newline = HFTokenizer(source(bpe, "bos")).encode("\n").tolist()
+    assert first_tokens(special_tokens.hf(source(bpe, "eos"))).tolist() == newline
+    assert first_tokens(HFTokenizer(source(bpe, "bos"))).tolist() == newline
 
 
 def test_runs_from_before_keep_their_meaning(bpe: Any):
@@ -276,6 +284,13 @@ def test_a_run_equals_transformers(bpe: Any, tmp_path: Path, play: str):
         assert abs(run.loss(text, special_tokens=special) - float(loss)) < 1e-5
         pieces = run.generate(text, 20, temperature=0, special_tokens=special)
         assert "".join(pieces) == theirs.decode(greedy[0, ids.shape[1] :])
+    for prompt in (None, "king"):  # which changes without them
+        with_, without = (
+            "".join(run.generate(prompt, 20, temperature=0, special_tokens=special))
+            for special in (True, False)
+        )
+        assert with_ != without
+    assert message(next, run.generate("", 20)).startswith("the prompt '' has no tokens")
     refused = message(train, run.config, run.directory, resume=True, special_tokens=False)
     assert refused.startswith(f"{run.directory} was trained with its tokenizer's special tokens;")
     (tmp_path / "play.txt").write_text(play)
