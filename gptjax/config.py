@@ -276,9 +276,9 @@ class Config:
     """Random seed of initialisation, batches and dropout; the same seed gives the same run."""
     init: str | None = None
     """Weights to start from, with their tokenizer: gpt2, gpt2-medium, gpt2-large or gpt2-xl from
-    the Hugging Face hub; hf:OWNER/NAME; a folder with model.safetensors; a .gguf file; nanoGPT's
-    ckpt.pt; or a run. The model's shape then comes with the weights. None means random
-    initialisation."""
+    the Hugging Face hub; hf:OWNER/NAME; either with @REVISION (the run records the commit); a
+    folder with model.safetensors; a .gguf file; nanoGPT's ckpt.pt; or a run. The model's shape then
+    comes with the weights. None means random initialisation."""
     steps: int = 1000
     """Optimizer updates."""
     batch_size: int = 32

@@ -1,6 +1,7 @@
 """A training run, from a config to a folder that `sample.py` loads."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from gptjax.runs.folders import run_name
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling, generate
+from gptjax.text import special_tokens as special
 from gptjax.text.dataset import fingerprint, open_dataset
 from gptjax.text.stream import first_tokens
 from gptjax.text.tokenizers import IdTokenizer, Tokenizer
@@ -53,6 +55,7 @@ def train(
     loss_fn: LossFn | None = None,
     batches: Batches | None = None,
     metrics: MetricsFn | None = None,
+    special_tokens: bool = True,
     recipe: str | None = None,
     report: Report | None = None,
     profile: bool = False,
@@ -74,6 +77,8 @@ def train(
         batches: a source of batches (see `batches.py`); None: windows of the config's text.
         metrics: `metrics(model, params, batch) -> dict of scalars`, means over a batch, logged at
             evaluations as "val_NAME"; None: none.
+        special_tokens: put around each document the tokens that a pretrained tokenizer itself puts
+            around a text, such as a BOS; a resumed run goes on as it began.
         recipe: path of the config file that these come from, for messages.
         report: where to show progress; None: standard output.
         profile: trace a few calls of the devices, into the folder's `profile/`.
@@ -91,7 +96,14 @@ def train(
     # Data
     run, params = Run(directory) if resume else None, None
     tokenizer = run.tokenizer if run else None
-    if run:  # before a text is looked for that batches of the caller's stand in for
+    if run:
+        config = replace(config, init=pretrained.pinned(config.init, run.config.init))
+        if not special_tokens and len(np.concatenate(special.of(run.tokenizer))):
+            raise UserError(
+                f"{directory} was trained with its tokenizer's special tokens; start a new run to "
+                f"train without them"
+            )
+        # Before a text is looked for that batches of the caller's stand in for.
         parts.check(run, parts.describe(batches=batches), ("batches",))
     if run is None and config.init is not None:
         loaded = distributed.first_then_all(partial(pretrained.load, config.init))
@@ -101,7 +113,9 @@ def train(
     dataset = None
     if batches is None:
         dataset = distributed.first_then_all(
-            lambda: open_dataset(config.data, config.model.block_size, tokenizer, report)
+            lambda: open_dataset(
+                config.data, config.model.block_size, tokenizer, report, special_tokens
+            )
         )
         tokenizer, text = dataset.tokenizer, fingerprint(dataset)
     else:

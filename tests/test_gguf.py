@@ -145,8 +145,8 @@ def test_tokenizer(tmp_path: Path):
     [
         ({"arch": "qwen2"}, "{}: general.architecture='qwen2' is not supported"),
         (
-            {"pre": "llama-bpe"},
-            "{}: the tokenizer 'gpt2' with the pre-tokenizer 'llama-bpe' is not supported",
+            {"pre": "falcon"},
+            "{}: the tokenizer 'gpt2' with the pre-tokenizer 'falcon' is not supported",
         ),
         ({"expert_count": 4}, "{}: llama.expert_count=4 is not supported"),
         (

@@ -18,6 +18,16 @@ NAMES = [path.stem for path in NOTEBOOKS]
 MAX_LINES = 30  # per cell, so that it fits on a screen
 TIMEOUT = 300  # seconds for one cell
 PICTURES = {"lets_build_gpt": 12, "extend_gptjax": 1}
+LECTURE = (  # steps of the lecture that the notebook prints
+    "x, first row: [24, 43, 58, 5, 57, 1, 46, 43]\n",
+    "\n[[0]] ",
+    "raw triangle:\n[[1. 0. 0.]\n [1. 1. 0.]\n [1. 1. 1.]]\n",
+    "average of 3: [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.333, 0.333, 0.333]]\n",
+    "wei (8, 8) @ x (4, 8, 2) -> (4, 8, 2)\n",
+    "scores:\n[[  0. -inf -inf -inf -inf -inf -inf -inf]\n",
+    " [0.125 0.125 0.125 0.125 0.125 0.125 0.125 0.125]]\n",
+    "tok_emb  (4, 8, 32)\npos_emb  (8, 32)\nsum      (4, 8, 32)\nlogits: (4, 8, 65)\n",
+)
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
 
@@ -134,6 +144,8 @@ def test_lets_build_gpt(shakespeare: str):
     output = check_run(REPO / "notebooks" / "lets_build_gpt.ipynb", REPO / "notebooks")
     assert "characters: 1115394\n" in output
     assert "(another text" not in output
+    for shown in LECTURE:
+        assert shown in output, shown
 
 
 @pytest.mark.slow

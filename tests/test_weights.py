@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import string
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -659,20 +660,72 @@ def test_export_does_not_overwrite(run: Run, exported: Path):
 # The hub, and runs that start from pretrained weights
 
 
-def test_gpt2_names_are_downloaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    hub = pytest.importorskip("huggingface_hub", reason="needs the extra hf")
-    write_folder(tmp_path / "model", GPT2)
-    requested = []
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 
-    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
-        requested.append(repository)
+
+@pytest.fixture
+def requested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """A stand-in for the hub with one model, in a folder with the name that the library gives it;
+    what is asked of it."""
+    hub = pytest.importorskip("huggingface_hub", reason="needs the extra hf")
+    folder = tmp_path / "snapshots" / COMMIT
+    write_folder(folder, replace(GPT2, block_size=16))
+    letters = "".join(sorted(f"\n ,.:;!?{string.ascii_letters}"))
+    for name, content in hf_tokenizer.write(CharTokenizer(letters), 16).items():
+        (folder / name).write_bytes(content)
+    found: list[tuple[str, str | None]] = []
+
+    def snapshot_download(
+        repository: str, *, revision: str | None, allow_patterns: list[str]
+    ) -> str:
+        found.append((repository, revision))
         assert not any("bin" in pattern or "py" in pattern for pattern in allow_patterns)
-        return str(tmp_path / "model")
+        return str(folder)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    pretrained.load("gpt2-xl")
-    pretrained.load("hf:HuggingFaceTB/SmolLM2-135M")
-    assert requested == ["openai-community/gpt2-xl", "HuggingFaceTB/SmolLM2-135M"]
+    return found
+
+
+def test_gpt2_names_are_downloaded_from_the_hub(requested: list[Any]):
+    assert pretrained.load("gpt2-xl").name == f"gpt2-xl@{COMMIT}"
+    smollm = "hf:HuggingFaceTB/SmolLM2-135M"
+    assert pretrained.load(smollm).name == f"{smollm}@{COMMIT}"
+    assert pretrained.load(f"{smollm}@v1.0").name == f"{smollm}@{COMMIT}"
+    pretrained.load(f"gpt2@{COMMIT}")
+    assert requested == [
+        ("openai-community/gpt2-xl", None),
+        ("HuggingFaceTB/SmolLM2-135M", None),
+        ("HuggingFaceTB/SmolLM2-135M", "v1.0"),
+        ("openai-community/gpt2", COMMIT),
+    ]
+    with pytest.raises(UserError, match=r"^gpt2@ names no revision; give one after the @"):
+        pretrained.load("gpt2@")
+    assert pretrained.on_hub("folder@v1") == ()
+
+
+def test_a_run_records_the_commit(requested: list[Any], play: str, tmp_path: Path):
+    """And takes it again, also if the command says less."""
+    imported = Run(import_model("hf:a/b-1.5", str(tmp_path / "run")))
+    assert imported.config.init == f"hf:a/b-1.5@{COMMIT}"
+    (tmp_path / "play.txt").write_text(play)
+    config = Config(
+        init="gpt2",
+        steps=1,
+        batch_size=4,
+        model=ModelConfig(block_size=16),
+        data=DataConfig(text=str(tmp_path / "play.txt")),
+    )
+    train(config, tmp_path / "tuned")
+    recorded = Run(tmp_path / "tuned").config
+    assert recorded.init == f"gpt2@{COMMIT}"
+    del requested[:]
+    train(replace(recorded, init="gpt2", steps=2), tmp_path / "tuned", resume=True)
+    assert Run(tmp_path / "tuned").config == replace(recorded, steps=2)
+    pretrained.initial(recorded)
+    assert requested == [("openai-community/gpt2", COMMIT)]
+    for other in ("gpt2-xl", f"gpt2@{COMMIT[::-1]}", "gpt2@main"):
+        with pytest.raises(UserError, match=rf"^cannot resume .* with init={other}: "):
+            train(replace(recorded, init=other, steps=3), tmp_path / "tuned", resume=True)
 
 
 def test_no_network_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

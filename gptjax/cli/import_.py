@@ -11,8 +11,9 @@ class ImportCommand:
     """Make a run of a pretrained model, to sample from, verify, export or fine-tune."""
 
     model: str = field(metadata=POSITIONAL)
-    """gpt2, gpt2-medium, gpt2-large, gpt2-xl or hf:OWNER/NAME from the Hugging Face hub; a folder
-    with model.safetensors; a .gguf file; nanoGPT's ckpt.pt."""
+    """gpt2, gpt2-medium, gpt2-large, gpt2-xl or hf:OWNER/NAME from the Hugging Face hub, with
+    @REVISION if not the newest; a folder with model.safetensors; a .gguf file; nanoGPT's
+    ckpt.pt."""
     run: str | None = None
     """Name of the run's folder in runs/; None: the model's name."""
     block_size: int = 1024

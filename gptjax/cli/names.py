@@ -24,6 +24,7 @@ SYNONYMS = {
     "--eval-batches": "eval-iters",
     "--save-every": "save-steps save-interval checkpoint-every ckpt-every",
     "--keep-last": "save-total-limit",
+    "--special-tokens": "add-special-tokens add-bos-token add-bos bos",
     "--model.n-layer": "num-layers n-layers layers depth num-hidden-layers",
     "--model.n-head": "heads num-heads n-heads num-attention-heads",
     "--model.n-kv-head": "num-kv-heads n-kv-heads num-key-value-heads",

@@ -30,6 +30,9 @@ class SampleCommand:
     one."""
     unknown: Unknown = "error"
     """What to do with characters of the prompt that the tokenizer lacks."""
+    special_tokens: bool = True
+    """Put around the prompt the tokens that the run's tokenizer puts around a text, such as a
+    BOS."""
     max_new_tokens: int = 500
     """Tokens to generate in each sample."""
     num_samples: int = 1
@@ -109,6 +112,7 @@ def stream(command: SampleCommand) -> Iterator[list[str]]:
         sampling=Sampling(command.temperature, command.top_k, command.top_p),
         seed=command.seed,
         unknown=command.unknown,
+        special_tokens=command.special_tokens,
     )
 
 

@@ -31,6 +31,9 @@ class TrainCommand:
     plan: str | None = None
     """Do not train: estimate memory, time and the bottleneck on v5e:4x4, h100:8, ... or here; if it
     does not fit, say what does."""
+    special_tokens: bool = True
+    """Put around each document the tokens that a pretrained tokenizer itself puts around a text,
+    such as a BOS; prompts of the run get them too. The run keeps which ones."""
     profile: bool = False
     """Trace a few steps into the run's folder profile/, for XProf or TensorBoard."""
     distributed: str | None = None
@@ -122,11 +125,11 @@ def main(argv: list[str], prog: str) -> None:
             return replay_step(directory, command.replay, command.recipe)
         from gptjax.training import train
 
-        own: dict[str, Any] = {}
+        own: dict[str, Any] = {"special_tokens": command.special_tokens}
         if command.recipe:
-            own = {**command.recipe.parts(command.settings), "recipe": command.recipe.path}
+            own |= {**command.recipe.parts(command.settings), "recipe": command.recipe.path}
         elif command.config in LECTURE_MODELS and not command.resume:
             from gptjax.lecture.models import STAGES
 
-            own = {"model": STAGES[LECTURE_MODELS[command.config]]}
+            own |= {"model": STAGES[LECTURE_MODELS[command.config]]}
         train(command.settings, directory, resume=command.resume, profile=command.profile, **own)

@@ -23,6 +23,7 @@ from gptjax.runs import parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import write_atomically
 from gptjax.runs.run import Run
+from gptjax.text import special_tokens
 
 
 def export(
@@ -48,6 +49,8 @@ def export(
     rows = run.config.model.vocab_size or run.tokenizer.vocab_size
     config = replace(run.config.model, vocab_size=rows)
     about = write_config(config, run.tokenizer.end_of_text)
+    if bos := special_tokens.of(run.tokenizer)[0].tolist():
+        about["bos_token_id"] = bos[-1]
     files = hf_tokenizer.write(run.tokenizer, config.block_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; give a folder that is new or empty")

@@ -1,15 +1,13 @@
 """Read a Llama model and its tokenizer from a GGUF file, dequantised by the `gguf` package."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptjax.errors import UserError, optional_import
-from gptjax.interop import hf_config
+from gptjax.interop import gguf_tokenizer, hf_config
 from gptjax.interop.hf import Source
-from gptjax.text.subwords import HFTokenizer
 
 NAMES = {  # llama.cpp's tensor names to transformers'
     "token_embd": "model.embed_tokens",
@@ -41,20 +39,6 @@ KEYS = {  # metadata keys to config.json's; any other llama.* key is refused
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
 }
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
-PRE_TOKENIZERS: dict[str, Any] = {  # by llama.cpp's name
-    "gpt-2": BYTE_LEVEL,
-    "smollm": {
-        "type": "Sequence",
-        "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
-    },
-}
-CONTROL = 3  # token type of special tokens, such as end-of-text
 
 
 def read(path: Path) -> Source:
@@ -67,18 +51,18 @@ def read(path: Path) -> Source:
     gguf = optional_import("gguf", "hf")
     try:
         file = gguf.GGUFReader(path)
+        values = {key: field.contents() for key, field in file.fields.items()}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # the package raises no specific type
         raise UserError(f"{path} is not a valid GGUF file: {error}") from None
     try:
-        values = {key: field.contents() for key, field in file.fields.items()}
         tensors = {_name(tensor.name): tensor for tensor in file.tensors}
         settings = _settings(values)
         settings.setdefault("vocab_size", len(values.get("tokenizer.ggml.tokens", ())))
         settings["tie_word_embeddings"] = "lm_head.weight" not in tensors
         config = hf_config.read_config(settings)
-        tokenizer = _tokenizer(values)
+        tokenizer = gguf_tokenizer.read(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -124,35 +108,3 @@ def _name(name: str) -> str:
         case ["blk", layer, part, "weight"] if part in LAYER_NAMES:
             return f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
     return name
-
-
-def _tokenizer(values: dict[str, Any]) -> HFTokenizer:
-    """Build the tokenizer from the metadata."""
-    kind, pre = values.get("tokenizer.ggml.model"), values.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise UserError(
-            f"the tokenizer {kind!r} with the pre-tokenizer {pre!r} is not supported; expected "
-            f"'gpt2' with {' or '.join(map(repr, PRE_TOKENIZERS))}"
-        )
-    tokens, merges = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.merges"]
-    unknown = values.get("tokenizer.ggml.unknown_token_id")
-    types = values.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    control = [i for i, type_ in enumerate(types) if type_ == CONTROL]
-    form = {
-        "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": tokens[i], "special": True, **flags} for i in control
-        ],
-        "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZERS[pre],
-        "post_processor": None,
-        "decoder": BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "unk_token": None if unknown is None else tokens[unknown],
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": merges,
-        },
-    }
-    return HFTokenizer(json.dumps(form))

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
-from gptjax.runs.files import read_file
+from gptjax.runs.files import read_bytes, read_file
+from gptjax.text import special_tokens
 from gptjax.text.choose import byte_letters
 from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
 from gptjax.text.tokenizers import CharTokenizer, Tokenizer
@@ -28,7 +29,7 @@ def read(folder: Path) -> Tokenizer | None:
         return read_file(path, _from_text)
     if (path := folder / "tokenizer.model").exists():
         try:
-            return SentencePieceTokenizer(path.read_bytes())
+            return special_tokens.sentencepiece(read_bytes(path), folder)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         except UserError as error:
@@ -46,7 +47,7 @@ def _from_text(text: str) -> Tokenizer:
             return ours
     except (KeyError, TypeError, IndexError):
         pass  # not one of ours
-    return HFTokenizer(text)
+    return special_tokens.hf(text)
 
 
 def write(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
@@ -56,9 +57,13 @@ def write(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
         UserError: its vocabulary has a lone surrogate.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return {"tokenizer.model": tokenizer.model}
+        return {"tokenizer.model": tokenizer.model, **_bos_and_eos(tokenizer)}
     if isinstance(tokenizer, HFTokenizer):
         values = json.loads(tokenizer.source)
+        if special_tokens.hf(tokenizer.source) != tokenizer:  # as in a run trained without them
+            named = lambda ids: {tokenizer.piece(i): i for i in ids}
+            before, after = named(tokenizer.before), named(tokenizer.after)
+            values["post_processor"] = special_tokens.template(before, after)
     elif isinstance(tokenizer, CharTokenizer):
         values = _of_characters(tokenizer)
     else:
@@ -71,6 +76,8 @@ def write(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     if (end := tokenizer.end_of_text) is not None:
         added = values.get("added_tokens") or []
         about["eos_token"] = next(token["content"] for token in added if token["id"] == end)
+    if before := special_tokens.of(tokenizer)[0].tolist():
+        about["bos_token"] = tokenizer.piece(before[-1])  # pyright: ignore
     try:
         return {
             "tokenizer.json": json.dumps(values, ensure_ascii=False).encode("utf-8"),
@@ -81,6 +88,15 @@ def write(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
             "the tokenizer's vocabulary has a lone surrogate, which transformers cannot represent; "
             "train on a text without it"
         ) from None
+
+
+def _bos_and_eos(tokenizer: SentencePieceTokenizer) -> dict[str, bytes]:
+    """The file that makes transformers add the tokens around a text, if there are any."""
+    about: dict[str, Any] = {}
+    for name, ids in (("bos", tokenizer.before), ("eos", tokenizer.after)):
+        if ids:
+            about |= {f"add_{name}_token": True, f"{name}_token": tokenizer.piece(ids[0])}
+    return {"tokenizer_config.json": json.dumps(about, indent=2).encode()} if about else {}
 
 
 def _of_characters(tokenizer: CharTokenizer) -> dict[str, Any]:

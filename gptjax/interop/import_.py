@@ -38,7 +38,9 @@ def import_model(
     Raises:
         UserError: a model that cannot be loaded, no tokenizer for it, or a run that exists.
     """
-    name = name or Path(source.removeprefix(pretrained.HUB)).stem
+    if name is None:
+        on_hub = pretrained.on_hub(source)
+        name = Path(on_hub[0]).name if on_hub else Path(source).stem
     directory = folders.new_directory(name, name)
     model = pretrained.load(source)
     tokenizer = model.tokenizer

@@ -4,6 +4,7 @@ Only tensors and JSON are read, never pickles or model code.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +31,11 @@ from gptjax.text.tokenizers import Tokenizer
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 GPT2_VOCAB = (50257, 50304)  # GPT-2's vocabulary size; nanoGPT pads it to a multiple of 64
 HUB = "hf:"  # prefix of OWNER/NAME
-FILES = ("config.json", "model*.safetensors*", "tokenizer.json", "tokenizer.model")
+FILES = (
+    *("config.json", "model*.safetensors*"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 DTYPES = ("F64", "F32", "F16", "BF16")  # supported dtypes, in safetensors' spelling
 PICKLES = (".bin", ".pkl", ".pickle", ".pth", ".ckpt")
 
@@ -39,7 +44,7 @@ class Pretrained(NamedTuple):
     """A pretrained model.
 
     Attributes:
-        name: the argument of `load`.
+        name: the argument of `load`; a name on the hub with `@` and the commit that it was.
         config: the model's config, with vocab_size.
         params: the parameter tree of `model.py`, numpy float32.
         tokenizer: None: it has none (nanoGPT).
@@ -62,9 +67,11 @@ def load(name: str) -> Pretrained:
             than GPT-2 and Llama, or an unsupported setting.
     """
     path = Path(name)
-    if name in GPT2 or name.startswith(HUB):
-        repository = f"openai-community/{name}" if name in GPT2 else name.removeprefix(HUB)
-        source = read_folder(download(repository))
+    if on_hub(name):
+        folder = download(*on_hub(name))
+        source = read_folder(folder)
+        if COMMIT.fullmatch(folder.name):
+            name = f"{name.partition('@')[0]}@{folder.name}"
     elif path.suffix in PICKLES:
         raise _pickle(path)
     elif path.suffix == ".gguf":
@@ -88,6 +95,28 @@ def load(name: str) -> Pretrained:
         return Pretrained(name, source.config, to_params(source), tokenizer)
 
 
+def on_hub(name: str) -> tuple[str, ...]:
+    """The repository, and the revision if one is named: of "gpt2", "hf:OWNER/NAME", or of either
+    with "@REVISION" (a branch, a tag or a commit); empty: the name is not one on the hub.
+
+    Raises:
+        UserError: "@" without a revision.
+    """
+    model, at, revision = name.partition("@")
+    if model not in GPT2 and not model.startswith(HUB):
+        return ()
+    if at and not revision:
+        raise UserError(f"{name} names no revision; give one after the @, or leave the @ out")
+    repository = f"openai-community/{model}" if model in GPT2 else model.removeprefix(HUB)
+    return (repository, revision) if revision else (repository,)
+
+
+def pinned(init: str | None, recorded: str | None) -> str | None:
+    """`init`, or the recorded name of the same model where only that one has the commit."""
+    model, _, commit = (recorded or "").partition("@")
+    return recorded if init == model and on_hub(model) and COMMIT.fullmatch(commit) else init
+
+
 def fit(config: Config, pretrained: Pretrained) -> tuple[Config, Any]:
     """Combine a run's config with a pretrained model.
 
@@ -96,7 +125,8 @@ def fit(config: Config, pretrained: Pretrained) -> tuple[Config, Any]:
     to it.
 
     Returns:
-        The run's config and its initial parameters.
+        The run's config, whose `init` names the commit of a model on the hub, and its initial
+        parameters.
     """
     asked, own = config.model, pretrained.config
     block = min(asked.block_size, own.block_size)
@@ -105,16 +135,16 @@ def fit(config: Config, pretrained: Pretrained) -> tuple[Config, Any]:
     params = pretrained.params
     if "wpe" in params:
         params = {**params, "wpe": params["wpe"][:block]}
-    return replace(config, model=model), params
+    return replace(config, model=model, init=pretrained.name), params
 
 
 def origin(config: Config, pretrained: Pretrained) -> str:
     """One line for the console: the source of the weights, and the context length if it changes."""
     asked, own = config.model.block_size, pretrained.config.block_size
     if asked < own:
-        return f"starting from {config.init}, context cropped from {own} to {asked} tokens"
+        return f"starting from {pretrained.name}, context cropped from {own} to {asked} tokens"
     limit = f", whose context is {own} tokens, not {asked}" if asked > own else ""
-    return f"starting from {config.init}{limit}"
+    return f"starting from {pretrained.name}{limit}"
 
 
 def initial(config: Config) -> Any:
@@ -186,20 +216,29 @@ def read_folder(folder: Path) -> Source:
     return Source(config, shapes, read, hf_tokenizer.read(folder))
 
 
-def download(repository: str) -> Path:
-    """Download a model from the hub, unless it is cached; returns its folder.
+def download(repository: str, revision: str | None = None) -> Path:
+    """Download a model from the hub, unless it is cached.
+
+    Args:
+        repository: OWNER/NAME.
+        revision: a branch, a tag or a commit; None: the newest of the main branch.
+
+    Returns:
+        Its folder, which the hub's library names after the commit.
 
     Raises:
         UserError: no huggingface_hub, no connection, or no such model.
     """
     hub = optional_import("huggingface_hub", "hf")
     try:
-        return Path(hub.snapshot_download(repository, allow_patterns=list(FILES)))
+        folder = hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES))
+        return Path(folder)
     except Exception as error:  # from the library, its HTTP client, or the system
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        at = f"@{revision}" if revision else ""
         raise UserError(
-            f"{repository} could not be downloaded from the Hugging Face hub ({reason}); without "
-            f"a network, give the folder of a copy"
+            f"{repository}{at} could not be downloaded from the Hugging Face hub ({reason}); "
+            f"without a network, give the folder of a copy"
         ) from None
 
 

@@ -22,6 +22,7 @@ from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling, generate
+from gptjax.text import special_tokens
 from gptjax.text.stream import StreamDecoder, first_tokens
 from gptjax.text.tokenizers import Tokenizer, Unknown
 
@@ -79,26 +80,35 @@ class LoadedRun:
         """The records of metrics.jsonl: one dict for each step."""
         return self._run.metrics()
 
-    def logits(self, text: str) -> np.ndarray:
+    def logits(self, text: str, *, special_tokens: bool = True) -> np.ndarray:
         """(T, V) float32 logits of the token after each token of a text.
+
+        Args:
+            text: any text.
+            special_tokens: put the tokens around it that the run's tokenizer puts around a text,
+                such as a BOS; they count in T.
 
         Raises:
             UserError: a character that the tokenizer lacks, no token, or more than the context
                 holds.
         """
-        ids = self._encode(text)
+        ids = self._encode(text, special_tokens)
         if not len(ids):
             raise UserError("the text has no tokens; give one or more")
         return np.asarray(_logits(self.model, self.params, jnp.asarray(ids)[None])[0])
 
-    def loss(self, text: str) -> float:
+    def loss(self, text: str, *, special_tokens: bool = True) -> float:
         """Mean loss of a text's tokens but the first, in nats per token, read in windows that
         follow on one another, as validation reads its split.
+
+        Args:
+            text: any text.
+            special_tokens: see `logits`; after a BOS the text's own first token counts.
 
         Raises:
             UserError: a character that the tokenizer lacks, or fewer than two tokens.
         """
-        ids, T = self._encode(text), self.config.model.block_size
+        ids, T = self._encode(text, special_tokens), self.config.model.block_size
         if len(ids) < 2:
             raise UserError(f"the text has {len(ids)} tokens; a loss takes two or more")
         T = min(T, len(ids) - 1)
@@ -122,6 +132,7 @@ class LoadedRun:
         top_p: float | None = None,
         seed: int = 1337,
         unknown: Unknown = "error",
+        special_tokens: bool = True,
     ) -> Iterator[str]:
         """Continue a prompt: pieces of new text as they are drawn; never splits a character.
 
@@ -131,14 +142,22 @@ class LoadedRun:
             temperature, top_k, top_p: see `Sampling`.
             seed: the same seed, prompt and settings give the same text.
             unknown: what to do with characters of the prompt that the tokenizer lacks.
+            special_tokens: see `logits`.
 
         Raises:
             UserError: a prompt that cannot be encoded, or has no tokens.
         """
         sampling = Sampling(temperature, top_k, top_p)
-        for pieces in self.generate_many(
-            prompt, max_new_tokens, 1, sampling=sampling, seed=seed, unknown=unknown
-        ):
+        many = self.generate_many(
+            prompt,
+            max_new_tokens,
+            1,
+            sampling=sampling,
+            seed=seed,
+            unknown=unknown,
+            special_tokens=special_tokens,
+        )
+        for pieces in many:
             yield pieces[0]
 
     def generate_many(
@@ -150,6 +169,7 @@ class LoadedRun:
         sampling: Sampling | None = None,
         seed: int = 1337,
         unknown: Unknown = "error",
+        special_tokens: bool = True,
     ) -> Iterator[list[str]]:
         """As `generate`, several samples side by side: one piece for each at a time.
 
@@ -162,12 +182,7 @@ class LoadedRun:
                 f"--num-samples {num_samples} is not divisible by --mesh.data "
                 f"{self._mesh.shape['data']}; change one of them (each device draws as many)"
             )
-        ids = first_tokens(self.tokenizer) if prompt is None else self._encode(prompt, unknown)
-        if not len(ids):
-            raise UserError(
-                f"the prompt {prompt!r} has no tokens: to this run's tokenizer it is blank, or its "
-                f"characters are all skipped; give another one, or none"
-            )
+        ids = self._prompt(prompt, special_tokens, unknown)
         sampling = replace(sampling or Sampling(0.8), vocab_size=self.tokenizer.vocab_size)
         decoders = [StreamDecoder(self.tokenizer, ids) for _ in range(num_samples)]
         model = sharding.on_mesh(self.model, self._mesh)
@@ -176,8 +191,21 @@ class LoadedRun:
             yield [text.add(row) for text, row in zip(decoders, chunk, strict=True)]
         yield [text.end() for text in decoders]
 
-    def _encode(self, text: str, unknown: Unknown = "error") -> np.ndarray:
-        return self.tokenizer.encode(text, unknown)
+    def _prompt(self, prompt: str | None, special: bool, unknown: Unknown) -> np.ndarray:
+        """The (N,) ids to continue, N >= 1."""
+        tokenizer = self.tokenizer if special else special_tokens.without(self.tokenizer)
+        if prompt is None:
+            return first_tokens(tokenizer)
+        if not len(ids := tokenizer.encode(prompt, unknown)):
+            raise UserError(
+                f"the prompt {prompt!r} has no tokens: to this run's tokenizer it is blank, or its "
+                f"characters are all skipped; give another one, or none"
+            )
+        return special_tokens.around(tokenizer, ids)
+
+    def _encode(self, text: str, special: bool) -> np.ndarray:
+        ids = self.tokenizer.encode(text)
+        return special_tokens.around(self.tokenizer, ids) if special else ids
 
     def __repr__(self) -> str:
         return f"LoadedRun({str(self.directory)!r}, step={self.step})"

@@ -9,8 +9,9 @@ from pathlib import Path
 from gptjax.config import DataConfig
 from gptjax.errors import UserError, optional_import
 from gptjax.runs import files
+from gptjax.text import special_tokens
 from gptjax.text import tokenizers as tokenizer_module
-from gptjax.text.subwords import END_OF_TEXT, HFTokenizer, SentencePieceTokenizer
+from gptjax.text.subwords import END_OF_TEXT, HFTokenizer
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
 # Rules of thumb. With more distinct characters than this, most are too rare to learn an embedding
@@ -129,11 +130,11 @@ def named(name: str) -> Tokenizer:
         ) from None
     try:
         if path.suffix == ".model":
-            return SentencePieceTokenizer(raw)
+            return special_tokens.sentencepiece(raw, path.parent)
         text = raw.decode("utf-8")
         if '"type"' in text[:20]:  # the format of a run's tokenizer.json
             return tokenizer_module.from_json(text)
-        return HFTokenizer(text)
+        return special_tokens.hf(text)
     except UnicodeDecodeError:
         raise UserError(
             f"{path} is not a tokenizer.json; name a SentencePiece model *.model"

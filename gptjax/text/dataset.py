@@ -15,7 +15,7 @@ import numpy as np
 
 from gptjax.config import DataConfig
 from gptjax.errors import UserError
-from gptjax.text import choose, corpora, sniff, sources, split, token_cache
+from gptjax.text import choose, corpora, sniff, sources, special_tokens, split, token_cache
 from gptjax.text.token_cache import Tokens
 from gptjax.text.tokenizers import INCOMPLETE, Tokenizer
 
@@ -89,6 +89,7 @@ def open_dataset(
     block_size: int,
     tokenizer: Tokenizer | None = None,
     progress: Progress = SILENT,
+    special: bool = True,
 ) -> Dataset:
     """Read the configured texts, split them and encode them.
 
@@ -97,6 +98,8 @@ def open_dataset(
         block_size: context length; each split must hold at least one window of block_size + 1.
         tokenizer: use this one, as a resumed run does; None: the one that `config` names.
         progress: shows what takes time.
+        special: put the tokens around each document that the tokenizer itself puts around a text,
+            such as a BOS; without them the dataset's tokenizer has none either.
 
     Raises:
         UserError: no such text or tokenizer, a character that the tokenizer lacks, or a split
@@ -112,6 +115,8 @@ def open_dataset(
     why = "from the run"
     if tokenizer is None:
         tokenizer, why = _tokenizer(config, found)
+    if not special:
+        tokenizer = special_tokens.without(tokenizer)
     opened = [
         text.tokens(tokenizer) if isinstance(text, _Text) else _read(text, tokenizer, config)
         for text in found

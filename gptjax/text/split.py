@@ -51,11 +51,13 @@ class Split(NamedTuple):
 
 class Part(NamedTuple):
     """A piece of text on one side of the split; `last` marks the end of a document, or of its part
-    on that side: what follows there is another text."""
+    on that side: what follows there is another text. `first`, once the pieces are regrouped to be
+    encoded, marks its beginning."""
 
     side: int
     text: str
     last: bool
+    first: bool = False
 
 
 def survey(

@@ -2,17 +2,21 @@
 
 import numpy as np
 
+from gptjax.text import special_tokens
 from gptjax.text.tokenizers import INCOMPLETE, Tokenizer
 
 
 def first_tokens(tokenizer: Tokenizer) -> np.ndarray:
     """The ids that a text without a prompt begins after, at least one.
 
-    A newline, as in the lecture; where the tokenizer has none the end-of-text token, or else id 0.
+    The tokens that the tokenizer puts before a text; without any a newline, as in the lecture;
+    where it has none the end-of-text token, or else id 0.
 
     Returns:
         (N,) int32.
     """
+    if len(before := special_tokens.of(tokenizer)[0]):
+        return before
     newline = tokenizer.encode("\n", unknown="skip")
     if len(newline):
         return newline

@@ -25,13 +25,16 @@ class HFTokenizer:
 
     Args:
         source: the text of a `tokenizer.json`.
+        before, after: ids that go before and after each text (see `special_tokens.py`).
 
     Raises:
         UserError: not a valid `tokenizer.json`, a tokenizer that silently drops unknown
-            characters, or the library is missing.
+            characters, ids outside of the vocabulary, or the library is missing.
     """
 
     source: str
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -47,6 +50,7 @@ class HFTokenizer:
                 "this tokenizer.json silently drops unknown characters: it has neither an unknown "
                 "token nor a token for every byte; use another one"
             )
+        _check_around(self)
 
     @cached_property
     def _library(self) -> Any:
@@ -91,6 +95,10 @@ class HFTokenizer:
     def _end_of_text(self) -> int | None:
         added = {token["content"]: token["id"] for token in self._values.get("added_tokens") or []}
         return next((added[name] for name in END_NAMES if name in added), None)
+
+    def piece(self, id_: int) -> str:
+        """A token's name."""
+        return self._library.id_to_token(id_)
 
     @property
     def cuttable(self) -> bool:
@@ -143,13 +151,14 @@ class HFTokenizer:
             lengths[place] = len(token)
         for token in self._values.get("added_tokens") or []:  # these are spelled literally
             lengths[token["id"]] = len(token["content"].encode("utf-8"))
+        lengths[[*self.before, *self.after]] = 0
         if self.end_of_text is not None:
             lengths[self.end_of_text] = 0
         return lengths
 
     def to_json(self) -> str:
         """See `Tokenizer`."""
-        return json.dumps({"type": "hf", "tokenizer": self._values}) + "\n"
+        return json.dumps({"type": "hf", "tokenizer": self._values, **_around(self)}) + "\n"
 
 
 @dataclass(frozen=True)
@@ -158,12 +167,16 @@ class SentencePieceTokenizer:
 
     Args:
         model: the bytes of a `.model` file.
+        before, after: ids that go before and after each text (see `special_tokens.py`).
 
     Raises:
-        UserError: not a SentencePiece model, or the library is missing.
+        UserError: not a SentencePiece model, ids outside of the vocabulary, or the library is
+            missing.
     """
 
     model: bytes
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -172,6 +185,7 @@ class SentencePieceTokenizer:
             raise
         except Exception as error:
             raise UserError(f"not a SentencePiece model: {_line(error)}") from None
+        _check_around(self)
 
     @cached_property
     def _library(self) -> Any:
@@ -191,6 +205,17 @@ class SentencePieceTokenizer:
     @property
     def cuttable(self) -> bool:
         return False  # it prepends a space to each text
+
+    def piece(self, id_: int) -> str:
+        """A token's name."""
+        return self._library.IdToPiece(id_)
+
+    def special_id(self, name: Literal["bos", "eos"], piece: Any) -> int | None:
+        """Id of a piece, or of the model's own BOS or EOS if `piece` is None; None: no such one."""
+        library = self._library
+        own = {"bos": library.bos_id, "eos": library.eos_id}[name]()
+        id_ = own if piece is None else library.PieceToId(str(piece))
+        return id_ if id_ >= 0 and piece in (None, library.IdToPiece(id_)) else None
 
     def encode(self, text: str, unknown: Unknown = "error") -> np.ndarray:
         """See `Tokenizer`; "replace" gives the model's own unknown token."""
@@ -216,7 +241,27 @@ class SentencePieceTokenizer:
     def to_json(self) -> str:
         """See `Tokenizer`."""
         model = base64.b64encode(self.model).decode("ascii")
-        return json.dumps({"type": "sentencepiece", "model": model}) + "\n"
+        return json.dumps({"type": "sentencepiece", "model": model, **_around(self)}) + "\n"
+
+
+def _check_around(tokenizer: HFTokenizer | SentencePieceTokenizer) -> None:
+    """Check the ids that go around a text, and keep them as tuples.
+
+    Raises:
+        UserError: one is not an id of the vocabulary.
+    """
+    for name in ("before", "after"):
+        ids, V = getattr(tokenizer, name), tokenizer.vocab_size
+        fine = isinstance(ids, list | tuple) and all(type(i) is int and 0 <= i < V for i in ids)
+        if not fine:
+            raise UserError(f"tokens {name} each text: expected a list of ids below {V}, not {ids}")
+        object.__setattr__(tokenizer, name, tuple(ids))
+
+
+def _around(tokenizer: HFTokenizer | SentencePieceTokenizer) -> dict[str, list[int]]:
+    """The tokens around a text as JSON has them; nothing where there are none, as before 0.2."""
+    found = {"before": list(tokenizer.before), "after": list(tokenizer.after)}
+    return found if any(found.values()) else {}
 
 
 def scalars(text: str, unknown: Unknown) -> str:
@@ -257,9 +302,12 @@ def join(ids: np.ndarray, end: int | None, decode: Any) -> str:
 
 
 def _decoded_bytes(tokenizer: HFTokenizer | SentencePieceTokenizer, ids: np.ndarray) -> int:
-    """UTF-8 bytes of the decoded text, without the end-of-text tokens."""
-    ends = int((ids == tokenizer.end_of_text).sum()) if tokenizer.end_of_text is not None else 0
-    return len(tokenizer.decode(ids).encode("utf-8")) - ends * len(END_OF_TEXT)
+    """UTF-8 bytes of the decoded text, without tokens that stand for none."""
+    end = -1 if tokenizer.end_of_text is None else tokenizer.end_of_text
+    ids = np.asarray(ids)
+    others = [i for i in (*tokenizer.before, *tokenizer.after) if i != end]
+    text = tokenizer.decode(ids[~np.isin(ids, others)])
+    return len(text.encode("utf-8")) - int((ids == end).sum()) * len(END_OF_TEXT)
 
 
 def _line(error: Exception) -> str:

@@ -23,6 +23,7 @@ import platformdirs
 
 from gptjax.errors import UserError
 from gptjax.runs.files import check_regular, read_sealed, write_atomically, write_sealed
+from gptjax.text import special_tokens
 from gptjax.text.split import Part
 from gptjax.text.tokenizers import Tokenizer
 
@@ -74,13 +75,16 @@ def encode(
     Args:
         parts: from `split.parts`.
         tokenizer: if it is not cuttable, it gets each document whole.
-        separate: append the end-of-text token to each document.
+        separate: append the end-of-text token to each document, after what the tokenizer itself
+            puts around a text.
         skip: characters to skip because they were encoded before; a sum of `Batch.characters`.
 
     Raises:
         UserError: a character that the tokenizer lacks.
     """
-    end = np.array([tokenizer.end_of_text] if separate else [], np.int32)
+    start, end = special_tokens.of(tokenizer)
+    if separate and tokenizer.end_of_text not in end[-1:]:
+        end = np.array([*end, tokenizer.end_of_text], np.int32)
     dtype = dtype_of(tokenizer.vocab_size)
     at = skip
     for group in _groups(units(parts, tokenizer.cuttable), skip):
@@ -91,7 +95,7 @@ def encode(
         ids: tuple[list[np.ndarray], ...] = [], []
         n_bytes = [0, 0]
         for unit, row in zip(group, found, strict=True):
-            ids[unit.side].extend([row, end] if unit.last else [row])
+            ids[unit.side].extend([start] * unit.first + [row] + [end] * unit.last)
             n_bytes[unit.side] += len(unit.text.encode("utf-8"))
         train, val = (np.concatenate([end[:0], *rows]).astype(dtype) for rows in ids)
         characters = sum(len(unit.text) for unit in group)
@@ -209,17 +213,19 @@ def units(parts: Iterable[Part], cuttable: bool) -> Iterator[Part]:
     """Regroup a text into chunks that can be encoded independently: about UNIT characters, cut
     between a letter and a space; whole documents if the tokenizer is not cuttable."""
     rest: list[str] = []
+    first = True
     for part in parts:
         rest.append(part.text)
         if not part.last and (not cuttable or sum(map(len, rest)) < 2 * UNIT):
             continue
         text, at = "".join(rest), 0
         while cuttable and (to := _cut(text, at)):
-            yield Part(part.side, text[at:to], False)
-            at = to
+            yield Part(part.side, text[at:to], False, first)
+            at, first = to, False
         rest = [text[at:]]
         if part.last:
-            yield Part(part.side, rest.pop(), True)
+            yield Part(part.side, rest.pop(), True, first)
+            first = True
 
 
 def _cut(text: str, at: int) -> int | None:

@@ -267,11 +267,13 @@ def from_json(text: str) -> Tokenizer:
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from None
     kind = values.get("type") if isinstance(values, dict) else None
+    around = (values.get("before", ()), values.get("after", ())) if kind else ()
     if kind == "hf":
-        return HFTokenizer(json.dumps(values.get("tokenizer")))
+        return HFTokenizer(json.dumps(values.get("tokenizer")), *around)
     if kind == "sentencepiece":
         try:
-            return SentencePieceTokenizer(base64.b64decode(values["model"], validate=True))
+            model = base64.b64decode(values["model"], validate=True)
+            return SentencePieceTokenizer(model, *around)
         except (KeyError, TypeError, binascii.Error):
             raise UserError("the SentencePiece model must be in base64") from None
     if kind == "ids":
