@@ -1,6 +1,7 @@
 """Tests of GGUF import: files written here, and a real model from a package index."""
 
 import hashlib
+import struct
 import subprocess
 import sys
 import zipfile
@@ -62,7 +63,11 @@ def write(path: Path, spoil: Any = None, kind: str = "Q8_0", **metadata: Any) ->
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
     writer.add_token_merges(["Ġ t", "h e", "Ġt he", "1 2", "! !"])
     for key, value in metadata.items():
-        writer.add_uint32(f"llama.{key}", value)
+        types = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32}
+        writer.kv_data[0].pop(f"llama.{key}", None)
+        writer.add_key_value(
+            f"llama.{key}", value, types.get(type(value), gguf.GGUFValueType.UINT32)
+        )
     state = {}
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "token_embd": ("model.embed_tokens", (V, C)),
@@ -157,6 +162,18 @@ def test_tokenizer(tmp_path: Path):
             {"vocab_size": 300},
             "{}: the tensor lm_head.weight has shape (262, 64), expected (300, 64)",
         ),
+        # The last of three keys for one setting must not win.
+        (
+            {"attention.key_length": 8},
+            "{}: rope.dimension_count=16 is not supported; expected the head size 8",
+        ),
+        (
+            {"attention.key_length": 8, "attention.value_length": 16},
+            "{}: llama.attention.value_length=16 contradicts another key, with 8",
+        ),
+        ({"rope.scaling.type": "yarn"}, "{}: rope_type='yarn' is not supported"),
+        ({"attention.scale": 2}, "{}: llama.attention.scale=2 is not supported"),
+        ({"block_count": 2**31 - 1}, "{}: the tensor model.layers.10."),
     ],
 )
 def test_an_unsupported_file_is_refused(how: dict[str, Any], message: str, tmp_path: Path):
@@ -165,6 +182,48 @@ def test_an_unsupported_file_is_refused(how: dict[str, Any], message: str, tmp_p
     with pytest.raises(UserError) as error:
         pretrained.load(str(path))
     assert str(error.value).startswith(message.format(path))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+        {"rope.scale_linear": 1.0, "expert_count": 0},
+        {"attention.key_length": 16, "attention.value_length": 16},
+    ],
+)
+def test_metadata_that_change_nothing_are_accepted(metadata: dict[str, Any], tmp_path: Path):
+    write(tmp_path / "m.gguf")
+    expected = pretrained.load(str(tmp_path / "m.gguf"))
+    write(tmp_path / "m.gguf", **metadata)
+    loaded = pretrained.load(str(tmp_path / "m.gguf"))
+    assert loaded.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected.params)
+
+
+def test_a_header_that_announces_more_than_the_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each would keep the package's reader busy for years: arrays, tensors, keys."""
+    path, many = tmp_path / "m.gguf", 2**60
+    key = struct.pack("<Q1sI", 1, b"k", 9)
+    for content in (
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key + struct.pack("<IQ", 0, many),
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key + struct.pack("<IQ", 8, many),
+        struct.pack("<4sIQQ", b"GGUF", 3, many, 0),
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, many),
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<QI", many, 0),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{path} is not a valid GGUF file: it ends before"):
+            pretrained.load(str(path))
+    longest = 1000
+    monkeypatch.setattr(gguf_module, "MOST_READS", longest)
+    array = key + struct.pack("<IQ", 0, longest) + bytes(longest)
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + array)
+    with pytest.raises(UserError, match=f"its header has more than {longest} values$"):
+        pretrained.load(str(path))
 
 
 def test_a_missing_or_corrupt_file_is_refused(tmp_path: Path):

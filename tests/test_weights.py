@@ -1,7 +1,9 @@
 """Tests of import and export: parity with transformers and nanoGPT, round trips, refusals."""
 
 import json
+import math
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -339,7 +341,7 @@ def nanogpt_checkpoint(path: Path, bias: bool, vocab_size: int, prefix: str = ""
             if ".w" not in name[11:15]
         }
     state = {name: 0.2 * torch.randn(shape) for name, shape in shapes.items()}
-    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, T, T)  # causal mask
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, T, T).tril()  # causal mask
     state["lm_head.weight"] = state["transformer.wte.weight"]
     args = dict(n_layer=L, n_head=4, n_embd=C, block_size=T, bias=bias, vocab_size=vocab_size)
     checkpoint = {
@@ -409,7 +411,7 @@ def as_pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
 
 
-AT = "model.layers.0.self_attn"
+AT, EMBED = "model.layers.0.self_attn", "model.embed_tokens.weight"
 REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
     "kind": (
         GPT2,
@@ -448,13 +450,83 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
     ),
     "scaled positions": (
         LLAMA,
-        edit_config(rope_scaling={"type": "linear", "factor": 2.0}),
-        "{}/config.json: rope_scaling={{'type': 'linear', 'factor': 2.0}} is not supported",
+        edit_config(rope_scaling={"type": "yarn", "factor": 2.0}),
+        "{}/config.json: rope_type='yarn' is not supported",
     ),
-    "other positions": (
+    "partial positions": (
         LLAMA,
-        edit_config(rope_parameters={"rope_type": "llama3"}),
-        "{}/config.json: rope_type='llama3' is not supported",
+        edit_config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        "{}/config.json: partial_rotary_factor=0.5 is not supported; expected 1.0",
+    ),
+    "positions of a wrong type": (
+        LLAMA,
+        edit_config(rope_parameters=["default"]),
+        "{}/config.json: rope_parameters=['default'] is not an object",
+    ),
+    "two kinds of positions": (
+        LLAMA,
+        edit_config(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "linear"}),
+        "{}/config.json: rope_scaling: rope_type='linear' contradicts rope_type='default'",
+    ),
+    "unknown rotary setting": (
+        LLAMA,
+        edit_config(rope_parameters={"rope_type": "default", "mrope_section": [1]}),
+        "{}/config.json: the rotary setting mrope_section=[1] is not understood",
+    ),
+    "unknown setting": (
+        LLAMA,
+        edit_config(residual_multiplier=0.2),
+        "{}/config.json: residual_multiplier=0.2 is not a setting of a llama that is understood",
+    ),
+    "another name of a size": (
+        GPT2,
+        edit_config(num_hidden_layers=1),
+        "{}/config.json: num_hidden_layers=1 is not a setting of a gpt2 that is understood",
+    ),
+    "base beyond every float": (
+        LLAMA,
+        edit_config(rope_theta=10**400),
+        "{}/config.json: rope_theta=1000",
+    ),
+    "a flag that is none": (
+        LLAMA,
+        edit_config(tie_word_embeddings="false"),
+        "{}/config.json: tie_word_embeddings='false' is not true or false",
+    ),
+    "a key twice": (
+        GPT2,
+        lambda folder: (folder / "config.json").write_text('{"n_head": 2, "n_head": 4}'),
+        "{}/config.json is damaged: the key 'n_head' is there twice",
+    ),
+    "another tied head": (
+        LLAMA,
+        edit_tensors(lambda x: x.update({"lm_head.weight": x[EMBED] + 1e-6})),
+        "{}: lm_head.weight differs from model.embed_tokens.weight, and the config says that they",
+    ),
+    "a tensor by both of its names": (
+        GPT2,
+        edit_tensors(lambda x: x.update({"wte.weight": x[WTE] + 1})),
+        "{}/model.safetensors: there are two tensors transformer.wte.weight",
+    ),
+    "a mask that is not causal": (
+        GPT2,
+        edit_tensors(lambda x: x.update({"h.0.attn.bias": np.ones((1, 1, 8, 8), np.float32)})),
+        "{}: the tensor transformer.h.0.attn.bias is not the constant that the model",
+    ),
+    "other rotary frequencies": (
+        LLAMA,
+        edit_tensors(lambda x: x.update({f"{AT}.rotary_emb.inv_freq": np.float32([1, 1, 1, 1])})),
+        "{}: the tensor model.layers.0.self_attn.rotary_emb.inv_freq is not the constant",
+    ),
+    "more layers than any file holds": (
+        GPT2,
+        edit_config(n_layer=2**31 - 1),
+        "{}: the tensor transformer.h.",
+    ),
+    "an adapter that is not merged": (
+        GPT2,
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        "{} has an adapter beside the weights; merge it into them first",
     ),
     "heads": (
         GPT2,
@@ -553,6 +625,52 @@ def test_an_unusable_folder_is_refused(name: str, tmp_path: Path):
     assert str(error.value).startswith(message.format(folder))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000}, "rope_scaling": None},
+        {"partial_rotary_factor": 1.0, "rope_interleaved": False, "is_llama_config": True},
+        {"use_cache": False, "torch_dtype": "bfloat16", "max_length": 20, "new_setting": None},
+    ],
+)
+def test_settings_that_change_nothing_are_accepted(changes: dict[str, Any], tmp_path: Path):
+    params = write_folder(tmp_path / "model", LLAMA)
+    before = pretrained.load(str(tmp_path / "model")).config
+    edit_config(**changes)(tmp_path / "model")
+    loaded = pretrained.load(str(tmp_path / "model"))
+    assert loaded.config == before
+    assert_same(loaded.params, params)
+
+
+def test_a_header_with_a_tensor_twice_is_refused(tmp_path: Path):
+    write_folder(tmp_path / "model", GPT2)
+    path = tmp_path / "model" / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = raw[8 : 8 + length].rstrip(b" "), raw[8 + length :]
+    [entry] = re.findall(rb'"transformer.ln_f.bias":(\{[^}]*\})', header)
+    header = header[:-1] + b',"transformer.ln_f.bias":' + entry.replace(b"F32", b"I32") + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "model"))
+    assert "the key 'transformer.ln_f.bias' is there twice" in str(error.value)
+
+
+def test_an_index_that_names_another_shard_is_refused(tmp_path: Path):
+    write_folder(tmp_path / "model", GPT2)
+    path = tmp_path / "model" / "model.safetensors"
+    path.rename(tmp_path / "model" / "model-1.safetensors")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-1.safetensors"}}))
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "model"))
+    assert str(error.value) == (
+        f"{index} says that lm_head.weight is in model-1.safetensors, which lacks it"
+    )
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path):
     write_folder(tmp_path / "model", GPT2)
     path = tmp_path / "model" / "model.safetensors"
@@ -567,7 +685,8 @@ def test_original_gpt2_files(tmp_path: Path):
     path = tmp_path / "model" / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     old = {name.removeprefix("transformer."): x for name, x in tensors.items()}
-    old["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.float32)
+    old["h.0.attn.bias"] = np.tri(8, dtype=np.uint8)[None, None]
+    old["h.0.attn.masked_bias"] = np.float32([-1e9])
     old["lm_head.weight"] = tensors[WTE].copy()
     safetensors.numpy.save_file(old, path)
     assert_same(pretrained.load(str(tmp_path / "model")).params, params)
@@ -617,6 +736,67 @@ def test_an_invalid_nanogpt_checkpoint_is_refused(checkpoint: Any, message: str,
     with pytest.raises(UserError) as error:
         pretrained.load(str(tmp_path / "ckpt.pt"))
     assert str(error.value).startswith(message.format(tmp_path / "ckpt.pt"))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x.to_sparse(), "the tensor {} has layout torch.sparse_coo"),
+        (
+            lambda x: x.to("meta"),
+            "the tensor {} has layout torch.strided, dtype float32 and device",
+        ),
+        (lambda x: x.int(), "the tensor {} has dtype int32, expected one of float64"),
+        (lambda x: x + 1j, "the tensor {} has dtype complex64"),
+        (lambda x: x[None], "the tensor {} has shape"),
+        (lambda x: 3, "{} is not a tensor"),
+    ],
+)
+def test_odd_tensors_of_a_checkpoint_are_refused(spoil: Any, message: str, tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", True, 10)
+    checkpoint = torch.load(tmp_path / "ckpt.pt")
+    name = WTE
+    checkpoint["model"][name] = spoil(checkpoint["model"][name])
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert (tmp_path / "ckpt.pt").stat().st_size < 2**20
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "ckpt.pt"))
+    assert str(error.value).startswith(f"{tmp_path}/ckpt.pt: " + message.format(name))
+
+
+@pytest.mark.torch
+def test_tensors_without_strides_cannot_fill_the_memory(tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    sizes = {"n_layer": 2, "n_head": 1, "n_embd": 2**16, "block_size": 16, "vocab_size": 2**14}
+    shapes = dict(hf._wanted(ModelConfig(**sizes)))
+    state = {
+        name: torch.ones(1).expand(shape[::-1] if name.endswith(nanogpt.TRANSPOSED) else shape)
+        for name, shape in shapes.items()
+    }
+    torch.save({"model": state, "model_args": sizes}, tmp_path / "ckpt.pt")
+    size = (tmp_path / "ckpt.pt").stat().st_size
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "ckpt.pt"))
+    claimed = sum(map(math.prod, shapes.values()))
+    assert f"its tensors claim {claimed} values, which {size} bytes cannot" in str(error.value)
+
+
+@pytest.mark.torch
+def test_weights_that_require_gradients_are_read(tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    state = nanogpt_checkpoint(tmp_path / "ckpt.pt", True, 10)
+    checkpoint = torch.load(tmp_path / "ckpt.pt")
+    checkpoint["model"][WTE] = torch.nn.Parameter(checkpoint["model"][WTE])
+    del checkpoint["model"]["lm_head.weight"]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    loaded = pretrained.load(str(tmp_path / "ckpt.pt"))
+    assert_same(loaded.params["wte"]["embedding"], state[WTE].numpy())
+    checkpoint["model"]["_orig_mod." + WTE] = checkpoint["model"][WTE]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"there are two tensors transformer\.wte\.weight"):
+        pretrained.load(str(tmp_path / "ckpt.pt"))
 
 
 def test_other_files_are_refused(tmp_path: Path):

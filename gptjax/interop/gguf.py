@@ -8,7 +8,7 @@ import numpy as np
 
 from gptjax.errors import UserError, optional_import
 from gptjax.interop import hf_config
-from gptjax.interop.hf import Source
+from gptjax.interop.hf import Source, add
 from gptjax.text.subwords import HFTokenizer
 
 NAMES = {  # llama.cpp's tensor names to transformers'
@@ -27,7 +27,7 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-KEYS = {  # metadata keys to config.json's; any other llama.* key is refused
+KEYS = {  # metadata keys to config.json's; any other key of the architecture is refused
     "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
@@ -37,10 +37,16 @@ KEYS = {  # metadata keys to config.json's; any other llama.* key is refused
     "vocab_size": "vocab_size",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
-    "rope.dimension_count": "head_dim",
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "rope.scale_linear": "factor",
 }
+# Keys with values that change nothing.
+NEUTRAL = {"attention.causal": True, "expert_count": 0, "expert_used_count": 0}
+PREFIXES = ("GGUF.", "general.", "tokenizer.", "split.", "quantize.")  # not about the model
+MOST_READS = 2**21  # of the header; a vocabulary of 260,000 tokens takes a million
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -66,18 +72,26 @@ def read(path: Path) -> Source:
     """
     gguf = optional_import("gguf", "hf")
     try:
-        file = gguf.GGUFReader(path)
+        file = _open(gguf, path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # the package raises no specific type
         raise UserError(f"{path} is not a valid GGUF file: {error}") from None
+    tensors: dict[str, Any] = {}
     try:
         values = {key: field.contents() for key, field in file.fields.items()}
-        tensors = {_name(tensor.name): tensor for tensor in file.tensors}
+        for tensor in file.tensors:
+            add(tensors, _name(tensor.name), tensor)
         settings = _settings(values)
         settings.setdefault("vocab_size", len(values.get("tokenizer.ggml.tokens", ())))
         settings["tie_word_embeddings"] = "lm_head.weight" not in tensors
+        rotated = settings.pop("rope.dimension_count", None)
         config = hf_config.read_config(settings)
+        if rotated not in (None, config.head_size):
+            raise UserError(
+                f"rope.dimension_count={rotated!r} is not supported; expected the head size "
+                f"{config.head_size}"
+            )
         tokenizer = _tokenizer(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -98,22 +112,58 @@ def read(path: Path) -> Source:
         return x
 
     shapes = {name: tuple(map(int, x.shape[::-1])) for name, x in tensors.items()}
-    return Source(config, shapes, read_one, tokenizer)
+    return Source(config, shapes, read_one, path.stat().st_size, tokenizer)
+
+
+def _open(gguf: Any, path: Path) -> Any:
+    """A `GGUFReader` that ends where the file does, and after `MOST_READS`.
+
+    The package believes every count in a header: an array of 2**60 values in a file of 49 bytes
+    would keep it busy for ever.
+    """
+
+    class Reader(gguf.GGUFReader):
+        reads = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            self.reads += 1
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends before what its header announces")
+            if self.reads > MOST_READS:
+                raise ValueError(f"its header has more than {MOST_READS} values")
+            return super()._get(offset, dtype, count, override_order)
+
+    return Reader(path)
 
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Convert the model's metadata to the values of a transformers config.json."""
+    """Convert the model's metadata to the values of a transformers config.json, and
+    `rope.dimension_count`."""
     if (kind := values.get("general.architecture")) != "llama":
         raise UserError(f"general.architecture={kind!r} is not supported; expected 'llama'")
-    settings: dict[str, Any] = {"model_type": "llama"}
+    if (contents := values.get("general.type", "model")) != "model":
+        raise UserError(f"general.type={contents!r} is not supported; expected 'model'")
+    settings: dict[str, Any] = {"model_type": kind}
     for key, value in values.items():
-        if key.startswith("llama."):
-            name = KEYS.get(key.removeprefix("llama."))
-            if name is None:
-                raise UserError(f"{key}={value!r} is not supported; expected a model without it")
-            # 1e-5 was stored as the nearest float32; its shortest decimal gives 1e-5 back.
-            settings[name] = float(str(np.float32(value))) if type(value) is float else value
-    return settings
+        if key.startswith(PREFIXES):
+            continue
+        # 1e-5 was stored as the nearest float32; its shortest decimal gives 1e-5 back.
+        value = float(str(np.float32(value))) if type(value) is float else value
+        short = key.removeprefix(f"{kind}.")
+        name = short if short == "rope.dimension_count" else KEYS.get(short)
+        if short in NEUTRAL and value == NEUTRAL[short]:
+            continue
+        if name is None or short == key:
+            raise UserError(f"{key}={value!r} is not supported; expected a model without it")
+        if settings.setdefault(name, value) != value:
+            raise UserError(f"{key}={value!r} contradicts another key, with {settings[name]!r}")
+    scaling = {"rope_type": settings.pop("rope_type", "linear"), "factor": 1.0}
+    factor = settings.pop("factor", None)
+    if scaling["rope_type"] == "none":  # llama.cpp ignores the factor then, and takes 0 for 1
+        scaling["rope_type"] = "default"
+    elif factor:
+        scaling["factor"] = factor
+    return settings | {"rope_scaling": scaling}
 
 
 def _name(name: str) -> str:
