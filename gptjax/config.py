@@ -15,15 +15,14 @@ from gptjax.errors import (
     not_negative,
     pattern,
     positive,
+    stretch,
     within,
 )
 
 LARGEST_BPE = 2**20  # tokens; memory is taken for all of them before the training begins
 
 # The fields of a model that do not come with its weights.
-OF_A_LOADED_MODEL = (
-    *("block_size", "dropout", "attn_dropout", "attention", "dtype", "remat", "remat_saves"),
-)
+OF_A_LOADED_MODEL = "block_size dropout attn_dropout attention dtype remat remat_saves".split()
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,12 @@ class ModelConfig:
     n_layer: int = 4
     """Number of transformer blocks."""
     n_head: int = 4
-    """Number of attention heads; n_embd must be a multiple."""
+    """Number of attention heads; n_embd must be a multiple unless head_dim is given."""
     n_kv_head: int | None = None
     """Number of key and value heads, each shared by several query heads (grouped-query attention).
     None means n_head: no sharing."""
+    head_dim: int | None = None
+    """Size of a head. None means n_embd / n_head."""
     n_embd: int = 128
     """Width of the residual stream."""
     n_inner: int | None = None
@@ -51,6 +52,8 @@ class ModelConfig:
     """Dropout rate of the attention weights. None means the value of dropout."""
     bias: bool = True
     """Use biases in linear layers and layer norms, as GPT-2 does."""
+    attn_bias: bool | None = None
+    """Use biases for queries, keys and values (Qwen 2 has only these). None means as bias says."""
     norm: Literal["layer", "rms"] = "layer"
     """Normalisation before attention, before the MLP and at the end: layer is GPT-2's layer norm,
     rms is Llama's."""
@@ -58,11 +61,18 @@ class ModelConfig:
     """Constant added to the variance or the mean square in every norm."""
     qk_norm: bool = False
     """Divide each head's queries and keys by their root mean square (QK-norm)."""
+    qk_norm_scale: bool = False
+    """Multiply what qk_norm gives by a learned scale, shared by the heads (Qwen 3)."""
     position: Literal["learned", "rotary", "none"] = "learned"
     """Position encoding: learned is a table added to the embeddings (GPT-2), rotary turns queries
     and keys by their position (RoPE, Llama)."""
     rope_base: float = 10_000.0
     """Base of the rotary frequencies: the longest wavelength over 2 pi, in tokens."""
+    rope_scaling: tuple[float, ...] | None = None
+    """Stretch of the rotary wavelengths: FACTOR for all; or Llama 3's FACTOR LOW HIGH ORIGINAL, in
+    full below LOW turns per ORIGINAL tokens, and not at all above HIGH. None means no stretch."""
+    nope_every: int | None = None
+    """One of so many layers has no rotary positions (SmolLM3: 4). None means that all have them."""
     window: int | None = None
     """Sliding-window size in tokens. None means full causal attention."""
     activation: Literal["gelu", "gelu_erf", "relu", "relu2", "swiglu"] = "gelu"
@@ -92,7 +102,7 @@ class ModelConfig:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
             positive(f"model.{name}", getattr(self, name))
         within("model.dropout", self.dropout, 0.0, 1.0)
-        for name in ("vocab_size", "n_kv_head", "n_inner", "window"):
+        for name in ("vocab_size", "n_kv_head", "head_dim", "n_inner", "window", "nope_every"):
             if getattr(self, name) is not None:
                 positive(f"model.{name}", getattr(self, name))
         if self.attn_dropout is not None:
@@ -101,8 +111,9 @@ class ModelConfig:
             above_zero("model.softcap", self.softcap)
         above_zero("model.norm_eps", self.norm_eps)
         above_zero("model.rope_base", self.rope_base)
-        shared = " (heads share the width equally)"
-        multiple("model.n_embd", self.n_embd, "model.n_head", self.n_head, shared)
+        if self.head_dim is None:
+            shared = " (heads share the width equally)"
+            multiple("model.n_embd", self.n_embd, "model.n_head", self.n_head, shared)
         if (G := self.n_kv_head) is not None:
             served = " (each serves the same number of query heads)"
             multiple("model.n_head", self.n_head, "model.n_kv_head", G, served)
@@ -116,10 +127,13 @@ class ModelConfig:
                 f"rotary positions need an even head size, and n_embd / n_head = "
                 f"{self.head_size} is odd; change model.n_embd or model.n_head"
             )
+        if self.qk_norm_scale and not self.qk_norm:
+            raise UserError("model.qk_norm_scale needs model.qk_norm; add --model.qk-norm")
+        stretch("model.rope_scaling", self.rope_scaling)
 
     @property
     def head_size(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def dropped_attention(self) -> float:

@@ -122,6 +122,10 @@ def shake(theirs: Any) -> Any:
 # ---------------------------------------------------------------------------------------------
 # Against transformers
 
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}
 IMPORTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2": ("GPT2", {}, {}),
     "gpt2, exact gelu, wide": (
@@ -136,6 +140,44 @@ IMPORTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 3e4},
         },
+        {},
+    ),
+    "llama 3, stretched": ("Llama", {"head_dim": 16, "rope_parameters": LLAMA3}, {}),
+    "llama, linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+        {},
+    ),
+    "mistral": (
+        "Mistral",
+        {"num_key_value_heads": 2, "sliding_window": 5},
+        {"max_shard_size": "20KB"},
+    ),
+    "mistral, wide heads": (
+        "Mistral",
+        {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 16, "hidden_size": 34},
+        {},
+    ),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}, {}),
+    "qwen2, not grouped, windows": (
+        "Qwen2",
+        {
+            "num_key_value_heads": None,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 0,
+        },
+        {},
+    ),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-3}, {}),
+    "smollm3": (
+        "SmolLM3",
+        {"num_key_value_heads": 2, "num_hidden_layers": 5, "no_rope_layer_interval": 2},
+        {},
+    ),
+    "smollm3, all rotary but the last": (
+        "SmolLM3",
+        {"num_key_value_heads": 4, "num_hidden_layers": 3, "no_rope_layers": [1, 1, 0]},
         {},
     ),
 }
@@ -154,9 +196,8 @@ def make_theirs(transformers: Any, family: str, settings: dict[str, Any]) -> Any
         "intermediate_size": 40,
         "max_position_embeddings": BLOCK,
     }
-    return shake(
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **shared, **settings))
-    )
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **shared, **settings})
+    return shake(getattr(transformers, f"{family}ForCausalLM")(config))
 
 
 @pytest.mark.torch
@@ -164,6 +205,8 @@ def make_theirs(transformers: Any, family: str, settings: dict[str, Any]) -> Any
 def test_import_equals_transformers(
     name: str, transformers: Any, tmp_path: Path, play: str, record_property: Any
 ):
+    import torch  # pyright: ignore[reportMissingImports]
+
     family, settings, how = IMPORTS[name]
     theirs = make_theirs(transformers, family, settings)
     theirs.save_pretrained(tmp_path / "theirs", **how)
@@ -179,6 +222,15 @@ def test_import_equals_transformers(
     if loaded.config.tie_head:
         state.pop("lm_head.weight")
     assert_same(tensors, state)
+    # The exported config makes the same model there, and here again.
+    about = hf_config.write_config(loaded.config, None)
+    assert about["architectures"] == [type(theirs).__name__]
+    again = type(theirs)(type(theirs.config).from_dict(about))
+    again.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        x = torch.tensor(text[None, :BLOCK])
+        assert_same(again.eval()(x).logits.numpy(), theirs(x).logits.numpy())
+    assert hf_config.read_config(about) == loaded.config
 
 
 @pytest.mark.torch
@@ -874,8 +926,9 @@ def test_every_model_field_belongs_to_the_weights_or_to_the_run():
     from gptjax.config import OF_A_LOADED_MODEL
 
     fixed_by_weights = (
-        "n_layer n_head n_kv_head n_embd n_inner vocab_size bias norm norm_eps qk_norm position "
-        "rope_base window activation tie_head softcap init"
+        "n_layer n_head n_kv_head head_dim n_embd n_inner vocab_size bias attn_bias norm norm_eps "
+        "qk_norm qk_norm_scale position rope_base rope_scaling nope_every window activation "
+        "tie_head softcap init"
     ).split()
     names = {field.name for field in fields(ModelConfig)}
     assert names == {*fixed_by_weights, *OF_A_LOADED_MODEL}

@@ -1,4 +1,5 @@
-"""Convert weights from and to transformers' names and layouts: one table per model family.
+"""Convert weights from and to transformers' names and layouts: one table for GPT-2, one for Llama
+and the families that share its names.
 
 Axis letters as in `model.py`; P is block_size. Needs neither torch nor transformers.
 """
@@ -14,6 +15,7 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.interop.hf_config import family, kv_heads
+from gptjax.layers import rotary_rates
 from gptjax.text.tokenizers import Tokenizer
 
 
@@ -23,7 +25,7 @@ class Leaf(NamedTuple):
     path: str  # in our tree; leaves below h have a leading layer axis
     ours: str  # axes of the leaf, without the layer axis
     theirs: str  # axes of the tensor; those in brackets are flattened into one
-    names: tuple[str, ...]  # {} is the layer; several tensors are stacked along our second axis
+    names: tuple[str, ...]  # {} is the layer; several tensors are stacked along the axis 3 or 2
 
 
 # GPT-2's Conv1D stores a matrix as (in, out), as we do.
@@ -50,6 +52,7 @@ GPT2 = (
 # nn.Linear stores it as (out, in).
 _H = "model.layers.{}"
 _Q, _K, _V = (f"{_H}.self_attn.{letter}_proj.weight" for letter in "qkv")
+_BQ, _BK, _BV = (f"{_H}.self_attn.{letter}_proj.bias" for letter in "qkv")
 _GATE, _UP = f"{_H}.mlp.gate_proj.weight", f"{_H}.mlp.up_proj.weight"
 LLAMA = (
     Leaf("wte/embedding", "V C", "V C", ("model.embed_tokens.weight",)),
@@ -57,6 +60,11 @@ LLAMA = (
     Leaf("h/attn/c_attn/kernel", "C 3 H D", "(H D) C", (_Q, _K, _V)),
     Leaf("h/attn/c_q/kernel", "C H D", "(H D) C", (_Q,)),
     Leaf("h/attn/c_kv/kernel", "C 2 G D", "(G D) C", (_K, _V)),
+    Leaf("h/attn/c_attn/bias", "3 H D", "(H D)", (_BQ, _BK, _BV)),
+    Leaf("h/attn/c_q/bias", "H D", "(H D)", (_BQ,)),
+    Leaf("h/attn/c_kv/bias", "2 G D", "(G D)", (_BK, _BV)),
+    Leaf("h/attn/q_norm/scale", "D", "D", (f"{_H}.self_attn.q_norm.weight",)),
+    Leaf("h/attn/k_norm/scale", "D", "D", (f"{_H}.self_attn.k_norm.weight",)),
     Leaf("h/attn/c_proj/kernel", "H D C", "C (H D)", (f"{_H}.self_attn.o_proj.weight",)),
     Leaf("h/ln_2/scale", "C", "C", (f"{_H}.post_attention_layernorm.weight",)),
     Leaf("h/mlp/c_fc/kernel", "C 2 F", "F C", (_GATE, _UP)),
@@ -116,7 +124,7 @@ def to_params(source: Source) -> dict[str, Any]:
         layers = []
         for names in _names(leaf, config):
             parts = [read(name) for name in names]
-            layers.append(parts[0] if len(parts) == 1 else np.stack(parts, axis=1))
+            layers.append(parts[0] if len(parts) == 1 else np.stack(parts, _stack_axis(leaf)))
         *above, last = leaf.path.split("/")
         node = params
         for key in above:
@@ -147,7 +155,7 @@ def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.n
                     tensors[name] = np.zeros(wanted[name], np.float32)
                     continue
                 x = np.asarray(value[layer] if _stacked(leaf) else value, np.float32)
-                x = x if len(names) == 1 else x[:, place]
+                x = x if len(names) == 1 else x.take(place, _stack_axis(leaf))
                 x = x.transpose(np.argsort(order)).reshape(wanted[name])
                 tensors[name] = np.array(x, order="C")
     return tensors
@@ -215,7 +223,7 @@ def _check_constant(name: str, source: Source) -> None:
         case "masked_bias":  # the score of what is masked
             same = x.size == 1 and x.item() <= -1e4
         case _:
-            rates = source.config.rope_base ** -(np.arange(0, 1, 2 / source.config.head_size))
+            rates = np.asarray(rotary_rates(source.config))
             same = x.shape == rates.shape and np.allclose(x, rates, rtol=1e-2)
     if not same:
         raise UserError(
@@ -238,13 +246,24 @@ def _wanted(config: ModelConfig, whole: bool = False) -> Iterator[tuple[str, tup
 
 def _table(config: ModelConfig, whole: bool = False) -> list[Leaf]:
     """The rows of its family's table that a model has; `whole`: with all of GPT-2's biases."""
-    rows = LLAMA if family(config) == "llama" else GPT2
-    absent = {"c_q", "c_kv"} if kv_heads(config) == config.n_head else {"c_attn"}
-    if config.tie_head:
+    c = config
+    is_gpt2 = family(c) == "gpt2"
+    absent = {"c_q", "c_kv"} if kv_heads(c) == c.n_head else {"c_attn"}
+    if c.tie_head:
         absent |= {"lm_head"}
-    if not whole and not config.bias:
-        absent |= {"bias"}
-    return [leaf for leaf in rows if absent.isdisjoint(leaf.path.split("/"))]
+    if not c.qk_norm_scale:
+        absent |= {"q_norm", "k_norm"}
+
+    def has(leaf: Leaf) -> bool:
+        parts = leaf.path.split("/")
+        if parts[-1] == "bias":
+            inward = parts[-2] in ("c_attn", "c_q", "c_kv")
+            biased = c.attn_bias if inward and c.attn_bias is not None else c.bias
+            if not biased and not (whole and is_gpt2):
+                return False
+        return absent.isdisjoint(parts)
+
+    return list(filter(has, GPT2 if is_gpt2 else LLAMA))
 
 
 def _axes(leaf: Leaf, config: ModelConfig) -> tuple[list[list[int]], list[int]]:
@@ -263,6 +282,11 @@ def _names(leaf: Leaf, config: ModelConfig) -> Iterator[list[str]]:
     """The names of a leaf's tensors, per layer if it has a layer axis."""
     for layer in range(config.n_layer if _stacked(leaf) else 1):
         yield [name.format(layer) for name in leaf.names]
+
+
+def _stack_axis(leaf: Leaf) -> int:
+    """The axis of ours along which several tensors are stacked."""
+    return next(i for i, axis in enumerate(leaf.ours.split()) if axis in "23")
 
 
 def _stacked(leaf: Leaf) -> bool:

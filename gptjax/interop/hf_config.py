@@ -1,7 +1,11 @@
 """Convert transformers' `config.json` to our config, and back.
 
-GPT2LMHeadModel   learned positions, LayerNorm
-LlamaForCausalLM  rotary positions, RMSNorm, SwiGLU, grouped-query attention
+gpt2     learned positions, LayerNorm
+llama    rotary positions, RMSNorm, SwiGLU, grouped-query attention; Llama 3's stretched wavelengths
+mistral  a llama with a sliding window, or with heads of another size
+qwen2    a llama with biases for queries, keys and values
+qwen3    a llama with heads of another size and scaled QK-norm
+smollm3  a llama with layers without rotary positions
 
 A `config.json` is read key by key: each key is understood, or known to leave the logits as they
 are (`NEUTRAL`), or refused. So a setting that we have not heard of is never ignored.
@@ -11,9 +15,27 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from gptjax.config import ModelConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, stretch
 
-Family = Literal["gpt2", "llama"]
+Family = Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3"]
+CLASSES: dict[Family, str] = {  # of transformers
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+# What holds where a file says nothing, if not the same as in a llama.
+DEFAULTS: dict[Family, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+}
+WINDOWED = ("qwen2", "qwen3", "smollm3")  # have a window only if use_sliding_window says so
 
 ACTIVATIONS = {  # transformers' names to ours
     "gelu_pytorch_tanh": "gelu",
@@ -38,7 +60,6 @@ LLAMA_ONLY = {
     "attention_bias": False,
     "mlp_bias": False,
     "rope_interleaved": False,
-    "sliding_window": None,
 }
 # Settings that do not change the logits: training, generation, labels, storage, provenance.
 NEUTRAL = frozenset(
@@ -64,32 +85,43 @@ def family(config: ModelConfig) -> Family:
     """The model family that can represent our model.
 
     Raises:
-        UserError: neither can; names the option that is in the way.
+        UserError: none can; names the option that is in the way.
     """
     c = config
-    wanted: dict[str, Any] = {
-        "window": None,
-        "qk_norm": False,
-        "softcap": None,
-    }
+    kind: Family = "gpt2"
+    wanted: dict[str, Any] = {"softcap": None}
     if c.position == "rotary":
+        if c.nope_every is not None:
+            kind = "smollm3"
+        elif c.qk_norm:
+            kind = "qwen3"
+        elif c.attn_bias:
+            kind = "qwen2"
+        else:  # a llama's heads divide its width
+            kind = "mistral" if c.window is not None or c.n_embd % c.n_head else "llama"
         wanted |= {"norm": "rms", "activation": "swiglu", "bias": False}
+        wanted |= {"qk_norm": kind == "qwen3", "qk_norm_scale": kind == "qwen3"}
+        if kind != "qwen2" and c.attn_bias:
+            wanted["attn_bias"] = None
+        if kind == "smollm3":
+            wanted["window"] = None
     else:
-        wanted |= {"position": "learned", "norm": "layer"}
+        wanted |= {"position": "learned", "norm": "layer", "qk_norm": False, "window": None}
         if kv_heads(c) != c.n_head:
             wanted["n_kv_head"] = None
+        if c.head_size * c.n_head != c.n_embd:
+            wanted["head_dim"] = None
         if c.activation == "swiglu":
             wanted["activation"] = "gelu"
         if c.bias and not c.tie_head:  # an untied head would have a bias, which GPT-2's lacks
             wanted["tie_head"] = True
     for name, value in wanted.items():
         if getattr(c, name) != value:
-            theirs = "LlamaForCausalLM" if c.position == "rotary" else "GPT2LMHeadModel"
             raise UserError(
-                f"model.{name}={getattr(c, name)} is not supported by transformers' {theirs}; it "
-                f"needs model.{name}={value}"
+                f"model.{name}={getattr(c, name)} is not supported by transformers' "
+                f"{CLASSES[kind]}; it needs model.{name}={value}"
             )
-    return "llama" if c.position == "rotary" else "gpt2"
+    return kind
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
@@ -100,11 +132,13 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     """
     values = dict(values)  # each key is taken out as it is understood
     kind = values.pop("model_type", None)
-    if kind not in ("gpt2", "llama"):
-        raise UserError(f"model_type={kind!r} is not supported; expected 'gpt2' or 'llama'")
+    if not isinstance(kind, str) or kind not in CLASSES:
+        names = ", ".join(map(repr, CLASSES))
+        raise UserError(f"model_type={kind!r} is not supported; expected one of {names}")
     for key, value in (SHARED_ONLY | (GPT2_ONLY if kind == "gpt2" else LLAMA_ONLY)).items():
         _only(values, key, value)
-    config = (_read_gpt2 if kind == "gpt2" else _read_llama)(values)
+    values = DEFAULTS[kind] | values
+    config = _read_gpt2(values) if kind == "gpt2" else _read_llama(kind, values)
     for key, value in values.items():
         if key not in NEUTRAL and value is not None:
             raise UserError(
@@ -133,37 +167,95 @@ def _read_gpt2(values: dict[str, Any]) -> ModelConfig:
     )
 
 
-def _read_llama(values: dict[str, Any]) -> ModelConfig:
+def _read_llama(kind: Family, values: dict[str, Any]) -> ModelConfig:
     if (activation := values.pop("hidden_act", "silu")) not in ("silu", "swish"):
         raise UserError(f"hidden_act={activation!r} is not supported; expected 'silu'")
+    n_layer = _positive_int(values, "num_hidden_layers")
     block_size = _positive_int(values, "max_position_embeddings")
-    rope_base = _read_rope(values)
-    config = ModelConfig(
-        n_layer=_positive_int(values, "num_hidden_layers"),
-        n_head=_positive_int(values, "num_attention_heads"),
+    nope_every = _read_nope(values, n_layer) if kind == "smollm3" else None
+    window = _read_window(kind, values, n_layer, block_size)
+    base, scaling = _read_rope(values, block_size, 2e6 if kind == "smollm3" else 1e4)
+    n_head, n_embd = (_positive_int(values, f"{x}") for x in ("num_attention_heads", "hidden_size"))
+    head_dim = _positive_int(values, "head_dim", None)
+    return ModelConfig(
+        n_layer=n_layer,
+        n_head=n_head,
         n_kv_head=_positive_int(values, "num_key_value_heads", None),
-        n_embd=_positive_int(values, "hidden_size"),
+        head_dim=None if head_dim is None or head_dim * n_head == n_embd else head_dim,
+        n_embd=n_embd,
         n_inner=_positive_int(values, "intermediate_size"),
         block_size=block_size,
         vocab_size=_positive_int(values, "vocab_size"),
         bias=False,
+        attn_bias=True if kind == "qwen2" else None,
         norm="rms",
         norm_eps=_number(values, "rms_norm_eps", 1e-6),
+        qk_norm=kind == "qwen3",
+        qk_norm_scale=kind == "qwen3",
         position="rotary",
-        rope_base=rope_base,
+        rope_base=base,
+        rope_scaling=scaling,
+        nope_every=nope_every,
+        window=window,
         activation="swiglu",
         tie_head=_flag(values, "tie_word_embeddings", False),
     )
-    if (size := values.pop("head_dim", None)) not in (None, config.head_size):
-        raise UserError(
-            f"head_dim={size!r} is not supported; expected hidden_size / num_attention_heads = "
-            f"{config.head_size}"
-        )
-    return config
 
 
-def _read_rope(values: dict[str, Any]) -> float:
-    """The base of the rotary frequencies.
+def _read_nope(values: dict[str, Any], n_layer: int) -> int | None:
+    """`nope_every`, from the layers' flags (0 for one without rotary positions) or their period."""
+    every = _positive_int(values, "no_rope_layer_interval", None) or 4
+    flags = values.pop("no_rope_layers", None)
+    if flags is not None:
+        if not isinstance(flags, list) or not set(map(repr, flags)) <= {"0", "1"}:
+            raise UserError(f"no_rope_layers={flags!r} is not a list of 0 and 1")
+        if len(flags) < n_layer:
+            raise UserError(f"no_rope_layers has {len(flags)} values for {n_layer} layers")
+        flags = flags[:n_layer]
+        every = flags.index(0) + 1 if 0 in flags else n_layer + 1
+        if flags != [int((i + 1) % every > 0) for i in range(n_layer)]:
+            raise UserError(f"no_rope_layers={flags!r} is not supported; expected a 0 at intervals")
+    return every if every <= n_layer else None
+
+
+def _read_window(kind: Family, values: dict[str, Any], n_layer: int, block_size: int) -> int | None:
+    """The sliding window of all layers; None: they see the whole context."""
+    size, types = _positive_int(values, "sliding_window", None), values.pop("layer_types", None)
+    if kind == "llama" and size is not None:  # transformers' llama has none, and ignores it
+        raise UserError(f"sliding_window={size} is not supported; expected None")
+    first = 0
+    if kind in WINDOWED:
+        use = _flag(values, "use_sliding_window", False)
+        first = values.pop("max_window_layers", 28) if kind != "smollm3" else 0
+        if type(first) is not int:
+            raise UserError(f"max_window_layers={first!r} is not an integer")
+        size = size if use else None
+    if size is not None and size >= block_size:
+        size = None  # sees everything
+    if size is not None and kind == "smollm3":
+        raise UserError(f"sliding_window={size} is not supported in a smollm3; expected None")
+    if types is not None:
+        expected = "full_attention" if size is None else "sliding_attention"
+        known = isinstance(types, list) and set(map(str, types)) <= {expected, "full_attention"}
+        if not known or (size is not None and "full_attention" in types):
+            raise UserError(
+                f"layer_types={types!r} with sliding_window={size} is not supported; expected "
+                f"{expected!r} in every layer"
+            )
+    elif size is not None and first > 0:  # the layers before have no window
+        if first < n_layer:
+            raise UserError(
+                f"max_window_layers={first} is not supported; expected 0 or {n_layer}, for all "
+                f"layers must have the same window"
+            )
+        size = None
+    return size
+
+
+def _read_rope(
+    values: dict[str, Any], block_size: int, default: float
+) -> tuple[float, tuple[float, ...] | None]:
+    """`rope_base` and `rope_scaling`.
 
     transformers 5 has everything in `rope_parameters`; before, there was `rope_scaling`, which
     calls its type `type` or `rope_type`, and the base stood beside it. A file may have several of
@@ -184,15 +276,27 @@ def _read_rope(values: dict[str, Any]) -> float:
             raise UserError(
                 f"{name}={x!r} contradicts {name}={given[name]!r} of the rotary settings"
             )
-    base = _number(given, "rope_theta", 10_000.0)
+    base = _number(given, "rope_theta", default)
     _only(given, "partial_rotary_factor", 1.0)
-    kind = given.pop("rope_type", "default")
-    if kind not in ("default", "linear"):
-        raise UserError(f"rope_type={kind!r} is not supported; expected 'default'")
-    _only(given, "factor", 1.0)
+    kind, scaling = given.pop("rope_type", "default"), None
+    if kind == "llama3":
+        numbers = [_number(given, x) for x in ("factor", "low_freq_factor", "high_freq_factor")]
+        original = _number(given, "original_max_position_embeddings", block_size)
+        _only(values, "original_max_position_embeddings", original)
+        scaling = (*numbers, original)
+    elif kind == "linear":
+        scaling = (_number(given, "factor"),)
+    elif kind == "default":
+        _only(given, "factor", 1.0)
+    else:
+        raise UserError(
+            f"rope_type={kind!r} is not supported; expected 'default', 'linear' or 'llama3'"
+        )
     for name, value in given.items():
         raise UserError(f"the rotary setting {name}={value!r} is not understood for {kind!r}")
-    return base
+    if scaling is not None:
+        stretch("the rotary scaling", scaling)
+    return base, None if scaling and scaling[0] == 1 else scaling
 
 
 def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
@@ -203,21 +307,23 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
         end_of_text: the tokenizer's id of it; None: it has none.
 
     Raises:
-        UserError: neither family can represent the model.
+        UserError: no family can represent the model.
     """
     c = config
+    kind = family(c)
     shared = {
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
         "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tie_head,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
+        "pad_token_id": None,  # a smollm3's default is beyond a small vocabulary
         "dtype": "float32",
     }
-    if family(c) == "gpt2":
+    if kind == "gpt2":
         names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
         return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
             "n_layer": c.n_layer,
             "n_head": c.n_head,
             "n_embd": c.n_embd,
@@ -230,12 +336,11 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
             "resid_pdrop": c.dropout,
             **shared,
         }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    values = {
         "num_hidden_layers": c.n_layer,
         "num_attention_heads": c.n_head,
         "num_key_value_heads": kv_heads(c),
+        "head_dim": c.head_size,
         "hidden_size": c.n_embd,
         "intermediate_size": c.n_inner or 4 * c.n_embd,
         "max_position_embeddings": c.block_size,
@@ -244,6 +349,26 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
         "hidden_act": "silu",
         **shared,
     }
+    if c.rope_scaling is not None:
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        *numbers, original = (*c.rope_scaling, 0.0)[:4]
+        values["rope_scaling"] = {"rope_type": "linear", "factor": numbers[0]}
+        if len(c.rope_scaling) == 4:
+            values["rope_scaling"] = {
+                "rope_type": "llama3",
+                **dict(zip(names, numbers, strict=True)),
+                "original_max_position_embeddings": int(original),
+            }
+    if kind == "mistral":
+        values["sliding_window"] = c.window
+    if kind in WINDOWED:
+        values |= {"sliding_window": c.window, "use_sliding_window": c.window is not None}
+    if kind in ("qwen2", "qwen3"):
+        values["max_window_layers"] = 0
+    if c.nope_every is not None:
+        values["no_rope_layer_interval"] = c.nope_every
+        values["no_rope_layers"] = [int(i % c.nope_every > 0) for i in range(1, c.n_layer + 1)]
+    return values
 
 
 def kv_heads(config: ModelConfig) -> int:
@@ -267,7 +392,7 @@ def _positive_int(values: dict[str, Any], key: str, *default: None) -> Any:
     return value
 
 
-def _number(values: dict[str, Any], key: str, default: float) -> float:
+def _number(values: dict[str, Any], key: str, default: float | None = None) -> float:
     value = values.pop(key, default)
     if type(value) not in (int, float) or not abs(value) < 2**1023:
         raise UserError(f"{key}={value!r} is not a finite number")

@@ -58,8 +58,8 @@ def load(name: str) -> Pretrained:
         name: see `Config.init`; GPT-2's names refer to the hub even if a run has the same name.
 
     Raises:
-        UserError: no such model, no connection, a pickle, a corrupt file, an architecture other
-            than GPT-2 and Llama, or an unsupported setting.
+        UserError: no such model, no connection, a pickle, a corrupt file, an architecture that
+            is not one of `hf_config.CLASSES`, or an unsupported setting.
     """
     path = Path(name)
     if path.suffix in (".gguf", ".pt") and path.exists() and not path.is_file():
