@@ -1,16 +1,24 @@
-"""Read a Llama model and its tokenizer from a GGUF file, dequantised by the `gguf` package."""
+"""Read a model of Llama's kind and its tokenizer from a GGUF file, dequantised by the `gguf`
+package."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptjax.config import ModelConfig
 from gptjax.errors import UserError, optional_import
 from gptjax.interop import hf_config
 from gptjax.interop.hf import Source, add
+from gptjax.layers import rotary_rates
 from gptjax.text.subwords import HFTokenizer
 
+# Architectures, by transformers' names too: whether llama.cpp turns neighbouring axes of queries
+# and keys (i and i + 1); transformers and gptjax turn i and i + D/2.
+INTERLEAVED = {"llama": True, "smollm3": True, "qwen2": False, "qwen3": False}
+STRETCH = "rope_freqs.weight"  # (D / 2,) factors of the rotary wavelengths
 NAMES = {  # llama.cpp's tensor names to transformers'
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -22,6 +30,8 @@ LAYER_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -87,6 +97,8 @@ def read(path: Path) -> Source:
         settings["tie_word_embeddings"] = "lm_head.weight" not in tensors
         rotated = settings.pop("rope.dimension_count", None)
         config = hf_config.read_config(settings)
+        if STRETCH in tensors:
+            config = _stretched(config, np.array(tensors.pop(STRETCH).data, np.float64))
         if rotated not in (None, config.head_size):
             raise UserError(
                 f"rope.dimension_count={rotated!r} is not supported; expected the head size "
@@ -105,8 +117,9 @@ def read(path: Path) -> Source:
                 f"{path}: {tensor.name} has the type {tensor.tensor_type.name}, which the gguf "
                 f"package cannot dequantise; use a file with another quantisation"
             ) from None
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            # llama.cpp interleaves rotary pairs; transformers and gptjax pair i with i + D/2.
+        if INTERLEAVED[settings["model_type"]] and name.endswith(
+            ("q_proj.weight", "k_proj.weight")
+        ):
             D = config.head_size
             x = x.reshape(-1, D // 2, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
         return x
@@ -139,11 +152,14 @@ def _open(gguf: Any, path: Path) -> Any:
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
     """Convert the model's metadata to the values of a transformers config.json, and
     `rope.dimension_count`."""
-    if (kind := values.get("general.architecture")) != "llama":
-        raise UserError(f"general.architecture={kind!r} is not supported; expected 'llama'")
+    if (kind := values.get("general.architecture")) not in INTERLEAVED:
+        names = ", ".join(map(repr, INTERLEAVED))
+        raise UserError(f"general.architecture={kind!r} is not supported; expected one of {names}")
     if (contents := values.get("general.type", "model")) != "model":
         raise UserError(f"general.type={contents!r} is not supported; expected 'model'")
+    # llama.cpp's defaults, which are not transformers' for every family.
     settings: dict[str, Any] = {"model_type": kind}
+    defaults = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10_000.0}
     for key, value in values.items():
         if key.startswith(PREFIXES):
             continue
@@ -163,7 +179,36 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
         scaling["rope_type"] = "default"
     elif factor:
         scaling["factor"] = factor
-    return settings | {"rope_scaling": scaling}
+    return defaults | settings | {"rope_scaling": scaling}
+
+
+def _stretched(config: ModelConfig, factors: np.ndarray) -> ModelConfig:
+    """The config with the `rope_scaling` that gives a file's (D / 2,) factors.
+
+    A file holds neither Llama 3's LOW and HIGH, which have been 1 and 4 in every release, nor
+    ORIGINAL, which follows from a factor between 1 and the largest.
+
+    Raises:
+        UserError: no such scaling gives these factors.
+    """
+    plain = np.asarray(rotary_rates(replace(config, rope_scaling=None)), np.float64)
+    if factors.shape == plain.shape and np.isfinite(factors).all() and factors.min() >= 1:
+        low, high, largest, original = 1.0, 4.0, float(factors.max()), 8192.0
+        if (between := (factors > 1.001) & (factors < 0.999 * largest)).any():
+            kept = (1 / factors[between] - 1 / largest) / (1 - 1 / largest)
+            original = float(
+                np.round(np.median(2 * np.pi / plain[between] * (low + kept * (high - low))))
+            )
+        scaling = None if largest == 1 else (largest, low, high, original)
+        found = replace(config, rope_scaling=scaling)
+        if config.rope_scaling is None and np.allclose(
+            np.asarray(rotary_rates(found)), plain / factors, rtol=1e-4
+        ):
+            return found
+    raise UserError(
+        f"the factors in {STRETCH} are not those of Llama 3's scaled rotary positions, the only "
+        f"ones that are supported"
+    )
 
 
 def _name(name: str) -> str:
@@ -171,8 +216,8 @@ def _name(name: str) -> str:
     match name.split("."):
         case [part, "weight"] if part in NAMES:
             return f"{NAMES[part]}.weight"
-        case ["blk", layer, part, "weight"] if part in LAYER_NAMES:
-            return f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
+        case ["blk", layer, part, ("weight" | "bias") as kind] if part in LAYER_NAMES:
+            return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
     return name
 
 

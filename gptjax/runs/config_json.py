@@ -115,5 +115,6 @@ def _check(name: str, value: Any, hint: Any) -> Any:
             return value
         if kind is float and type(value) is int and abs(value) < 2**53:
             return float(value)
-    expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+    names = {type(None): "null", tuple[float, ...]: "a list of numbers"}
+    expected = " or ".join(names.get(kind) or kind.__name__ for kind in allowed)
     raise UserError(f"{name}: expected {expected}, got {value!r}")
