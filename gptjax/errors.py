@@ -112,8 +112,11 @@ def stretch(name: str, value: tuple[float, ...] | None) -> None:
     if value is None:
         return
     numbers = all(isinstance(x, int | float) and 0 < x < float("inf") for x in value)
-    if not numbers or not (len(value) == 1 or (len(value) == 4 and value[1] < value[2])):
+    if not numbers or not (
+        len(value) == 1
+        or (len(value) == 4 and value[1] < value[2] and float(value[3]).is_integer())
+    ):
         raise UserError(
             f"{name}={value} is not FACTOR or FACTOR LOW HIGH ORIGINAL, with LOW < HIGH; give one "
-            f"or four numbers above 0, such as 8 1 4 8192"
+            f"or four numbers above 0, such as 8 1 4 8192 (the last an integer)"
         )

@@ -305,7 +305,7 @@ CHECKS = [
         (
             lambda v=v: ModelConfig(rope_scaling=v),
             f"model.rope_scaling={v} is not FACTOR or FACTOR LOW HIGH ORIGINAL, with LOW < HIGH; "
-            f"give one or four numbers above 0, such as 8 1 4 8192",
+            f"give one or four numbers above 0, such as 8 1 4 8192 (the last an integer)",
         )
         for v in ((), (0.0,), (float("nan"),), (8.0, 1.0), (8.0, 4.0, 4.0, 64.0), (None,))
     ],

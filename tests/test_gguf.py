@@ -152,7 +152,8 @@ def test_import_equals_transformers(arch: str, kind: str, tmp_path: Path):
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}[arch]
     theirs = getattr(transformers, f"{name}ForCausalLM")(
         getattr(transformers, f"{name}Config")(
-            vocab_size=V, hidden_size=C, intermediate_size=F, num_hidden_layers=loaded.config.n_layer,
+            vocab_size=V, hidden_size=C, intermediate_size=F,
+            num_hidden_layers=loaded.config.n_layer,
             num_attention_heads=H, num_key_value_heads=G, max_position_embeddings=64,
             rms_norm_eps=1e-5, rope_parameters=rope, head_dim=C // H, tie_word_embeddings=False,
             pad_token_id=None,

@@ -46,6 +46,7 @@ LLAMA = ModelConfig(
     position="rotary",
     activation="swiglu",
 )
+MISTRAL = replace(LLAMA, window=8)
 
 
 @pytest.fixture(scope="module")
@@ -493,7 +494,7 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
     "head size": (
         LLAMA,
         edit_config(head_dim=4),
-        "{}/config.json: head_dim=4 is not supported",
+        "{}: the tensor model.layers.0.self_attn.k_proj.weight has shape (16, 32), expected",
     ),
     "bias": (
         LLAMA,
@@ -524,6 +525,51 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
         LLAMA,
         edit_config(rope_parameters={"rope_type": "default", "mrope_section": [1]}),
         "{}/config.json: the rotary setting mrope_section=[1] is not understood",
+    ),
+    "other constants of a stretch": (
+        LLAMA,
+        edit_config(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
+        "{}/config.json: high_freq_factor=None is not a finite number",
+    ),
+    "a stretch without bounds": (
+        LLAMA,
+        edit_config(rope_scaling={"rope_type": "linear", "factor": 0}),
+        "{}/config.json: the rotary scaling=(0.0,) is not FACTOR",
+    ),
+    "two bases": (
+        LLAMA,
+        edit_config(rope_parameters={"rope_theta": 5e5}),
+        "{}/config.json: rope_theta=10000.0 contradicts rope_theta=500000.0",
+    ),
+    "layers that differ": (
+        MISTRAL,
+        edit_config(layer_types=["full_attention", "sliding_attention"]),
+        "{}/config.json: layer_types=['full_attention', 'sliding_attention'] with sliding_window=8",
+    ),
+    "windows in some layers": (
+        replace(MISTRAL, attn_bias=True),
+        edit_config(max_window_layers=1),
+        "{}/config.json: max_window_layers=1 is not supported; expected 0 or 2",
+    ),
+    "a window that transformers would ignore": (
+        LLAMA,
+        edit_config(sliding_window=8),
+        "{}/config.json: sliding_window=8 is not supported; expected None",
+    ),
+    "layers without positions, but not at intervals": (
+        replace(LLAMA, n_layer=3, nope_every=3),
+        edit_config(no_rope_layers=[0, 1, 0]),
+        "{}/config.json: no_rope_layers=[0, 1, 0] is not supported; expected a 0 at intervals",
+    ),
+    "flags of too few layers": (
+        replace(LLAMA, nope_every=2),
+        edit_config(no_rope_layers=[1]),
+        "{}/config.json: no_rope_layers has 1 values for 2 layers",
+    ),
+    "biases that the family lacks": (
+        replace(LLAMA, attn_bias=True),
+        edit_config(model_type="mistral"),
+        "{}/config.json: use_sliding_window=False is not a setting of a mistral",
     ),
     "unknown setting": (
         LLAMA,
@@ -684,6 +730,7 @@ def test_an_unusable_folder_is_refused(name: str, tmp_path: Path):
         {"rope_scaling": {"type": "linear", "factor": 1.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000}, "rope_scaling": None},
         {"partial_rotary_factor": 1.0, "rope_interleaved": False, "is_llama_config": True},
+        {"layer_types": ["full_attention"] * 2, "original_max_position_embeddings": None},
         {"use_cache": False, "torch_dtype": "bfloat16", "max_length": 20, "new_setting": None},
     ],
 )
@@ -694,6 +741,50 @@ def test_settings_that_change_nothing_are_accepted(changes: dict[str, Any], tmp_
     loaded = pretrained.load(str(tmp_path / "model"))
     assert loaded.config == before
     assert_same(loaded.params, params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "window"),
+    [
+        ("mistral", {"sliding_window": 8}, 8),
+        ("mistral", {"sliding_window": BLOCK}, None),
+        ("mistral", {}, None),  # 4096 tokens by transformers' default, more than the context
+        ("mistral", {"max_position_embeddings": 8192}, 4096),
+        ("qwen2", {"sliding_window": 8}, None),  # not in use
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True}, None),  # from layer 28 on
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8),
+        (
+            "qwen3",
+            {
+                **{"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+                "layer_types": ["sliding_attention"] * 2,
+            },
+            8,
+        ),
+    ],
+)
+def test_the_window_that_transformers_would_take(
+    kind: str, changes: dict[str, Any], window: int | None
+):
+    values = {**hf_config.write_config(LLAMA, None), "model_type": kind, **changes}
+    assert hf_config.read_config(values).window == window
+
+
+def test_what_a_family_takes_for_granted():
+    """Where a file says nothing, each family has defaults of its own."""
+    values = hf_config.write_config(replace(LLAMA, n_head=32, n_embd=64), None)
+    for key in ("num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings"):
+        del values[key]
+    expected = {
+        "llama": (None, 2, 1e4, False, None),
+        "mistral": (8, 2, 1e4, False, None),
+        "qwen2": (32, 2, 1e4, False, None),
+        "qwen3": (32, 128, 1e4, False, None),
+        "smollm3": (4, 2, 2e6, True, 4),
+    }
+    for kind, wanted in expected.items():
+        c = hf_config.read_config({**values, "model_type": kind, "num_hidden_layers": 4})
+        assert (c.n_kv_head, c.head_size, c.rope_base, c.tie_head, c.nope_every) == wanted
 
 
 def test_a_header_with_a_tensor_twice_is_refused(tmp_path: Path):
@@ -870,6 +961,7 @@ def test_other_files_are_refused(tmp_path: Path):
         ({"n_kv_head": 2}, "n_kv_head=2", "GPT2LMHeadModel", "n_kv_head=None"),
         ({"activation": "swiglu"}, "activation=swiglu", "GPT2LMHeadModel", "activation=gelu"),
         ({"position": "rotary"}, "norm=layer", "LlamaForCausalLM", "norm=rms"),
+        ({"head_dim": 4}, "head_dim=4", "GPT2LMHeadModel", "head_dim=None"),
     ],
 )
 def test_export_names_the_unsupported_option(

@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from gptjax.config import ModelConfig
-from gptjax.errors import UserError, stretch
+from gptjax.errors import UserError
+from gptjax.interop import hf_settings as settings
+from gptjax.interop.hf_settings import WINDOWED
 
 Family = Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3"]
 CLASSES: dict[Family, str] = {  # of transformers
@@ -35,7 +37,6 @@ DEFAULTS: dict[Family, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True},
 }
-WINDOWED = ("qwen2", "qwen3", "smollm3")  # have a window only if use_sliding_window says so
 
 ACTIVATIONS = {  # transformers' names to ours
     "gelu_pytorch_tanh": "gelu",
@@ -136,7 +137,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         names = ", ".join(map(repr, CLASSES))
         raise UserError(f"model_type={kind!r} is not supported; expected one of {names}")
     for key, value in (SHARED_ONLY | (GPT2_ONLY if kind == "gpt2" else LLAMA_ONLY)).items():
-        _only(values, key, value)
+        settings.only(values, key, value)
     values = DEFAULTS[kind] | values
     config = _read_gpt2(values) if kind == "gpt2" else _read_llama(kind, values)
     for key, value in values.items():
@@ -156,13 +157,13 @@ def _read_gpt2(values: dict[str, Any]) -> ModelConfig:
             f"activation_function={activation!r} is not supported; expected one of {names}"
         )
     return ModelConfig(
-        n_layer=_positive_int(values, "n_layer"),
-        n_head=_positive_int(values, "n_head"),
-        n_embd=_positive_int(values, "n_embd"),
-        n_inner=_positive_int(values, "n_inner", None),
-        block_size=_positive_int(values, "n_positions"),
-        vocab_size=_positive_int(values, "vocab_size"),
-        norm_eps=_number(values, "layer_norm_epsilon", 1e-5),
+        n_layer=settings.positive_int(values, "n_layer"),
+        n_head=settings.positive_int(values, "n_head"),
+        n_embd=settings.positive_int(values, "n_embd"),
+        n_inner=settings.positive_int(values, "n_inner", None),
+        block_size=settings.positive_int(values, "n_positions"),
+        vocab_size=settings.positive_int(values, "vocab_size"),
+        norm_eps=settings.number(values, "layer_norm_epsilon", 1e-5),
         activation=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
     )
 
@@ -170,26 +171,27 @@ def _read_gpt2(values: dict[str, Any]) -> ModelConfig:
 def _read_llama(kind: Family, values: dict[str, Any]) -> ModelConfig:
     if (activation := values.pop("hidden_act", "silu")) not in ("silu", "swish"):
         raise UserError(f"hidden_act={activation!r} is not supported; expected 'silu'")
-    n_layer = _positive_int(values, "num_hidden_layers")
-    block_size = _positive_int(values, "max_position_embeddings")
-    nope_every = _read_nope(values, n_layer) if kind == "smollm3" else None
-    window = _read_window(kind, values, n_layer, block_size)
-    base, scaling = _read_rope(values, block_size, 2e6 if kind == "smollm3" else 1e4)
-    n_head, n_embd = (_positive_int(values, f"{x}") for x in ("num_attention_heads", "hidden_size"))
-    head_dim = _positive_int(values, "head_dim", None)
+    n_layer = settings.positive_int(values, "num_hidden_layers")
+    block_size = settings.positive_int(values, "max_position_embeddings")
+    nope_every = settings.nope_every(values, n_layer) if kind == "smollm3" else None
+    window = settings.window(kind, values, n_layer, block_size)
+    base, scaling = settings.rope(values, block_size, 2e6 if kind == "smollm3" else 1e4)
+    n_head = settings.positive_int(values, "num_attention_heads")
+    n_embd = settings.positive_int(values, "hidden_size")
+    head_dim = settings.positive_int(values, "head_dim", None)
     return ModelConfig(
         n_layer=n_layer,
         n_head=n_head,
-        n_kv_head=_positive_int(values, "num_key_value_heads", None),
+        n_kv_head=settings.positive_int(values, "num_key_value_heads", None),
         head_dim=None if head_dim is None or head_dim * n_head == n_embd else head_dim,
         n_embd=n_embd,
-        n_inner=_positive_int(values, "intermediate_size"),
+        n_inner=settings.positive_int(values, "intermediate_size"),
         block_size=block_size,
-        vocab_size=_positive_int(values, "vocab_size"),
+        vocab_size=settings.positive_int(values, "vocab_size"),
         bias=False,
         attn_bias=True if kind == "qwen2" else None,
         norm="rms",
-        norm_eps=_number(values, "rms_norm_eps", 1e-6),
+        norm_eps=settings.number(values, "rms_norm_eps", 1e-6),
         qk_norm=kind == "qwen3",
         qk_norm_scale=kind == "qwen3",
         position="rotary",
@@ -198,105 +200,8 @@ def _read_llama(kind: Family, values: dict[str, Any]) -> ModelConfig:
         nope_every=nope_every,
         window=window,
         activation="swiglu",
-        tie_head=_flag(values, "tie_word_embeddings", False),
+        tie_head=settings.flag(values, "tie_word_embeddings", False),
     )
-
-
-def _read_nope(values: dict[str, Any], n_layer: int) -> int | None:
-    """`nope_every`, from the layers' flags (0 for one without rotary positions) or their period."""
-    every = _positive_int(values, "no_rope_layer_interval", None) or 4
-    flags = values.pop("no_rope_layers", None)
-    if flags is not None:
-        if not isinstance(flags, list) or not set(map(repr, flags)) <= {"0", "1"}:
-            raise UserError(f"no_rope_layers={flags!r} is not a list of 0 and 1")
-        if len(flags) < n_layer:
-            raise UserError(f"no_rope_layers has {len(flags)} values for {n_layer} layers")
-        flags = flags[:n_layer]
-        every = flags.index(0) + 1 if 0 in flags else n_layer + 1
-        if flags != [int((i + 1) % every > 0) for i in range(n_layer)]:
-            raise UserError(f"no_rope_layers={flags!r} is not supported; expected a 0 at intervals")
-    return every if every <= n_layer else None
-
-
-def _read_window(kind: Family, values: dict[str, Any], n_layer: int, block_size: int) -> int | None:
-    """The sliding window of all layers; None: they see the whole context."""
-    size, types = _positive_int(values, "sliding_window", None), values.pop("layer_types", None)
-    if kind == "llama" and size is not None:  # transformers' llama has none, and ignores it
-        raise UserError(f"sliding_window={size} is not supported; expected None")
-    first = 0
-    if kind in WINDOWED:
-        use = _flag(values, "use_sliding_window", False)
-        first = values.pop("max_window_layers", 28) if kind != "smollm3" else 0
-        if type(first) is not int:
-            raise UserError(f"max_window_layers={first!r} is not an integer")
-        size = size if use else None
-    if size is not None and size >= block_size:
-        size = None  # sees everything
-    if size is not None and kind == "smollm3":
-        raise UserError(f"sliding_window={size} is not supported in a smollm3; expected None")
-    if types is not None:
-        expected = "full_attention" if size is None else "sliding_attention"
-        known = isinstance(types, list) and set(map(str, types)) <= {expected, "full_attention"}
-        if not known or (size is not None and "full_attention" in types):
-            raise UserError(
-                f"layer_types={types!r} with sliding_window={size} is not supported; expected "
-                f"{expected!r} in every layer"
-            )
-    elif size is not None and first > 0:  # the layers before have no window
-        if first < n_layer:
-            raise UserError(
-                f"max_window_layers={first} is not supported; expected 0 or {n_layer}, for all "
-                f"layers must have the same window"
-            )
-        size = None
-    return size
-
-
-def _read_rope(
-    values: dict[str, Any], block_size: int, default: float
-) -> tuple[float, tuple[float, ...] | None]:
-    """`rope_base` and `rope_scaling`.
-
-    transformers 5 has everything in `rope_parameters`; before, there was `rope_scaling`, which
-    calls its type `type` or `rope_type`, and the base stood beside it. A file may have several of
-    these if they agree.
-    """
-    given = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        value = values.pop(key, None)
-        if not isinstance(value, dict | None):
-            raise UserError(f"{key}={value!r} is not an object; expected e.g. rope_type and factor")
-        for name, x in (value or {}).items():
-            name = {"type": "rope_type"}.get(name, name)
-            if x is not None and given.setdefault(name, x) != x:
-                raise UserError(f"{key}: {name}={x!r} contradicts {name}={given[name]!r}")
-    for name in ("rope_theta", "partial_rotary_factor"):
-        x = values.pop(name, None)
-        if x is not None and given.setdefault(name, x) != x:
-            raise UserError(
-                f"{name}={x!r} contradicts {name}={given[name]!r} of the rotary settings"
-            )
-    base = _number(given, "rope_theta", default)
-    _only(given, "partial_rotary_factor", 1.0)
-    kind, scaling = given.pop("rope_type", "default"), None
-    if kind == "llama3":
-        numbers = [_number(given, x) for x in ("factor", "low_freq_factor", "high_freq_factor")]
-        original = _number(given, "original_max_position_embeddings", block_size)
-        _only(values, "original_max_position_embeddings", original)
-        scaling = (*numbers, original)
-    elif kind == "linear":
-        scaling = (_number(given, "factor"),)
-    elif kind == "default":
-        _only(given, "factor", 1.0)
-    else:
-        raise UserError(
-            f"rope_type={kind!r} is not supported; expected 'default', 'linear' or 'llama3'"
-        )
-    for name, value in given.items():
-        raise UserError(f"the rotary setting {name}={value!r} is not understood for {kind!r}")
-    if scaling is not None:
-        stretch("the rotary scaling", scaling)
-    return base, None if scaling and scaling[0] == 1 else scaling
 
 
 def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
@@ -351,14 +256,11 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
     }
     if c.rope_scaling is not None:
         names = ("factor", "low_freq_factor", "high_freq_factor")
-        *numbers, original = (*c.rope_scaling, 0.0)[:4]
-        values["rope_scaling"] = {"rope_type": "linear", "factor": numbers[0]}
-        if len(c.rope_scaling) == 4:
-            values["rope_scaling"] = {
-                "rope_type": "llama3",
-                **dict(zip(names, numbers, strict=True)),
-                "original_max_position_embeddings": int(original),
-            }
+        scaling: dict[str, Any] = dict(zip(names, c.rope_scaling, strict=False))
+        scaling["rope_type"] = "linear" if len(c.rope_scaling) == 1 else "llama3"
+        if len(c.rope_scaling) == 4:  # transformers wants an integer
+            scaling["original_max_position_embeddings"] = int(c.rope_scaling[3])
+        values["rope_scaling"] = scaling
     if kind == "mistral":
         values["sliding_window"] = c.window
     if kind in WINDOWED:
@@ -374,33 +276,3 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
 def kv_heads(config: ModelConfig) -> int:
     """Number of key/value heads."""
     return config.n_kv_head or config.n_head
-
-
-def _only(values: dict[str, Any], key: str, supported: Any) -> None:
-    """Take out a setting that has one supported value, also its default."""
-    found = values.pop(key, None)
-    if found is not None and found != supported:
-        raise UserError(f"{key}={found!r} is not supported; expected {supported!r}")
-
-
-def _positive_int(values: dict[str, Any], key: str, *default: None) -> Any:
-    value = values.pop(key, None)
-    if value is None and default:
-        return None
-    if type(value) is not int or not 0 < value < 2**31:
-        raise UserError(f"{key}={value!r} is not a positive integer")
-    return value
-
-
-def _number(values: dict[str, Any], key: str, default: float | None = None) -> float:
-    value = values.pop(key, default)
-    if type(value) not in (int, float) or not abs(value) < 2**1023:
-        raise UserError(f"{key}={value!r} is not a finite number")
-    return float(value)
-
-
-def _flag(values: dict[str, Any], key: str, default: bool) -> bool:
-    value = values.pop(key, default)
-    if type(value) is not bool:
-        raise UserError(f"{key}={value!r} is not true or false")
-    return value
