@@ -105,8 +105,7 @@ class ModelConfig:
         for name in ("vocab_size", "n_kv_head", "head_dim", "n_inner", "window", "nope_every"):
             if getattr(self, name) is not None:
                 positive(f"model.{name}", getattr(self, name))
-        if self.attn_dropout is not None:
-            within("model.attn_dropout", self.attn_dropout, 0.0, 1.0)
+        within("model.attn_dropout", self.dropped_attention, 0.0, 1.0)
         if self.softcap is not None:
             above_zero("model.softcap", self.softcap)
         above_zero("model.norm_eps", self.norm_eps)
@@ -123,9 +122,10 @@ class ModelConfig:
                 f"--model.remat"
             )
         if self.position == "rotary" and self.head_size % 2:
+            what = "n_embd / n_head" if self.head_dim is None else "model.head_dim"
             raise UserError(
-                f"rotary positions need an even head size, and n_embd / n_head = "
-                f"{self.head_size} is odd; change model.n_embd or model.n_head"
+                f"rotary positions need an even head size, and {what} = {self.head_size} is odd; "
+                f"change model.n_embd or model.n_head"
             )
         if self.qk_norm_scale and not self.qk_norm:
             raise UserError("model.qk_norm_scale needs model.qk_norm; add --model.qk-norm")

@@ -113,10 +113,10 @@ def stretch(name: str, value: tuple[float, ...] | None) -> None:
         return
     numbers = all(isinstance(x, int | float) and 0 < x < float("inf") for x in value)
     if not numbers or not (
-        len(value) == 1
-        or (len(value) == 4 and value[1] < value[2] and float(value[3]).is_integer())
+        (len(value) == 1 or (len(value) == 4 and value[1] < value[2] and value[3] % 1 == 0))
+        and value[0] >= 1
     ):
         raise UserError(
-            f"{name}={value} is not FACTOR or FACTOR LOW HIGH ORIGINAL, with LOW < HIGH; give one "
-            f"or four numbers above 0, such as 8 1 4 8192 (the last an integer)"
+            f"{name}={value} is not FACTOR or FACTOR LOW HIGH ORIGINAL, with FACTOR of at least 1, "
+            f"0 < LOW < HIGH and an integer; give e.g. 8 1 4 8192"
         )

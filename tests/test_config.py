@@ -304,10 +304,10 @@ CHECKS = [
     *[
         (
             lambda v=v: ModelConfig(rope_scaling=v),
-            f"model.rope_scaling={v} is not FACTOR or FACTOR LOW HIGH ORIGINAL, with LOW < HIGH; "
-            f"give one or four numbers above 0, such as 8 1 4 8192 (the last an integer)",
+            f"model.rope_scaling={v} is not FACTOR or FACTOR LOW HIGH ORIGINAL, with FACTOR of at "
+            f"least 1, 0 < LOW < HIGH and an integer; give e.g. 8 1 4 8192",
         )
-        for v in ((), (0.0,), (float("nan"),), (8.0, 1.0), (8.0, 4.0, 4.0, 64.0), (None,))
+        for v in ((), (1e-320,), (float("nan"),), (8.0, 1.0), (8.0, 4.0, 4.0, 64.0), (None,))
     ],
     (lambda: ModelConfig(window=0), small("model.window", 0)),
     (lambda: Config(loss_chunk=0), small("loss_chunk", 0)),
