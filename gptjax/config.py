@@ -1,8 +1,7 @@
 """The description of a run: frozen dataclasses, whose strings are the text of `--help`.
 
 Standard library only, so that `--help` answers at once. `None` means off. A new field's default
-must reproduce what was done before it existed, so that the `config.json` of an old run keeps its
-meaning (`runs/config_json.py` reads and writes it).
+must reproduce what was done before it existed, for an old run's `config.json` keeps its meaning.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -34,8 +33,7 @@ class ModelConfig:
     n_head: int = 4
     """Number of attention heads; n_embd must be a multiple unless head_dim is given."""
     n_kv_head: int | None = None
-    """Number of key and value heads, each shared by several query heads (grouped-query attention).
-    None means n_head: no sharing."""
+    """Key and value heads, shared by query heads (grouped-query attention). None means n_head."""
     head_dim: int | None = None
     """Size of a head. None means n_embd / n_head."""
     n_embd: int = 128
@@ -55,8 +53,7 @@ class ModelConfig:
     attn_bias: bool | None = None
     """Use biases for queries, keys and values (Qwen 2 has only these). None means as bias says."""
     norm: Literal["layer", "rms"] = "layer"
-    """Normalisation before attention, before the MLP and at the end: layer is GPT-2's layer norm,
-    rms is Llama's."""
+    """Normalisation of the residual stream: layer is GPT-2's layer norm, rms is Llama's."""
     norm_eps: float = 1e-5
     """Constant added to the variance or the mean square in every norm."""
     qk_norm: bool = False
@@ -77,8 +74,7 @@ class ModelConfig:
     """Sliding-window size in tokens. None means full causal attention."""
     activation: Literal["gelu", "gelu_erf", "relu", "relu2", "swiglu"] = "gelu"
     """Activation of the MLP. gelu is GPT-2's tanh form, gelu_erf the exact one, relu2 is squared
-    ReLU, swiglu is Llama's gate (it adds a third matrix; an n_inner of 8/3 n_embd keeps the
-    parameter count)."""
+    ReLU, swiglu is Llama's gate (a third matrix; an n_inner of 8/3 n_embd keeps the size)."""
     tie_head: bool = True
     """Use the embedding table as output head (GPT-2) instead of a matrix of its own."""
     softcap: float | None = None
@@ -95,8 +91,7 @@ class ModelConfig:
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     remat_saves: Literal["nothing", "dots"] = "nothing"
-    """What remat keeps of a block: nothing but its input, or also the outputs of its linear layers
-    (then only attention and elementwise work is recomputed)."""
+    """What remat keeps of a block: nothing but its input, or its linear layers' outputs too."""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -118,8 +113,7 @@ class ModelConfig:
             multiple("model.n_head", self.n_head, "model.n_kv_head", G, served)
         if self.remat_saves != "nothing" and not self.remat:
             raise UserError(
-                f"model.remat_saves={self.remat_saves} needs model.remat, which is off; add "
-                f"--model.remat"
+                "model.remat_saves=dots needs model.remat, which is off; add --model.remat"
             )
         if self.position == "rotary" and self.head_size % 2:
             what = "n_embd / n_head" if self.head_dim is None else "model.head_dim"
@@ -216,8 +210,7 @@ class OptimConfig:
     final_lr_ratio: float = 0.1
     """Learning rate at the end of the decay, as a share of the peak."""
     weight_decay: float = 0.1
-    """Weight decay of matrices and embeddings (not of biases and norms), multiplied by the learning
-    rate."""
+    """Weight decay of matrices and embeddings (not of biases, norms), times the learning rate."""
     beta1: float = 0.9
     """Decay rate of AdamW's first moment."""
     beta2: float = 0.99

@@ -154,7 +154,7 @@ def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.n
                 if value is None:
                     tensors[name] = np.zeros(wanted[name], np.float32)
                     continue
-                x = np.asarray(value[layer] if _stacked(leaf) else value, np.float32)
+                x: Any = np.asarray(value[layer] if _stacked(leaf) else value, np.float32)
                 x = x if len(names) == 1 else x.take(place, _stack_axis(leaf))
                 x = x.transpose(np.argsort(order)).reshape(wanted[name])
                 tensors[name] = np.array(x, order="C")
