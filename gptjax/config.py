@@ -1,8 +1,7 @@
 """The description of a run: frozen dataclasses, whose strings are the text of `--help`.
 
 Standard library only, so that `--help` answers at once. `None` means off. A new field's default
-must reproduce what was done before it existed, so that the `config.json` of an old run keeps its
-meaning (`runs/config_json.py` reads and writes it).
+must reproduce what was done before it existed, for an old run's `config.json` keeps its meaning.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -15,15 +14,14 @@ from gptjax.errors import (
     not_negative,
     pattern,
     positive,
+    stretch,
     within,
 )
 
 LARGEST_BPE = 2**20  # tokens; memory is taken for all of them before the training begins
 
 # The fields of a model that do not come with its weights.
-OF_A_LOADED_MODEL = (
-    *("block_size", "dropout", "attn_dropout", "attention", "dtype", "remat", "remat_saves"),
-)
+OF_A_LOADED_MODEL = "block_size dropout attn_dropout attention dtype remat remat_saves".split()
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,11 @@ class ModelConfig:
     n_layer: int = 4
     """Number of transformer blocks."""
     n_head: int = 4
-    """Number of attention heads; n_embd must be a multiple."""
+    """Number of attention heads; n_embd must be a multiple unless head_dim is given."""
     n_kv_head: int | None = None
-    """Number of key and value heads, each shared by several query heads (grouped-query attention).
-    None means n_head: no sharing."""
+    """Key and value heads, shared by query heads (grouped-query attention). None means n_head."""
+    head_dim: int | None = None
+    """Size of a head. None means n_embd / n_head."""
     n_embd: int = 128
     """Width of the residual stream."""
     n_inner: int | None = None
@@ -51,24 +50,31 @@ class ModelConfig:
     """Dropout rate of the attention weights. None means the value of dropout."""
     bias: bool = True
     """Use biases in linear layers and layer norms, as GPT-2 does."""
+    attn_bias: bool | None = None
+    """Use biases for queries, keys and values (Qwen 2 has only these). None means as bias says."""
     norm: Literal["layer", "rms"] = "layer"
-    """Normalisation before attention, before the MLP and at the end: layer is GPT-2's layer norm,
-    rms is Llama's."""
+    """Normalisation of the residual stream: layer is GPT-2's layer norm, rms is Llama's."""
     norm_eps: float = 1e-5
     """Constant added to the variance or the mean square in every norm."""
     qk_norm: bool = False
     """Divide each head's queries and keys by their root mean square (QK-norm)."""
+    qk_norm_scale: bool = False
+    """Multiply what qk_norm gives by a learned scale, shared by the heads (Qwen 3)."""
     position: Literal["learned", "rotary", "none"] = "learned"
     """Position encoding: learned is a table added to the embeddings (GPT-2), rotary turns queries
     and keys by their position (RoPE, Llama)."""
     rope_base: float = 10_000.0
     """Base of the rotary frequencies: the longest wavelength over 2 pi, in tokens."""
+    rope_scaling: tuple[float, ...] | None = None
+    """Stretch of the rotary wavelengths: FACTOR for all; or Llama 3's FACTOR LOW HIGH ORIGINAL, in
+    full below LOW turns per ORIGINAL tokens, and not at all above HIGH. None means no stretch."""
+    nope_every: int | None = None
+    """One of so many layers has no rotary positions (SmolLM3: 4). None means that all have them."""
     window: int | None = None
     """Sliding-window size in tokens. None means full causal attention."""
     activation: Literal["gelu", "gelu_erf", "relu", "relu2", "swiglu"] = "gelu"
     """Activation of the MLP. gelu is GPT-2's tanh form, gelu_erf the exact one, relu2 is squared
-    ReLU, swiglu is Llama's gate (it adds a third matrix; an n_inner of 8/3 n_embd keeps the
-    parameter count)."""
+    ReLU, swiglu is Llama's gate (a third matrix; an n_inner of 8/3 n_embd keeps the size)."""
     tie_head: bool = True
     """Use the embedding table as output head (GPT-2) instead of a matrix of its own."""
     softcap: float | None = None
@@ -85,41 +91,43 @@ class ModelConfig:
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     remat_saves: Literal["nothing", "dots"] = "nothing"
-    """What remat keeps of a block: nothing but its input, or also the outputs of its linear layers
-    (then only attention and elementwise work is recomputed)."""
+    """What remat keeps of a block: nothing but its input, or its linear layers' outputs too."""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
             positive(f"model.{name}", getattr(self, name))
         within("model.dropout", self.dropout, 0.0, 1.0)
-        for name in ("vocab_size", "n_kv_head", "n_inner", "window"):
+        for name in ("vocab_size", "n_kv_head", "head_dim", "n_inner", "window", "nope_every"):
             if getattr(self, name) is not None:
                 positive(f"model.{name}", getattr(self, name))
-        if self.attn_dropout is not None:
-            within("model.attn_dropout", self.attn_dropout, 0.0, 1.0)
+        within("model.attn_dropout", self.dropped_attention, 0.0, 1.0)
         if self.softcap is not None:
             above_zero("model.softcap", self.softcap)
         above_zero("model.norm_eps", self.norm_eps)
         above_zero("model.rope_base", self.rope_base)
-        shared = " (heads share the width equally)"
-        multiple("model.n_embd", self.n_embd, "model.n_head", self.n_head, shared)
+        if self.head_dim is None:
+            shared = " (heads share the width equally)"
+            multiple("model.n_embd", self.n_embd, "model.n_head", self.n_head, shared)
         if (G := self.n_kv_head) is not None:
             served = " (each serves the same number of query heads)"
             multiple("model.n_head", self.n_head, "model.n_kv_head", G, served)
         if self.remat_saves != "nothing" and not self.remat:
             raise UserError(
-                f"model.remat_saves={self.remat_saves} needs model.remat, which is off; add "
-                f"--model.remat"
+                "model.remat_saves=dots needs model.remat, which is off; add --model.remat"
             )
         if self.position == "rotary" and self.head_size % 2:
+            what = "n_embd / n_head" if self.head_dim is None else "model.head_dim"
             raise UserError(
-                f"rotary positions need an even head size, and n_embd / n_head = "
-                f"{self.head_size} is odd; change model.n_embd or model.n_head"
+                f"rotary positions need an even head size, and {what} = {self.head_size} is odd; "
+                f"change model.n_embd or model.n_head"
             )
+        if self.qk_norm_scale and not self.qk_norm:
+            raise UserError("model.qk_norm_scale needs model.qk_norm; add --model.qk-norm")
+        stretch("model.rope_scaling", self.rope_scaling)
 
     @property
     def head_size(self) -> int:
-        return self.n_embd // self.n_head
+        return self.head_dim or self.n_embd // self.n_head
 
     @property
     def dropped_attention(self) -> float:
@@ -202,8 +210,7 @@ class OptimConfig:
     final_lr_ratio: float = 0.1
     """Learning rate at the end of the decay, as a share of the peak."""
     weight_decay: float = 0.1
-    """Weight decay of matrices and embeddings (not of biases and norms), multiplied by the learning
-    rate."""
+    """Weight decay of matrices and embeddings (not of biases, norms), times the learning rate."""
     beta1: float = 0.9
     """Decay rate of AdamW's first moment."""
     beta2: float = 0.99

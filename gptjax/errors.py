@@ -105,3 +105,18 @@ def within(name: str, value: float, low: float, high: float, closed: bool = Fals
     if not (low <= value < high or (closed and value == high)):
         bound = "<=" if closed else "<"
         raise UserError(f"{name}={value} is out of range; give {low} <= {name} {bound} {high}")
+
+
+def stretch(name: str, value: tuple[float, ...] | None) -> None:
+    """One factor, or Llama 3's four numbers, or None."""
+    if value is None:
+        return
+    numbers = all(isinstance(x, int | float) and 0 < x < float("inf") for x in value)
+    if not numbers or not (
+        (len(value) == 1 or (len(value) == 4 and value[1] < value[2] and value[3] % 1 == 0))
+        and value[0] >= 1
+    ):
+        raise UserError(
+            f"{name}={value} is not FACTOR or FACTOR LOW HIGH ORIGINAL, with FACTOR of at least 1, "
+            f"0 < LOW < HIGH and an integer; give e.g. 8 1 4 8192"
+        )

@@ -86,14 +86,31 @@ def rms(x: jax.Array, eps: float) -> jax.Array:
     return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
-def rotate(x: jax.Array, start: jax.Array | int, base: float) -> jax.Array:
-    """Rotary positions: turn pairs of (B, T, H, D) by angles that grow with the position, counted
+def rotary_rates(config: ModelConfig) -> jax.Array:
+    """(D / 2,) float32: radians per position that each pair of axes turns.
+
+    Source: Su et al. 2021 (RoPE); Chen et al. 2023 (one factor for all); Llama 3.1's reference code
+    (four numbers: slow pairs are slowed down, fast ones are not, those between in proportion).
+    """
+    half = config.head_size // 2
+    rates = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling is None:
+        return rates
+    factor, *bounds = config.rope_scaling
+    if not bounds:
+        return rates / factor
+    low, high, original = bounds
+    kept = jnp.clip((original * rates / (2 * math.pi) - low) / (high - low), 0, 1)
+    return rates * (kept + (1 - kept) / factor)
+
+
+def rotate(x: jax.Array, start: jax.Array | int, rates: jax.Array) -> jax.Array:
+    """Rotary positions: turn pairs of (B, T, H, D) by (D / 2,) rates times the position, counted
     from `start`, so that a query and a key interact by their distance alone.
 
     Source: Su et al. 2021 (RoPE); halves are paired as in GPT-NeoX and Llama.
     """
-    T, half = x.shape[1], x.shape[3] // 2
-    rates = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    T = x.shape[1]
     angles = (start + jnp.arange(T))[:, None].astype(jnp.float32) * rates[None, :]  # (T, D / 2)
     cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

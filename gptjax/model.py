@@ -41,7 +41,7 @@ from gptjax.attention import (
 )
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.layers import INIT_STD, Linear, activate, norm, residual_std, rms, rotate
+from gptjax.layers import INIT_STD, Linear, activate, norm, residual_std, rms, rotary_rates, rotate
 
 Model = nn.Module | Callable[[ModelConfig, int], nn.Module]  # or a function that makes one
 
@@ -74,26 +74,33 @@ class CausalSelfAttention(nn.Module):
         x: jax.Array,  # (B, T, C)
         cache: tuple[jax.Array, jax.Array] | None = None,  # k, v: (B, G, S, D)
         start: jax.Array | int = 0,  # position of x's first token
+        turns: jax.Array | None = None,  # () bool: whether this layer rotates; None: they all do
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
         H, G, D = c.n_head, c.n_kv_head or c.n_head, c.head_size
-        linear = partial(Linear, bias=c.bias, dtype=c.dtype)
+        linear = partial(Linear, dtype=c.dtype)
+        bias = c.bias if c.attn_bias is None else c.attn_bias
         if G == H:
-            qkv = linear((3, H, D), name="c_attn")(x)
+            qkv = linear((3, H, D), bias=bias, name="c_attn")(x)
             q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         else:
-            q, kv = linear((H, D), name="c_q")(x), linear((2, G, D), name="c_kv")(x)
+            q = linear((H, D), bias=bias, name="c_q")(x)
+            kv = linear((2, G, D), bias=bias, name="c_kv")(x)
             k, v = kv[:, :, 0], kv[:, :, 1]
-        if c.qk_norm:
+        if c.qk_norm_scale:
+            scaled = partial(nn.RMSNorm, epsilon=c.norm_eps, dtype=jnp.float32)
+            q, k = (scaled(name=f"{n}_norm")(x).astype(x.dtype) for n, x in (("q", q), ("k", k)))
+        elif c.qk_norm:
             q, k = rms(q, c.norm_eps), rms(k, c.norm_eps)
         if c.position == "rotary":
-            q, k = rotate(q, start, c.rope_base), rotate(k, start, c.rope_base)
+            rates = rotary_rates(c) if turns is None else rotary_rates(c) * turns
+            q, k = rotate(q, start, rates), rotate(k, start, rates)
         if cache is None:
             y = self.attend(q, k, v, 0)
         else:
             cache = _write(cache[0], k, start), _write(cache[1], v, start)
             y = self.attend(q, cache[0].swapaxes(1, 2), cache[1].swapaxes(1, 2), start)
-        y = linear((c.n_embd,), contract=2, std=residual_std(c), name="c_proj")(y)
+        y = linear((c.n_embd,), 2, c.bias, residual_std(c), name="c_proj")(y)
         return nn.Dropout(c.dropout, deterministic=not self.train)(y), cache
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int) -> jax.Array:
@@ -157,7 +164,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Communication, then computation, each added to the residual stream (pre-norm)."""
+    """Communication, then computation, each added to the residual stream (pre-norm).
+
+    It is called with the last argument only if model.nope_every is set.
+    """
 
     config: ModelConfig
     train: bool = False
@@ -170,10 +180,11 @@ class Block(nn.Module):
         x: jax.Array,
         cache: tuple[jax.Array, jax.Array] | None = None,
         start: jax.Array | int = 0,
+        *turns: jax.Array,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
         attn: Any = self.attention(c, train=self.train, kernel=self.kernel, name="attn")
-        y, cache = attn(norm(c, "ln_1")(x), cache, start)
+        y, cache = attn(norm(c, "ln_1")(x), cache, start, *turns)
         x = x + y
         x = x + MLP(c, train=self.train, name="mlp")(norm(c, "ln_2")(x))
         return x, cache
@@ -264,16 +275,19 @@ class GPT(nn.Module):
             keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             policy = keep if c.remat_saves == "dots" else None
             block = nn.remat(block, prevent_cse=False, policy=policy)
+        turns = ()
+        if c.nope_every is not None:
+            turns = (jnp.arange(1, c.n_layer + 1) % c.nope_every > 0,)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0, "attention": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast, *(0 for _ in turns)),  # pyright: ignore[reportArgumentType]
             length=c.n_layer,
             unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
         )(c, train=train, attention=self.attention, kernel=self.kernel, name="h")
         kv: Any = None if cache is None else (cache.k, cache.v)
-        x, kv = blocks(x, kv, 0 if cache is None else cache.length)
+        x, kv = blocks(x, kv, 0 if cache is None else cache.length, *turns)
         if cache is not None:
             cache = cache._replace(k=kv[0], v=kv[1], length=cache.length + x.shape[1])
         return x, cache

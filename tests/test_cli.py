@@ -83,6 +83,9 @@ def test_overrides_in_any_spelling_and_order(argv):
 
 def test_overrides_of_every_kind():
     assert settings_of("--optim.grad-clip", "None").optim.grad_clip is None
+    scaling = settings_of("--model.rope-scaling", "8", "1", "4", "8192").model.rope_scaling
+    assert scaling == (8.0, 1.0, 4.0, 8192.0)
+    assert settings_of("--model.rope-scaling", "None").model.rope_scaling is None
     assert settings_of("--optim.grad-clip", "2").optim.grad_clip == 2.0
     assert settings_of("--model.no-bias").model.bias is False
     assert settings_of("--config", "shakespeare", "--model.bias").model.bias is True

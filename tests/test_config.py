@@ -56,6 +56,19 @@ def test_json_round_trip(name):
     assert json.loads(to_json(config))["format"] == FORMAT
 
 
+def test_several_numbers_round_trip():
+    config = Config(model=ModelConfig(rope_scaling=(8.0, 1.0, 4.0, 8192.0)))
+    assert from_json(to_json(config)).config == config
+    assert from_json(with_format(model={"rope_scaling": [4]})).config.model.rope_scaling == (4.0,)
+    for wrong in (["8"], [[8]], [True]):
+        assert refusal(with_format(model={"rope_scaling": wrong})).startswith(
+            f"model.rope_scaling[0]: expected float, got {wrong[0]!r}"
+        )
+    assert refusal(with_format(model={"rope_scaling": 8})).startswith(
+        "model.rope_scaling: expected "
+    )
+
+
 def test_parts_round_trip():
     parts = {"model": "NGramHead(n=4)", "config": "examples/fast.py"}
     assert from_json(to_json(Config(), parts)) == Stored(Config(), parts)
@@ -282,6 +295,20 @@ CHECKS = [
         "model.remat_saves=dots needs model.remat, which is off; add --model.remat",
     ),
     (lambda: ModelConfig(n_kv_head=0), small("model.n_kv_head", 0)),
+    (lambda: ModelConfig(head_dim=0), small("model.head_dim", 0)),
+    (lambda: ModelConfig(nope_every=0), small("model.nope_every", 0)),
+    (
+        lambda: ModelConfig(qk_norm_scale=True),
+        "model.qk_norm_scale needs model.qk_norm; add --model.qk-norm",
+    ),
+    *[
+        (
+            lambda v=v: ModelConfig(rope_scaling=v),
+            f"model.rope_scaling={v} is not FACTOR or FACTOR LOW HIGH ORIGINAL, with FACTOR of at "
+            f"least 1, 0 < LOW < HIGH and an integer; give e.g. 8 1 4 8192",
+        )
+        for v in ((), (1e-320,), (float("nan"),), (8.0, 1.0), (8.0, 4.0, 4.0, 64.0), (None,))
+    ],
     (lambda: ModelConfig(window=0), small("model.window", 0)),
     (lambda: Config(loss_chunk=0), small("loss_chunk", 0)),
     (

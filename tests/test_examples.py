@@ -198,6 +198,14 @@ def test_an_option_below_1_is_refused(name: str):
         jax.eval_shape(NGramGPT(SMALL, V, **option).init, jax.random.key(0), random_tokens(1, 2))
 
 
+@pytest.mark.parametrize("name", ["ngram", "recall"])
+def test_an_option_beyond_the_context_is_refused(name: str):
+    """Each is a loop in Python."""
+    option: Any = {name: 10_000_000}
+    with pytest.raises(UserError, match=f"{name}=10000000 reaches back beyond"):
+        jax.eval_shape(NGramGPT(SMALL, V, **option).init, jax.random.key(0), random_tokens(1, 2))
+
+
 @pytest.mark.parametrize("name", ["fast", "record"])
 def test_a_speedrun_is_trained_and_sampled(name: str, tmp_path: Path, text: str):
     config, model = measure.recipe(str(EXAMPLES / "speedrun" / f"{name}.py"))

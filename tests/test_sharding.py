@@ -244,6 +244,7 @@ VARIANTS = [
     for bias in (True, False)
 ]
 VARIANTS.append(replace(CONFIG.model, n_kv_head=1, activation="swiglu"))
+VARIANTS.append(replace(CONFIG.model, norm="rms", qk_norm=True, qk_norm_scale=True))
 
 
 def layout(config: Config, vocab_size: int = VOCAB) -> TrainState:

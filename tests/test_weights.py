@@ -1,7 +1,9 @@
 """Tests of import and export: parity with transformers and nanoGPT, round trips, refusals."""
 
 import json
+import math
 import pickle
+import re
 import shutil
 import string
 from collections.abc import Callable
@@ -45,6 +47,7 @@ LLAMA = ModelConfig(
     position="rotary",
     activation="swiglu",
 )
+MISTRAL = replace(LLAMA, window=8)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +124,10 @@ def shake(theirs: Any) -> Any:
 # ---------------------------------------------------------------------------------------------
 # Against transformers
 
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}
 IMPORTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2": ("GPT2", {}, {}),
     "gpt2, exact gelu, wide": (
@@ -135,6 +142,44 @@ IMPORTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 3e4},
         },
+        {},
+    ),
+    "llama 3, stretched": ("Llama", {"head_dim": 16, "rope_parameters": LLAMA3}, {}),
+    "llama, linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+        {},
+    ),
+    "mistral": (
+        "Mistral",
+        {"num_key_value_heads": 2, "sliding_window": 5},
+        {"max_shard_size": "20KB"},
+    ),
+    "mistral, wide heads": (
+        "Mistral",
+        {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 16, "hidden_size": 34},
+        {},
+    ),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}, {}),
+    "qwen2, not grouped, windows": (
+        "Qwen2",
+        {
+            "num_key_value_heads": None,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 0,
+        },
+        {},
+    ),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-3}, {}),
+    "smollm3": (
+        "SmolLM3",
+        {"num_key_value_heads": 2, "num_hidden_layers": 5, "no_rope_layer_interval": 2},
+        {},
+    ),
+    "smollm3, all rotary but the last": (
+        "SmolLM3",
+        {"num_key_value_heads": 4, "num_hidden_layers": 3, "no_rope_layers": [1, 1, 0]},
         {},
     ),
 }
@@ -153,9 +198,8 @@ def make_theirs(transformers: Any, family: str, settings: dict[str, Any]) -> Any
         "intermediate_size": 40,
         "max_position_embeddings": BLOCK,
     }
-    return shake(
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **shared, **settings))
-    )
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **shared, **settings})
+    return shake(getattr(transformers, f"{family}ForCausalLM")(config))
 
 
 @pytest.mark.torch
@@ -163,6 +207,8 @@ def make_theirs(transformers: Any, family: str, settings: dict[str, Any]) -> Any
 def test_import_equals_transformers(
     name: str, transformers: Any, tmp_path: Path, play: str, record_property: Any
 ):
+    import torch  # pyright: ignore[reportMissingImports]
+
     family, settings, how = IMPORTS[name]
     theirs = make_theirs(transformers, family, settings)
     theirs.save_pretrained(tmp_path / "theirs", **how)
@@ -178,6 +224,15 @@ def test_import_equals_transformers(
     if loaded.config.tie_head:
         state.pop("lm_head.weight")
     assert_same(tensors, state)
+    # The exported config makes the same model there, and here again.
+    about = hf_config.write_config(loaded.config, None)
+    assert about["architectures"] == [type(theirs).__name__]
+    again = type(theirs)(type(theirs.config).from_dict(about))
+    again.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        x = torch.tensor(text[None, :BLOCK])
+        assert_same(again.eval()(x).logits.numpy(), theirs(x).logits.numpy())
+    assert hf_config.read_config(about) == loaded.config
 
 
 @pytest.mark.torch
@@ -340,7 +395,7 @@ def nanogpt_checkpoint(path: Path, bias: bool, vocab_size: int, prefix: str = ""
             if ".w" not in name[11:15]
         }
     state = {name: 0.2 * torch.randn(shape) for name, shape in shapes.items()}
-    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, T, T)  # causal mask
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, T, T).tril()  # causal mask
     state["lm_head.weight"] = state["transformer.wte.weight"]
     args = dict(n_layer=L, n_head=4, n_embd=C, block_size=T, bias=bias, vocab_size=vocab_size)
     checkpoint = {
@@ -410,7 +465,7 @@ def as_pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
 
 
-AT = "model.layers.0.self_attn"
+AT, EMBED = "model.layers.0.self_attn", "model.embed_tokens.weight"
 REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
     "kind": (
         GPT2,
@@ -440,7 +495,7 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
     "head size": (
         LLAMA,
         edit_config(head_dim=4),
-        "{}/config.json: head_dim=4 is not supported",
+        "{}: the tensor model.layers.0.self_attn.k_proj.weight has shape (16, 32), expected",
     ),
     "bias": (
         LLAMA,
@@ -449,13 +504,128 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
     ),
     "scaled positions": (
         LLAMA,
-        edit_config(rope_scaling={"type": "linear", "factor": 2.0}),
-        "{}/config.json: rope_scaling={{'type': 'linear', 'factor': 2.0}} is not supported",
+        edit_config(rope_scaling={"type": "yarn", "factor": 2.0}),
+        "{}/config.json: rope_type='yarn' is not supported",
     ),
-    "other positions": (
+    "partial positions": (
         LLAMA,
-        edit_config(rope_parameters={"rope_type": "llama3"}),
-        "{}/config.json: rope_type='llama3' is not supported",
+        edit_config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        "{}/config.json: partial_rotary_factor=0.5 is not supported; expected 1.0",
+    ),
+    "positions of a wrong type": (
+        LLAMA,
+        edit_config(rope_parameters=["default"]),
+        "{}/config.json: rope_parameters=['default'] is not an object",
+    ),
+    "two kinds of positions": (
+        LLAMA,
+        edit_config(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "linear"}),
+        "{}/config.json: rope_scaling: rope_type='linear' contradicts rope_type='default'",
+    ),
+    "unknown rotary setting": (
+        LLAMA,
+        edit_config(rope_parameters={"rope_type": "default", "mrope_section": [1]}),
+        "{}/config.json: the rotary setting mrope_section=[1] is not understood",
+    ),
+    "other constants of a stretch": (
+        LLAMA,
+        edit_config(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
+        "{}/config.json: high_freq_factor=None is not a finite number",
+    ),
+    "a stretch without bounds": (
+        LLAMA,
+        edit_config(rope_scaling={"rope_type": "linear", "factor": 0}),
+        "{}/config.json: the rotary scaling=(0.0,) is not FACTOR",
+    ),
+    "two bases": (
+        LLAMA,
+        edit_config(rope_parameters={"rope_theta": 5e5}),
+        "{}/config.json: rope_theta=10000.0 contradicts rope_theta=500000.0",
+    ),
+    "layers that differ": (
+        MISTRAL,
+        edit_config(layer_types=["full_attention", "sliding_attention"]),
+        "{}/config.json: layer_types=['full_attention', 'sliding_attention'] with sliding_window=8",
+    ),
+    "windows in some layers": (
+        replace(MISTRAL, attn_bias=True),
+        edit_config(max_window_layers=1),
+        "{}/config.json: max_window_layers=1 is not supported; expected 0 or 2",
+    ),
+    "a window that transformers would ignore": (
+        LLAMA,
+        edit_config(sliding_window=8),
+        "{}/config.json: sliding_window=8 is not supported; expected None",
+    ),
+    "layers without positions, but not at intervals": (
+        replace(LLAMA, n_layer=3, nope_every=3),
+        edit_config(no_rope_layers=[0, 1, 0]),
+        "{}/config.json: no_rope_layers=[0, 1, 0] is not supported; expected a 0 at intervals",
+    ),
+    "flags of too few layers": (
+        replace(LLAMA, nope_every=2),
+        edit_config(no_rope_layers=[1]),
+        "{}/config.json: no_rope_layers has 1 values for 2 layers",
+    ),
+    "biases that the family lacks": (
+        replace(LLAMA, attn_bias=True),
+        edit_config(model_type="mistral"),
+        "{}/config.json: use_sliding_window=False is not a setting of a mistral",
+    ),
+    "unknown setting": (
+        LLAMA,
+        edit_config(residual_multiplier=0.2),
+        "{}/config.json: residual_multiplier=0.2 is not a setting of a llama that is understood",
+    ),
+    "another name of a size": (
+        GPT2,
+        edit_config(num_hidden_layers=1),
+        "{}/config.json: num_hidden_layers=1 is not a setting of a gpt2 that is understood",
+    ),
+    "base beyond every float": (
+        LLAMA,
+        edit_config(rope_theta=10**400),
+        "{}/config.json: rope_theta=1000",
+    ),
+    "a flag that is none": (
+        LLAMA,
+        edit_config(tie_word_embeddings="false"),
+        "{}/config.json: tie_word_embeddings='false' is not true or false",
+    ),
+    "a key twice": (
+        GPT2,
+        lambda folder: (folder / "config.json").write_text('{"n_head": 2, "n_head": 4}'),
+        "{}/config.json is damaged: the key 'n_head' is there twice",
+    ),
+    "another tied head": (
+        LLAMA,
+        edit_tensors(lambda x: x.update({"lm_head.weight": x[EMBED] + 1e-6})),
+        "{}: lm_head.weight differs from model.embed_tokens.weight, and the config says that they",
+    ),
+    "a tensor by both of its names": (
+        GPT2,
+        edit_tensors(lambda x: x.update({"wte.weight": x[WTE] + 1})),
+        "{}/model.safetensors: there are two tensors transformer.wte.weight",
+    ),
+    "a mask that is not causal": (
+        GPT2,
+        edit_tensors(lambda x: x.update({"h.0.attn.bias": np.ones((1, 1, 8, 8), np.float32)})),
+        "{}: the tensor transformer.h.0.attn.bias is not the constant that the model",
+    ),
+    "other rotary frequencies": (
+        LLAMA,
+        edit_tensors(lambda x: x.update({f"{AT}.rotary_emb.inv_freq": np.float32([1, 1, 1, 1])})),
+        "{}: the tensor model.layers.0.self_attn.rotary_emb.inv_freq is not the constant",
+    ),
+    "more layers than any file holds": (
+        GPT2,
+        edit_config(n_layer=2**31 - 1),
+        "{}: the tensor transformer.h.",
+    ),
+    "an adapter that is not merged": (
+        GPT2,
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        "{} has an adapter beside the weights; merge it into them first",
     ),
     "heads": (
         GPT2,
@@ -554,6 +724,97 @@ def test_an_unusable_folder_is_refused(name: str, tmp_path: Path):
     assert str(error.value).startswith(message.format(folder))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000}, "rope_scaling": None},
+        {"partial_rotary_factor": 1.0, "rope_interleaved": False, "is_llama_config": True},
+        {"layer_types": ["full_attention"] * 2, "original_max_position_embeddings": None},
+        {"use_cache": False, "torch_dtype": "bfloat16", "max_length": 20, "new_setting": None},
+    ],
+)
+def test_settings_that_change_nothing_are_accepted(changes: dict[str, Any], tmp_path: Path):
+    params = write_folder(tmp_path / "model", LLAMA)
+    before = pretrained.load(str(tmp_path / "model")).config
+    edit_config(**changes)(tmp_path / "model")
+    loaded = pretrained.load(str(tmp_path / "model"))
+    assert loaded.config == before
+    assert_same(loaded.params, params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "window"),
+    [
+        ("mistral", {"sliding_window": 8}, 8),
+        ("mistral", {"sliding_window": BLOCK}, None),
+        ("mistral", {}, None),  # 4096 tokens by transformers' default, more than the context
+        ("mistral", {"max_position_embeddings": 8192}, 4096),
+        ("qwen2", {"sliding_window": 8}, None),  # not in use
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True}, None),  # from layer 28 on
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8),
+        (
+            "qwen3",
+            {
+                **{"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+                "layer_types": ["sliding_attention"] * 2,
+            },
+            8,
+        ),
+    ],
+)
+def test_the_window_that_transformers_would_take(
+    kind: str, changes: dict[str, Any], window: int | None
+):
+    values = {**hf_config.write_config(LLAMA, None), "model_type": kind, **changes}
+    assert hf_config.read_config(values).window == window
+
+
+def test_what_a_family_takes_for_granted():
+    """Where a file says nothing, each family has defaults of its own."""
+    values = hf_config.write_config(replace(LLAMA, n_head=32, n_embd=64), None)
+    for key in ("num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings"):
+        del values[key]
+    expected = {
+        "llama": (None, 2, 1e4, False, None),
+        "mistral": (8, 2, 1e4, False, None),
+        "qwen2": (32, 2, 1e4, False, None),
+        "qwen3": (32, 128, 1e4, False, None),
+        "smollm3": (4, 2, 2e6, True, 4),
+    }
+    for kind, wanted in expected.items():
+        c = hf_config.read_config({**values, "model_type": kind, "num_hidden_layers": 4})
+        assert (c.n_kv_head, c.head_size, c.rope_base, c.tie_head, c.nope_every) == wanted
+
+
+def test_a_header_with_a_tensor_twice_is_refused(tmp_path: Path):
+    write_folder(tmp_path / "model", GPT2)
+    path = tmp_path / "model" / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = raw[8 : 8 + length].rstrip(b" "), raw[8 + length :]
+    [entry] = re.findall(rb'"transformer.ln_f.bias":(\{[^}]*\})', header)
+    header = header[:-1] + b',"transformer.ln_f.bias":' + entry.replace(b"F32", b"I32") + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "model"))
+    assert "the key 'transformer.ln_f.bias' is there twice" in str(error.value)
+
+
+def test_an_index_that_names_another_shard_is_refused(tmp_path: Path):
+    write_folder(tmp_path / "model", GPT2)
+    path = tmp_path / "model" / "model.safetensors"
+    path.rename(tmp_path / "model" / "model-1.safetensors")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-1.safetensors"}}))
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "model"))
+    assert str(error.value) == (
+        f"{index} says that lm_head.weight is in model-1.safetensors, which lacks it"
+    )
+
+
 def test_a_truncated_file_is_refused(tmp_path: Path):
     write_folder(tmp_path / "model", GPT2)
     path = tmp_path / "model" / "model.safetensors"
@@ -568,7 +829,8 @@ def test_original_gpt2_files(tmp_path: Path):
     path = tmp_path / "model" / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     old = {name.removeprefix("transformer."): x for name, x in tensors.items()}
-    old["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.float32)
+    old["h.0.attn.bias"] = np.tri(8, dtype=np.uint8)[None, None]
+    old["h.0.attn.masked_bias"] = np.float32([-1e9])
     old["lm_head.weight"] = tensors[WTE].copy()
     safetensors.numpy.save_file(old, path)
     assert_same(pretrained.load(str(tmp_path / "model")).params, params)
@@ -620,6 +882,67 @@ def test_an_invalid_nanogpt_checkpoint_is_refused(checkpoint: Any, message: str,
     assert str(error.value).startswith(message.format(tmp_path / "ckpt.pt"))
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x.to_sparse(), "the tensor {} has layout torch.sparse_coo"),
+        (
+            lambda x: x.to("meta"),
+            "the tensor {} has layout torch.strided, dtype float32 and device",
+        ),
+        (lambda x: x.int(), "the tensor {} has dtype int32, expected one of float64"),
+        (lambda x: x + 1j, "the tensor {} has dtype complex64"),
+        (lambda x: x[None], "the tensor {} has shape"),
+        (lambda x: 3, "{} is not a tensor"),
+    ],
+)
+def test_odd_tensors_of_a_checkpoint_are_refused(spoil: Any, message: str, tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", True, 10)
+    checkpoint = torch.load(tmp_path / "ckpt.pt")
+    name = WTE
+    checkpoint["model"][name] = spoil(checkpoint["model"][name])
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert (tmp_path / "ckpt.pt").stat().st_size < 2**20
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "ckpt.pt"))
+    assert str(error.value).startswith(f"{tmp_path}/ckpt.pt: " + message.format(name))
+
+
+@pytest.mark.torch
+def test_tensors_without_strides_cannot_fill_the_memory(tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    sizes = {"n_layer": 2, "n_head": 1, "n_embd": 2**16, "block_size": 16, "vocab_size": 2**14}
+    shapes = dict(hf._wanted(ModelConfig(**sizes)))
+    state = {
+        name: torch.ones(1).expand(shape[::-1] if name.endswith(nanogpt.TRANSPOSED) else shape)
+        for name, shape in shapes.items()
+    }
+    torch.save({"model": state, "model_args": sizes}, tmp_path / "ckpt.pt")
+    size = (tmp_path / "ckpt.pt").stat().st_size
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "ckpt.pt"))
+    claimed = sum(map(math.prod, shapes.values()))
+    assert f"its tensors claim {claimed} values, which {size} bytes cannot" in str(error.value)
+
+
+@pytest.mark.torch
+def test_weights_that_require_gradients_are_read(tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    state = nanogpt_checkpoint(tmp_path / "ckpt.pt", True, 10)
+    checkpoint = torch.load(tmp_path / "ckpt.pt")
+    checkpoint["model"][WTE] = torch.nn.Parameter(checkpoint["model"][WTE])
+    del checkpoint["model"]["lm_head.weight"]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    loaded = pretrained.load(str(tmp_path / "ckpt.pt"))
+    assert_same(loaded.params["wte"]["embedding"], state[WTE].numpy())
+    checkpoint["model"]["_orig_mod." + WTE] = checkpoint["model"][WTE]
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"there are two tensors transformer\.wte\.weight"):
+        pretrained.load(str(tmp_path / "ckpt.pt"))
+
+
 def test_other_files_are_refused(tmp_path: Path):
     for name in ("model.bin", "meta.pkl", "model.pth"):
         with pytest.raises(UserError, match=f"^{tmp_path / name} is a pickle"):
@@ -639,6 +962,7 @@ def test_other_files_are_refused(tmp_path: Path):
         ({"n_kv_head": 2}, "n_kv_head=2", "GPT2LMHeadModel", "n_kv_head=None"),
         ({"activation": "swiglu"}, "activation=swiglu", "GPT2LMHeadModel", "activation=gelu"),
         ({"position": "rotary"}, "norm=layer", "LlamaForCausalLM", "norm=rms"),
+        ({"head_dim": 4}, "head_dim=4", "GPT2LMHeadModel", "head_dim=None"),
     ],
 )
 def test_export_names_the_unsupported_option(
@@ -747,8 +1071,9 @@ def test_every_model_field_belongs_to_the_weights_or_to_the_run():
     from gptjax.config import OF_A_LOADED_MODEL
 
     fixed_by_weights = (
-        "n_layer n_head n_kv_head n_embd n_inner vocab_size bias norm norm_eps qk_norm position "
-        "rope_base window activation tie_head softcap init"
+        "n_layer n_head n_kv_head head_dim n_embd n_inner vocab_size bias attn_bias norm norm_eps "
+        "qk_norm qk_norm_scale position rope_base rope_scaling nope_every window activation "
+        "tie_head softcap init"
     ).split()
     names = {field.name for field in fields(ModelConfig)}
     assert names == {*fixed_by_weights, *OF_A_LOADED_MODEL}

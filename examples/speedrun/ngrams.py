@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import GPT
-from gptjax.errors import positive
+from gptjax.errors import UserError, positive
 from gptjax.layers import INIT_STD
 
 
@@ -51,6 +51,12 @@ class NGramGPT(GPT):
         V, C, normal = self.vocab_size, self.config.n_embd, nn.initializers.normal(INIT_STD)
         for name in ("ngram", "pair_rows", "recall"):
             positive(name, 1 if getattr(self, name) is None else getattr(self, name))
+        for name in ("ngram", "recall"):  # each is a loop, unrolled
+            if (getattr(self, name) or 1) > self.config.block_size:
+                raise UserError(
+                    f"{name}={getattr(self, name)} reaches back beyond model.block_size="
+                    f"{self.config.block_size}; give at most that"
+                )
         if self.ngram > 1:
             self.wse = nn.Embed(V * (self.ngram - 1), C, embedding_init=normal)
         if self.pair_rows is not None:  # at 0, so that a pair never seen adds nothing

@@ -196,7 +196,8 @@ def read(argv: Sequence[str], flags: dict[str, Flag]) -> dict[tuple[str, ...], A
             texts = [text] if equals else []
             while not equals and words and not _is_flag(words[0]):
                 texts.append(words.popleft())
-            given[flag.path] = tuple(map(flag.convert, texts))
+            none = flag.optional and texts == ["None"]
+            given[flag.path] = None if none else tuple(map(flag.convert, texts))
         else:
             if not equals and (not words or _is_flag(words[0])):
                 hint = f"{flag.name}=VALUE also takes one that begins with --"

@@ -1,11 +1,13 @@
-"""Convert weights from and to transformers' names and layouts: one table per model family.
+"""Convert weights from and to transformers' names and layouts: one table for GPT-2, one for Llama
+and the families that share its names.
 
 Axis letters as in `model.py`; P is block_size. Needs neither torch nor transformers.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.interop.hf_config import family, kv_heads
+from gptjax.layers import rotary_rates
 from gptjax.text.tokenizers import Tokenizer
 
 
@@ -22,7 +25,7 @@ class Leaf(NamedTuple):
     path: str  # in our tree; leaves below h have a leading layer axis
     ours: str  # axes of the leaf, without the layer axis
     theirs: str  # axes of the tensor; those in brackets are flattened into one
-    names: tuple[str, ...]  # {} is the layer; several tensors are stacked along our second axis
+    names: tuple[str, ...]  # {} is the layer; several tensors are stacked along the axis 3 or 2
 
 
 # GPT-2's Conv1D stores a matrix as (in, out), as we do.
@@ -49,6 +52,7 @@ GPT2 = (
 # nn.Linear stores it as (out, in).
 _H = "model.layers.{}"
 _Q, _K, _V = (f"{_H}.self_attn.{letter}_proj.weight" for letter in "qkv")
+_BQ, _BK, _BV = (f"{_H}.self_attn.{letter}_proj.bias" for letter in "qkv")
 _GATE, _UP = f"{_H}.mlp.gate_proj.weight", f"{_H}.mlp.up_proj.weight"
 LLAMA = (
     Leaf("wte/embedding", "V C", "V C", ("model.embed_tokens.weight",)),
@@ -56,6 +60,11 @@ LLAMA = (
     Leaf("h/attn/c_attn/kernel", "C 3 H D", "(H D) C", (_Q, _K, _V)),
     Leaf("h/attn/c_q/kernel", "C H D", "(H D) C", (_Q,)),
     Leaf("h/attn/c_kv/kernel", "C 2 G D", "(G D) C", (_K, _V)),
+    Leaf("h/attn/c_attn/bias", "3 H D", "(H D)", (_BQ, _BK, _BV)),
+    Leaf("h/attn/c_q/bias", "H D", "(H D)", (_BQ,)),
+    Leaf("h/attn/c_kv/bias", "2 G D", "(G D)", (_BK, _BV)),
+    Leaf("h/attn/q_norm/scale", "D", "D", (f"{_H}.self_attn.q_norm.weight",)),
+    Leaf("h/attn/k_norm/scale", "D", "D", (f"{_H}.self_attn.k_norm.weight",)),
     Leaf("h/attn/c_proj/kernel", "H D C", "C (H D)", (f"{_H}.self_attn.o_proj.weight",)),
     Leaf("h/ln_2/scale", "C", "C", (f"{_H}.post_attention_layernorm.weight",)),
     Leaf("h/mlp/c_fc/kernel", "C 2 F", "F C", (_GATE, _UP)),
@@ -63,7 +72,13 @@ LLAMA = (
     Leaf("ln_f/scale", "C", "C", ("model.norm.weight",)),
     Leaf("lm_head/kernel", "C V", "V C", ("lm_head.weight",)),
 )
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants, not weights
+# Tensors that some files hold beside the weights; a model has them in another form.
+CONSTANTS = re.compile(
+    r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
+    r"|model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    r"|lm_head\.weight"
+)
+WEIGHTS_PER_BYTE = 8  # no format takes less than a bit for a weight
 
 
 class Source(NamedTuple):
@@ -72,13 +87,15 @@ class Source(NamedTuple):
     Attributes:
         config: our config, with vocab_size.
         shapes: shape of each tensor, by its name in the tables.
-        read: reads one tensor, in any float dtype.
+        read: reads one tensor, in any dtype.
+        size: of the file or files that hold the tensors, in bytes.
         tokenizer: None: the format has none.
     """
 
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
+    size: int
     tokenizer: Tokenizer | None
 
 
@@ -89,10 +106,11 @@ def to_params(source: Source) -> dict[str, Any]:
         The parameter tree of `model.py`, float32.
 
     Raises:
-        UserError: names the first tensor that is missing, unexpected, misshapen or not finite.
+        UserError: names the first tensor that is missing, unexpected, misshapen, not finite, or
+            larger than its file can hold.
     """
     config, params = source.config, {}
-    _check(source.shapes, shapes(config))
+    _check(source)
     for leaf in _table(config):
         axes, order = _axes(leaf, config)
 
@@ -106,7 +124,7 @@ def to_params(source: Source) -> dict[str, Any]:
         layers = []
         for names in _names(leaf, config):
             parts = [read(name) for name in names]
-            layers.append(parts[0] if len(parts) == 1 else np.stack(parts, axis=1))
+            layers.append(parts[0] if len(parts) == 1 else np.stack(parts, _stack_axis(leaf)))
         *above, last = leaf.path.split("/")
         node = params
         for key in above:
@@ -125,7 +143,7 @@ def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.n
     Returns:
         float32 arrays that share no memory.
     """
-    wanted, tensors = shapes(config, whole=True), {}
+    wanted, tensors = dict(_wanted(config, whole=True)), {}
     for leaf in _table(config, whole=True):
         _, order = _axes(leaf, config)
         value: Any = params
@@ -136,57 +154,116 @@ def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.n
                 if value is None:
                     tensors[name] = np.zeros(wanted[name], np.float32)
                     continue
-                x = np.asarray(value[layer] if _stacked(leaf) else value, np.float32)
-                x = x if len(names) == 1 else x[:, place]
+                x: Any = np.asarray(value[layer] if _stacked(leaf) else value, np.float32)
+                x = x if len(names) == 1 else x.take(place, _stack_axis(leaf))
                 x = x.transpose(np.argsort(order)).reshape(wanted[name])
                 tensors[name] = np.array(x, order="C")
     return tensors
 
 
-def shapes(config: ModelConfig, whole: bool = False) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor of transformers, by name.
+def add(tensors: dict[str, Any], name: str, tensor: Any) -> None:
+    """Add a file's tensor under its name in the tables.
+
+    Args:
+        tensors: what the file held so far.
+        name: in the file; the original GPT-2 files omit `transformer.`.
+        tensor: of any type.
+
+    Raises:
+        UserError: the file has another tensor of this name, so that one would be left unread.
+    """
+    bare = name.split(".")[0] in ("wte", "wpe", "h", "ln_f")
+    name = f"transformer.{name}" if bare else name
+    if name in tensors:
+        raise UserError(
+            f"there are two tensors {name}, and only one can be used; delete one of them"
+        )
+    tensors[name] = tensor
+
+
+def _check(source: Source) -> None:
+    """Check names, shapes and sizes before anything is read or allocated.
+
+    The config may claim any number of layers: a few tensors more than the file holds are enough
+    to find one that is missing, so time and memory are bounded by the file.
+    """
+    found = source.shapes
+    wanted = dict(islice(_wanted(source.config), len(found) + 64))
+    for name in sorted(wanted):
+        if name not in found:
+            raise UserError(f"the tensor {name} is missing")
+        if found[name] != wanted[name]:
+            raise UserError(f"the tensor {name} has shape {found[name]}, expected {wanted[name]}")
+    claimed = sum(map(math.prod, found.values()))
+    if claimed > WEIGHTS_PER_BYTE * source.size:
+        raise UserError(
+            f"its tensors claim {claimed} values, which {source.size} bytes cannot hold; the file "
+            f"is damaged, or made to fill the memory"
+        )
+    for name in sorted(found.keys() - wanted.keys()):
+        if not CONSTANTS.fullmatch(name):
+            raise UserError(f"unexpected tensor {name}: the model described by its config has none")
+        _check_constant(name, source)
+
+
+def _check_constant(name: str, source: Source) -> None:
+    """Check that a tensor which is not one of the weights says what the model does anyway."""
+    x, last = np.asarray(source.read(name)), name.rpartition(".")[2]
+    match last:
+        case "weight":  # a tied head
+            [table] = next(_names(_table(source.config)[0], source.config))
+            if not np.array_equal(x, source.read(table)):
+                raise UserError(
+                    f"{name} differs from {table}, and the config says that they are tied; to use "
+                    f"it, set tie_word_embeddings to false, or else delete the tensor"
+                )
+            return
+        case "bias":  # the causal mask
+            same = x.ndim == 4 and np.array_equal(x, np.tri(*x.shape[2:])[None, None])
+        case "masked_bias":  # the score of what is masked
+            same = x.size == 1 and x.item() <= -1e4
+        case _:
+            rates = np.asarray(rotary_rates(source.config))
+            same = x.shape == rates.shape and np.allclose(x, rates, rtol=1e-2)
+    if not same:
+        raise UserError(
+            f"the tensor {name} is not the constant that the model described by its config has"
+        )
+
+
+def _wanted(config: ModelConfig, whole: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor of transformers.
 
     Args:
         config: the model's, with vocab_size.
         whole: include GPT-2's biases even if the model has none.
     """
-    found = {}
     for leaf in _table(config, whole):
         shape = tuple(math.prod(group) for group in _axes(leaf, config)[0])
-        found |= {name: shape for names in _names(leaf, config) for name in names}
-    return found
-
-
-def full_name(name: str, tied: bool) -> str | None:
-    """Map a tensor's name in a file to the tables' (the original GPT-2 files omit `transformer.`).
-
-    None for tensors that are not weights: constant buffers, and a tied output head.
-    """
-    if name.endswith(BUFFERS) or (tied and name == "lm_head.weight"):
-        return None
-    bare = name.split(".")[0] in ("wte", "wpe", "h", "ln_f")
-    return f"transformer.{name}" if bare else name
-
-
-def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise UserError(f"the tensor {name} is missing")
-        if name not in wanted:
-            raise UserError(f"unexpected tensor {name}: the model described by its config has none")
-        if found[name] != wanted[name]:
-            raise UserError(f"the tensor {name} has shape {found[name]}, expected {wanted[name]}")
+        for names in _names(leaf, config):
+            yield from ((name, shape) for name in names)
 
 
 def _table(config: ModelConfig, whole: bool = False) -> list[Leaf]:
     """The rows of its family's table that a model has; `whole`: with all of GPT-2's biases."""
-    rows = LLAMA if family(config) == "llama" else GPT2
-    absent = {"c_q", "c_kv"} if kv_heads(config) == config.n_head else {"c_attn"}
-    if config.tie_head:
+    c = config
+    is_gpt2 = family(c) == "gpt2"
+    absent = {"c_q", "c_kv"} if kv_heads(c) == c.n_head else {"c_attn"}
+    if c.tie_head:
         absent |= {"lm_head"}
-    if not whole and not config.bias:
-        absent |= {"bias"}
-    return [leaf for leaf in rows if absent.isdisjoint(leaf.path.split("/"))]
+    if not c.qk_norm_scale:
+        absent |= {"q_norm", "k_norm"}
+
+    def has(leaf: Leaf) -> bool:
+        parts = leaf.path.split("/")
+        if parts[-1] == "bias":
+            inward = parts[-2] in ("c_attn", "c_q", "c_kv")
+            biased = c.attn_bias if inward and c.attn_bias is not None else c.bias
+            if not biased and not (whole and is_gpt2):
+                return False
+        return absent.isdisjoint(parts)
+
+    return list(filter(has, GPT2 if is_gpt2 else LLAMA))
 
 
 def _axes(leaf: Leaf, config: ModelConfig) -> tuple[list[list[int]], list[int]]:
@@ -201,10 +278,15 @@ def _axes(leaf: Leaf, config: ModelConfig) -> tuple[list[list[int]], list[int]]:
     return [[sizes[word] for word in group] for group in groups], order
 
 
-def _names(leaf: Leaf, config: ModelConfig) -> list[list[str]]:
+def _names(leaf: Leaf, config: ModelConfig) -> Iterator[list[str]]:
     """The names of a leaf's tensors, per layer if it has a layer axis."""
-    layers = range(config.n_layer if _stacked(leaf) else 1)
-    return [[name.format(layer) for name in leaf.names] for layer in layers]
+    for layer in range(config.n_layer if _stacked(leaf) else 1):
+        yield [name.format(layer) for name in leaf.names]
+
+
+def _stack_axis(leaf: Leaf) -> int:
+    """The axis of ours along which several tensors are stacked."""
+    return next(i for i, axis in enumerate(leaf.ours.split()) if axis in "23")
 
 
 def _stacked(leaf: Leaf) -> bool:

@@ -1,7 +1,14 @@
 """Convert transformers' `config.json` to our config, and back.
 
-GPT2LMHeadModel   learned positions, LayerNorm
-LlamaForCausalLM  rotary positions, RMSNorm, SwiGLU, grouped-query attention
+gpt2     learned positions, LayerNorm
+llama    rotary positions, RMSNorm, SwiGLU, grouped-query attention; Llama 3's stretched wavelengths
+mistral  a llama with a sliding window, or with heads of another size
+qwen2    a llama with biases for queries, keys and values
+qwen3    a llama with heads of another size and scaled QK-norm
+smollm3  a llama with layers without rotary positions
+
+A `config.json` is read key by key: each key is understood, or known to leave the logits as they
+are (`NEUTRAL`), or refused. So a setting that we have not heard of is never ignored.
 """
 
 from collections.abc import Mapping
@@ -9,8 +16,27 @@ from typing import Any, Literal
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.interop import hf_settings as settings
+from gptjax.interop.hf_settings import WINDOWED
 
-Family = Literal["gpt2", "llama"]
+Family = Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3"]
+CLASSES: dict[Family, str] = {  # of transformers
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+# What holds where a file says nothing, if not the same as in a llama.
+DEFAULTS: dict[Family, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+}
 
 ACTIVATIONS = {  # transformers' names to ours
     "gelu_pytorch_tanh": "gelu",
@@ -20,108 +46,162 @@ ACTIVATIONS = {  # transformers' names to ours
     "relu2": "relu2",
 }
 # Settings that we have no option for: the only supported values, which are also the defaults.
-GPT2_ONLY = {
+SHARED_ONLY = {
+    "is_encoder_decoder": False,
+    "tie_encoder_decoder": False,
     "add_cross_attention": False,
+    "pruned_heads": {},
+}
+GPT2_ONLY = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
 LLAMA_ONLY = {
-    "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "rope_scaling": None,
-    "sliding_window": None,
-    "quantization_config": None,
+    "rope_interleaved": False,
 }
+# Settings that do not change the logits: training, generation, labels, storage, provenance.
+NEUTRAL = frozenset(
+    """
+    _name_or_path architectures dtype finetuning_task gradient_checkpointing id2label
+    initializer_range is_decoder is_llama_config label2id model_type n_ctx num_labels
+    output_attentions output_hidden_states pretraining_tp problem_type reorder_and_upcast_attn
+    return_dict task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+    attention_dropout attn_pdrop embd_pdrop resid_pdrop summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj chunk_size_feed_forward
+    bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
+    forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
+    return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    """.split()
+)
 
 
 def family(config: ModelConfig) -> Family:
     """The model family that can represent our model.
 
     Raises:
-        UserError: neither can; names the option that is in the way.
+        UserError: none can; names the option that is in the way.
     """
     c = config
-    wanted: dict[str, Any] = {
-        "window": None,
-        "qk_norm": False,
-        "softcap": None,
-    }
+    kind: Family = "gpt2"
+    wanted: dict[str, Any] = {"softcap": None}
     if c.position == "rotary":
+        if c.nope_every is not None:
+            kind = "smollm3"
+        elif c.qk_norm:
+            kind = "qwen3"
+        elif c.attn_bias:
+            kind = "qwen2"
+        else:  # a llama's heads divide its width
+            kind = "mistral" if c.window is not None or c.n_embd % c.n_head else "llama"
         wanted |= {"norm": "rms", "activation": "swiglu", "bias": False}
+        wanted |= {"qk_norm": kind == "qwen3", "qk_norm_scale": kind == "qwen3"}
+        if kind != "qwen2" and c.attn_bias:
+            wanted["attn_bias"] = None
+        if kind == "smollm3":
+            wanted["window"] = None
     else:
-        wanted |= {"position": "learned", "norm": "layer"}
+        wanted |= {"position": "learned", "norm": "layer", "qk_norm": False, "window": None}
         if kv_heads(c) != c.n_head:
             wanted["n_kv_head"] = None
+        if c.head_size * c.n_head != c.n_embd:
+            wanted["head_dim"] = None
         if c.activation == "swiglu":
             wanted["activation"] = "gelu"
         if c.bias and not c.tie_head:  # an untied head would have a bias, which GPT-2's lacks
             wanted["tie_head"] = True
     for name, value in wanted.items():
         if getattr(c, name) != value:
-            theirs = "LlamaForCausalLM" if c.position == "rotary" else "GPT2LMHeadModel"
             raise UserError(
-                f"model.{name}={getattr(c, name)} is not supported by transformers' {theirs}; it "
-                f"needs model.{name}={value}"
+                f"model.{name}={getattr(c, name)} is not supported by transformers' "
+                f"{CLASSES[kind]}; it needs model.{name}={value}"
             )
-    return "llama" if c.position == "rotary" else "gpt2"
+    return kind
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     """Convert the values of a `config.json` to our config.
 
     Raises:
-        UserError: a model_type, setting or value that is not supported.
+        UserError: a model_type, setting or value that is not supported, or not known at all.
     """
-    kind = values.get("model_type")
-    if kind not in ("gpt2", "llama"):
-        raise UserError(f"model_type={kind!r} is not supported; expected 'gpt2' or 'llama'")
-    for key, value in (GPT2_ONLY if kind == "gpt2" else LLAMA_ONLY).items():
-        if (found := values.get(key, value)) != value:
-            raise UserError(f"{key}={found!r} is not supported; expected {value!r}")
-    if kind == "gpt2":
-        activation = values.get("activation_function", "gelu_new")
-        if activation not in ACTIVATIONS:
-            names = ", ".join(map(repr, ACTIVATIONS))
+    values = dict(values)  # each key is taken out as it is understood
+    kind = values.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CLASSES:
+        names = ", ".join(map(repr, CLASSES))
+        raise UserError(f"model_type={kind!r} is not supported; expected one of {names}")
+    for key, value in (SHARED_ONLY | (GPT2_ONLY if kind == "gpt2" else LLAMA_ONLY)).items():
+        settings.only(values, key, value)
+    values = DEFAULTS[kind] | values
+    config = _read_gpt2(values) if kind == "gpt2" else _read_llama(kind, values)
+    for key, value in values.items():
+        if key not in NEUTRAL and value is not None:
             raise UserError(
-                f"activation_function={activation!r} is not supported; expected one of {names}"
+                f"{key}={value!r} is not a setting of a {kind} that is understood; delete it from "
+                f"the file if it does not change the model"
             )
-        return ModelConfig(
-            n_layer=_positive_int(values, "n_layer"),
-            n_head=_positive_int(values, "n_head"),
-            n_embd=_positive_int(values, "n_embd"),
-            n_inner=_positive_int(values, "n_inner", None),
-            block_size=_positive_int(values, "n_positions"),
-            vocab_size=_positive_int(values, "vocab_size"),
-            norm_eps=_number(values, "layer_norm_epsilon", 1e-5),
-            activation=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
-        )
-    rope = values.get("rope_parameters") or {}  # since transformers 5; at the top level before
-    if (rope_type := rope.get("rope_type", "default")) != "default":
-        raise UserError(f"rope_type={rope_type!r} is not supported; expected 'default'")
-    config = ModelConfig(
-        n_layer=_positive_int(values, "num_hidden_layers"),
-        n_head=_positive_int(values, "num_attention_heads"),
-        n_kv_head=_positive_int(values, "num_key_value_heads", None),
-        n_embd=_positive_int(values, "hidden_size"),
-        n_inner=_positive_int(values, "intermediate_size"),
-        block_size=_positive_int(values, "max_position_embeddings"),
-        vocab_size=_positive_int(values, "vocab_size"),
-        bias=False,
-        norm="rms",
-        norm_eps=_number(values, "rms_norm_eps", 1e-6),
-        position="rotary",
-        rope_base=_number({**values, **rope}, "rope_theta", 10_000.0),
-        activation="swiglu",
-        tie_head=bool(values.get("tie_word_embeddings", False)),
-    )
-    if (size := values.get("head_dim")) not in (None, config.head_size):
-        raise UserError(
-            f"head_dim={size} is not supported; expected hidden_size / num_attention_heads = "
-            f"{config.head_size}"
-        )
     return config
+
+
+def _read_gpt2(values: dict[str, Any]) -> ModelConfig:
+    activation = values.pop("activation_function", "gelu_new")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        names = ", ".join(map(repr, ACTIVATIONS))
+        raise UserError(
+            f"activation_function={activation!r} is not supported; expected one of {names}"
+        )
+    return ModelConfig(
+        n_layer=settings.positive_int(values, "n_layer"),
+        n_head=settings.positive_int(values, "n_head"),
+        n_embd=settings.positive_int(values, "n_embd"),
+        n_inner=settings.positive_int(values, "n_inner", None),
+        block_size=settings.positive_int(values, "n_positions"),
+        vocab_size=settings.positive_int(values, "vocab_size"),
+        norm_eps=settings.number(values, "layer_norm_epsilon", 1e-5),
+        activation=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _read_llama(kind: Family, values: dict[str, Any]) -> ModelConfig:
+    if (activation := values.pop("hidden_act", "silu")) not in ("silu", "swish"):
+        raise UserError(f"hidden_act={activation!r} is not supported; expected 'silu'")
+    n_layer = settings.positive_int(values, "num_hidden_layers")
+    block_size = settings.positive_int(values, "max_position_embeddings")
+    nope_every = settings.nope_every(values, n_layer) if kind == "smollm3" else None
+    window = settings.window(kind, values, n_layer, block_size)
+    base, scaling = settings.rope(values, block_size, 2e6 if kind == "smollm3" else 1e4)
+    n_head = settings.positive_int(values, "num_attention_heads")
+    n_embd = settings.positive_int(values, "hidden_size")
+    head_dim = settings.positive_int(values, "head_dim", None)
+    return ModelConfig(
+        n_layer=n_layer,
+        n_head=n_head,
+        n_kv_head=settings.positive_int(values, "num_key_value_heads", None),
+        head_dim=None if head_dim is None or head_dim * n_head == n_embd else head_dim,
+        n_embd=n_embd,
+        n_inner=settings.positive_int(values, "intermediate_size"),
+        block_size=block_size,
+        vocab_size=settings.positive_int(values, "vocab_size"),
+        bias=False,
+        attn_bias=True if kind == "qwen2" else None,
+        norm="rms",
+        norm_eps=settings.number(values, "rms_norm_eps", 1e-6),
+        qk_norm=kind == "qwen3",
+        qk_norm_scale=kind == "qwen3",
+        position="rotary",
+        rope_base=base,
+        rope_scaling=scaling,
+        nope_every=nope_every,
+        window=window,
+        activation="swiglu",
+        tie_head=settings.flag(values, "tie_word_embeddings", False),
+    )
 
 
 def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
@@ -132,21 +212,23 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
         end_of_text: the tokenizer's id of it; None: it has none.
 
     Raises:
-        UserError: neither family can represent the model.
+        UserError: no family can represent the model.
     """
     c = config
+    kind = family(c)
     shared = {
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
         "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tie_head,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
+        "pad_token_id": None,  # a smollm3's default is beyond a small vocabulary
         "dtype": "float32",
     }
-    if family(c) == "gpt2":
+    if kind == "gpt2":
         names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
         return {
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
             "n_layer": c.n_layer,
             "n_head": c.n_head,
             "n_embd": c.n_embd,
@@ -159,12 +241,11 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
             "resid_pdrop": c.dropout,
             **shared,
         }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    values = {
         "num_hidden_layers": c.n_layer,
         "num_attention_heads": c.n_head,
         "num_key_value_heads": kv_heads(c),
+        "head_dim": c.head_size,
         "hidden_size": c.n_embd,
         "intermediate_size": c.n_inner or 4 * c.n_embd,
         "max_position_embeddings": c.block_size,
@@ -173,24 +254,25 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
         "hidden_act": "silu",
         **shared,
     }
+    if c.rope_scaling is not None:
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        scaling: dict[str, Any] = dict(zip(names, c.rope_scaling, strict=False))
+        scaling["rope_type"] = "linear" if len(c.rope_scaling) == 1 else "llama3"
+        if len(c.rope_scaling) == 4:  # transformers wants an integer
+            scaling["original_max_position_embeddings"] = int(c.rope_scaling[3])
+        values["rope_scaling"] = scaling
+    if kind == "mistral":
+        values["sliding_window"] = c.window
+    if kind in WINDOWED:
+        values |= {"sliding_window": c.window, "use_sliding_window": c.window is not None}
+    if kind in ("qwen2", "qwen3"):
+        values["max_window_layers"] = 0
+    if c.nope_every is not None:
+        values["no_rope_layer_interval"] = c.nope_every
+        values["no_rope_layers"] = [int(i % c.nope_every > 0) for i in range(1, c.n_layer + 1)]
+    return values
 
 
 def kv_heads(config: ModelConfig) -> int:
     """Number of key/value heads."""
     return config.n_kv_head or config.n_head
-
-
-def _positive_int(values: Mapping[str, Any], key: str, *default: None) -> Any:
-    value = values.get(key)
-    if value is None and default:
-        return None
-    if type(value) is not int or not 0 < value < 2**31:
-        raise UserError(f"{key}={value!r} is not a positive integer")
-    return value
-
-
-def _number(values: Mapping[str, Any], key: str, default: float) -> float:
-    value = values.get(key, default)
-    if type(value) not in (int, float):
-        raise UserError(f"{key}={value!r} is not a number")
-    return float(value)

@@ -7,10 +7,11 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.interop.hf import Source, full_name
+from gptjax.interop.hf import Source, add
 
 TRANSPOSED = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # nn.Linear, not GPT-2's Conv1D
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+DTYPES = ("float64", "float32", "float16", "bfloat16")  # of weights; a causal mask may have others
 
 
 def read(path: Path) -> Source:
@@ -49,15 +50,44 @@ def read(path: Path) -> Source:
     bias = args.get("bias", True)
     if type(bias) is not bool:
         raise UserError(f"{path}: model_args bias={bias!r} is not true or false")
-    config = ModelConfig(bias=bias, activation="gelu_erf", **{name: args[name] for name in SIZES})
+    for name in args.keys() - {*SIZES, "bias", "dropout"}:
+        raise UserError(f"{path}: model_args {name}={args[name]!r} is not a setting of nanoGPT")
     tensors: dict[str, Any] = {}
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{path}: {name} is not a tensor")
-        if ours := full_name(str(name).removeprefix("_orig_mod."), tied=True):
-            tensors[ours] = tensor.T if ours.endswith(TRANSPOSED) and tensor.ndim == 2 else tensor
+    try:
+        config = ModelConfig(
+            bias=bias, activation="gelu_erf", **{name: args[name] for name in SIZES}
+        )
+        for name, tensor in state.items():
+            _check_tensor(torch, name, tensor)
+            name = name.removeprefix("_orig_mod.")
+            add(tensors, name, tensor.T if name.endswith(TRANSPOSED) else tensor)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
     def read_one(name: str) -> np.ndarray:
-        return tensors[name].float().numpy()
+        return tensors[name].float().numpy(force=True)
 
-    return Source(config, {name: tuple(x.shape) for name, x in tensors.items()}, read_one, None)
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    return Source(config, shapes, read_one, path.stat().st_size, None)
+
+
+def _check_tensor(torch: Any, name: Any, tensor: Any) -> None:
+    """Check that a tensor is plain numbers, all of them in the file.
+
+    Raises:
+        UserError: it is sparse, quantised or nested, has no data (meta), or is not of floats.
+    """
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise UserError(f"{name} is not a tensor")
+    kind = str(tensor.dtype).removeprefix("torch.")
+    odd = tensor.is_sparse or tensor.is_nested or tensor.is_quantized or tensor.is_meta
+    if odd or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        raise UserError(
+            f"the tensor {name} has layout {tensor.layout}, dtype {kind} and device "
+            f"{tensor.device}; expected plain (strided, dense) numbers in the file"
+        )
+    weight = not name.endswith(".attn.bias")
+    if (weight and kind not in DTYPES) or tensor.is_complex():
+        raise UserError(f"the tensor {name} has dtype {kind}, expected one of {', '.join(DTYPES)}")
+    if weight and name.endswith(TRANSPOSED) and tensor.ndim != 2:
+        raise UserError(f"the tensor {name} has {tensor.ndim} axes, expected 2")

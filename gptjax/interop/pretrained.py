@@ -3,7 +3,6 @@
 Only tensors and JSON are read, never pickles or model code.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +18,11 @@ import safetensors
 from gptjax.config import OF_A_LOADED_MODEL, Config, ModelConfig
 from gptjax.errors import UserError, optional_import
 from gptjax.interop import gguf, hf_tokenizer, nanogpt
-from gptjax.interop.hf import Source, full_name, to_params
+from gptjax.interop.hf import Source, add, to_params
 from gptjax.interop.hf_config import read_config
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.runs.files import read_file
+from gptjax.runs.files import read_file, unique_json
 from gptjax.runs.run import Run
 from gptjax.text import choose
 from gptjax.text.tokenizers import Tokenizer
@@ -37,6 +36,7 @@ FILES = (
 )
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DTYPES = ("F64", "F32", "F16", "BF16")  # supported dtypes, in safetensors' spelling
+MASKS = ("BOOL", "U8")  # of the causal masks in old GPT-2 files
 PICKLES = (".bin", ".pkl", ".pickle", ".pth", ".ckpt")
 
 
@@ -63,10 +63,12 @@ def load(name: str) -> Pretrained:
         name: see `Config.init`; GPT-2's names refer to the hub even if a run has the same name.
 
     Raises:
-        UserError: no such model, no connection, a pickle, a corrupt file, an architecture other
-            than GPT-2 and Llama, or an unsupported setting.
+        UserError: no such model, no connection, a pickle, a corrupt file, an architecture that
+            is not one of `hf_config.CLASSES`, or an unsupported setting.
     """
     path = Path(name)
+    if path.suffix in (".gguf", ".pt") and path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file; give the file of a model")
     if on_hub(name):
         folder = download(*on_hub(name))
         source = read_folder(folder)
@@ -176,7 +178,9 @@ def read_folder(folder: Path) -> Source:
     values = _json(folder / "config.json")
     with _naming(folder / "config.json"):
         config = read_config(values)
-    index = folder / "model.safetensors.index.json"
+    index, parts = folder / "model.safetensors.index.json", {}
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} has an adapter beside the weights; merge it into them first")
     if (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
     elif index.exists():
@@ -190,30 +194,41 @@ def read_folder(folder: Path) -> Source:
         raise _pickle(pickles[0])
     else:
         raise UserError(f"{folder} has no model.safetensors")
-    shapes: dict[str, tuple[int, ...]] = {}
     where: dict[str, tuple[Any, str]] = {}
     for name in names:
         path = folder / name
-        if not path.exists():
+        if not path.is_file():
             raise UserError(f"{path} is missing")
-        try:
-            file = safetensors.safe_open(path, framework="numpy")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is not a valid safetensors file: {error}") from None
-        for theirs in file.keys():
-            about = file.get_slice(theirs)
-            if about.get_dtype() not in DTYPES:
-                raise UserError(
-                    f"{path}: the tensor {theirs} has dtype {about.get_dtype()}, expected one of "
-                    f"{', '.join(DTYPES)}"
-                )
-            if full := full_name(theirs, config.tie_head):
-                shapes[full] = tuple(about.get_shape())
-                where[full] = file, theirs
+        file = _safetensors(path)
+        with _naming(path):
+            for theirs in file.keys():
+                kind = file.get_slice(theirs).get_dtype()
+                if kind not in DTYPES and not (kind in MASKS and theirs.endswith(".attn.bias")):
+                    raise UserError(
+                        f"the tensor {theirs} has dtype {kind}, expected one of {', '.join(DTYPES)}"
+                    )
+                add(where, theirs, (file, theirs))
+        for theirs, place in parts.items():
+            if place == name and theirs not in file.keys():
+                raise UserError(f"{index} says that {theirs} is in {name}, which lacks it")
+    shapes = {name: tuple(file.get_slice(x).get_shape()) for name, (file, x) in where.items()}
     read = lambda name: where[name][0].get_tensor(where[name][1])
-    return Source(config, shapes, read, hf_tokenizer.read(folder))
+    size = sum((folder / name).stat().st_size for name in names)
+    return Source(config, shapes, read, size, hf_tokenizer.read(folder))
+
+
+def _safetensors(path: Path) -> Any:
+    """Open a file, whose header must name each tensor once: the library takes the last one."""
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")  # the library has checked it
+            unique_json(raw.read(length).decode())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not a valid safetensors file: {error}") from None
+    return file
 
 
 def download(repository: str, revision: str | None = None) -> Path:
@@ -264,7 +279,7 @@ def _is_run(folder: Path) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     """Read a JSON object."""
-    values = read_file(path, json.loads)
+    values = read_file(path, unique_json)
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: expected a JSON object")
     return values

@@ -20,8 +20,8 @@ def count_params(params: Any) -> int:
 def flops_per_token(config: ModelConfig, params: Any) -> int:
     """FLOPs of the forward and backward pass, per token of a full context.
 
-    6 per parameter of a matmul, and 12 L C T for attention's two products including the masked
-    half (12 L C window with a sliding window). Lookups (wpe, an untied wte) cost nothing. 0 for
+    6 per parameter of a matmul, and 12 L H D T for attention's two products including the masked
+    half (12 L H D window with a sliding window). Lookups (wpe, an untied wte) cost nothing. 0 for
     models other than a GPT.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
@@ -31,7 +31,7 @@ def flops_per_token(config: ModelConfig, params: Any) -> int:
     kernels = count_params({"h": params["h"], "head": params.get("lm_head", {})})
     tied = params["wte"]["embedding"].size if config.tie_head else 0
     seen = min(config.window or config.block_size, config.block_size)
-    attention = 12 * config.n_layer * config.n_embd * seen
+    attention = 12 * config.n_layer * config.n_head * config.head_size * seen
     return 6 * (kernels + tied) + attention
 
 

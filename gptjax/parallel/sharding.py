@@ -50,6 +50,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"h/mlp/c_proj/kernel", P(None, "tensor", "fsdp")),  # (L, F, C)
     (r"h/(attn|mlp)/c_proj/bias", P()),  # (L, C)
     (r"h/(attn|mlp)/\w+/lora_(a|b)", P()),  # small: (L, C, 3, r), (L, 3, r, H, D)
+    (r"h/attn/(q_norm|k_norm)/scale", P()),  # (L, D)
     (r"(ln_1|ln_2|ln_f)/(scale|bias)", P()),  # (L, C), (C,)
     (r"lm_head/kernel", P("fsdp", TENSOR)),  # (C, V)
     (r"lm_head/bias", P(TENSOR)),  # (V,)

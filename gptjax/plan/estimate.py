@@ -101,18 +101,18 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     F = m.n_inner or 4 * C
     F_in = 2 * F if m.activation == "swiglu" else F
     V = m.vocab_size or state.params["wte"]["embedding"].shape[0]
-    kv = 2 * (m.n_kv_head or H) * m.head_size
+    A, kv = H * m.head_size, 2 * (m.n_kv_head or H) * m.head_size
     params, held = _bytes(state.params, abstract), _bytes(state, abstract)
     layers = _bytes({"h": state.params["h"]}, abstract)
 
     # Activations of a layer: its input, the outputs of its linear layers, and the rest.
     given = b * T * C * s
-    dots = b * T * (C + kv + F_in) // t * s + 2 * b * T * C * s
+    dots = b * T * (A + kv + F_in) // t * s + 2 * b * T * C * s
     seen = T  # positions whose scores are stored: two windows with `window_attention`
     if m.window is not None and T % m.window == 0 and not m.dropped_attention:
         seen = min(T, 2 * m.window)
     weights = 0 if m.attention != "plain" else b * H * T * seen // t * (4 + s)
-    rest = 2 * b * T * C * (4 + s) + b * T * (C + F) // t * s + weights
+    rest = 2 * b * T * C * (4 + s) + b * T * (A + F) // t * s + weights
     kept = {(False, "nothing"): given + dots + rest, (True, "dots"): given + dots}
     saved = L * kept.get((m.remat, m.remat_saves), given)
     chunk = config.loss_chunk or T
@@ -133,7 +133,7 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     if m.remat:
         # All but a block's last matmul, whose output the backward pass does not need.
         linear = 2 * (count_params(state.params["h"]) - L * F * C)
-        again += (linear if m.remat_saves == "nothing" else 0) + 4 * L * C * seen
+        again += (linear if m.remat_saves == "nothing" else 0) + 4 * L * A * seen
     if config.loss_chunk is not None:
         again += 2 * V * C
     passes = 3 + m.remat

@@ -108,9 +108,13 @@ def _check(name: str, value: Any, hint: Any) -> Any:
         raise UserError(f"{name}: expected one of {typing.get_args(hint)}, got {value!r}")
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in allowed:
+        if typing.get_origin(kind) is tuple and isinstance(value, list):
+            item = typing.get_args(kind)[0]
+            return tuple(_check(f"{name}[{i}]", x, item) for i, x in enumerate(value))
         if type(value) is kind:
             return value
         if kind is float and type(value) is int and abs(value) < 2**53:
             return float(value)
-    expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+    names = {type(None): "null", tuple[float, ...]: "a list of numbers"}
+    expected = " or ".join(names.get(kind) or kind.__name__ for kind in allowed)
     raise UserError(f"{name}: expected {expected}, got {value!r}")

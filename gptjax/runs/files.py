@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,6 +144,23 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return values
 
 
+def unique_json(text: str) -> Any:
+    """Parse JSON in which no object has a key twice, of which `json.loads` takes the last.
+
+    Raises:
+        ValueError: not JSON, or names the key.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"the key {twice!r} is there twice")
+        return values
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def numbered(folder: Path) -> list[int]:
     """The numbers among the names of the subfolders of `folder`, ascending."""
     if not folder.is_dir():
@@ -204,6 +222,8 @@ def check_seal(folder: Path) -> None:
         if name not in wanted:
             raise Damaged(f"{name} is not listed in {MANIFEST}")
         try:
+            if name.endswith(".json") and found[name].stat().st_size > MAX_JSON:
+                raise Damaged(f"{name} is larger than {MAX_JSON} bytes")  # before it is hashed
             digest = _digest(found[name], sync=False)
         except PermissionError as error:
             raise UserError(f"{name} cannot be read: {error.strerror}") from None
