@@ -56,6 +56,11 @@ def test_json_round_trip(name):
     assert json.loads(to_json(config))["format"] == FORMAT
 
 
+def test_a_key_that_is_there_twice_is_refused():
+    text = '{"format": 2, "model": {"n_head": 2, "n_head": 4}}'
+    assert refusal(text) == "not JSON: the key 'n_head' is there twice"
+
+
 def test_several_numbers_round_trip():
     config = Config(model=ModelConfig(rope_scaling=(8.0, 1.0, 4.0, 8192.0)))
     assert from_json(to_json(config)).config == config

@@ -268,6 +268,10 @@ def test_a_header_that_announces_more_than_the_file_is_refused(
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"^{path} is not a valid GGUF file: it ends before"):
             pretrained.load(str(path))
+    twice = 2 * (struct.pack("<Q1sI", 1, b"k", 0) + b"\1")
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 2) + twice)
+    with pytest.raises(UserError, match=f"^{path} is not a valid GGUF file: .*Duplicate k already"):
+        pretrained.load(str(path))
     longest = 1000
     monkeypatch.setattr(gguf_module, "MOST_READS", longest)
     array = key + struct.pack("<IQ", 0, longest) + bytes(longest)

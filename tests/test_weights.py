@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -941,6 +942,23 @@ def test_weights_that_require_gradients_are_read(tmp_path: Path):
     torch.save(checkpoint, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match=r"there are two tensors transformer\.wte\.weight"):
         pretrained.load(str(tmp_path / "ckpt.pt"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes")
+def test_a_pipe_or_a_name_too_long_is_refused(tmp_path: Path):
+    for name in ("m.gguf", "ckpt.pt", "model"):
+        os.mkfifo(tmp_path / name)  # to open it would wait for a writer
+        with pytest.raises(UserError) as error:
+            pretrained.load(str(tmp_path / name))
+        assert str(error.value).startswith(f"{tmp_path / name} is not a regular file")
+    write_folder(tmp_path / "folder", GPT2)
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "folder" / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        pretrained.load(str(tmp_path / "folder"))
+    assert str(error.value) == f"{tmp_path}/folder/model.safetensors is missing"
+    with pytest.raises(UserError, match=r"File name too long$"):
+        pretrained.load("x" * 5000)
 
 
 def test_other_files_are_refused(tmp_path: Path):

@@ -213,9 +213,11 @@ def _check_constant(name: str, source: Source) -> None:
         case "weight":  # a tied head
             [table] = next(_names(_table(source.config)[0], source.config))
             if not np.array_equal(x, source.read(table)):
+                use = "to use it, set tie_word_embeddings to false, or else delete the tensor"
+                if family(source.config) == "gpt2":
+                    use = "no other GPT-2 is supported, so delete the tensor or tie it"
                 raise UserError(
-                    f"{name} differs from {table}, and the config says that they are tied; to use "
-                    f"it, set tie_word_embeddings to false, or else delete the tensor"
+                    f"{name} differs from {table}, and the config says that they are tied; {use}"
                 )
             return
         case "bias":  # the causal mask

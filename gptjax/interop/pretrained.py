@@ -67,7 +67,11 @@ def load(name: str) -> Pretrained:
             is not one of `hf_config.CLASSES`, or an unsupported setting.
     """
     path = Path(name)
-    if path.suffix in (".gguf", ".pt") and path.exists() and not path.is_file():
+    try:
+        special = path.exists() and not path.is_file() and not path.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if special or (path.suffix in (".gguf", ".pt") and path.is_dir()):
         raise UserError(f"{path} is not a regular file; give the file of a model")
     if on_hub(name):
         folder = download(*on_hub(name))

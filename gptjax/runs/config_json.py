@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from gptjax import __version__
 from gptjax.config import Config
 from gptjax.errors import UserError
+from gptjax.runs.files import unique_json
 
 FORMAT = 2  # raised when an old program could misread a new file
 
@@ -47,7 +48,7 @@ def from_json(text: str) -> Stored:
         UserError: not JSON, a newer format, an unknown key, a wrong type or value.
     """
     try:
-        values = json.loads(text)
+        values = unique_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
