@@ -116,7 +116,7 @@ def build(kind: str, config: Config, vocab_size: int) -> tuple[Any, Callable[[An
     others: Any = dict.fromkeys(("resid_pdrop", "embd_pdrop"), c.dropout)
     others["attn_pdrop"] = c.dropped_attention
     others["attn_implementation"] = "sdpa"
-    model = GPT2LMHeadModel(
+    made: Any = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocab_size,
             n_positions=c.block_size,
@@ -129,7 +129,8 @@ def build(kind: str, config: Config, vocab_size: int) -> tuple[Any, Callable[[An
             eos_token_id=None,
             **others,
         )
-    ).to(DEVICE)
+    )
+    model = made.to(DEVICE)
     return model, computed(lambda tokens: model(tokens, use_cache=False).logits)
 
 

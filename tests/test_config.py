@@ -308,7 +308,7 @@ CHECKS = [
     ),
     *[
         (
-            lambda v=v: ModelConfig(rope_scaling=v),
+            lambda v=v: ModelConfig(rope_scaling=v),  # pyright: ignore[reportArgumentType]
             f"model.rope_scaling={v} is not FACTOR or FACTOR LOW HIGH ORIGINAL, with FACTOR of at "
             f"least 1, 0 < LOW < HIGH and an integer; give e.g. 8 1 4 8192",
         )

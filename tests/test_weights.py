@@ -615,7 +615,7 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
     ),
     "other rotary frequencies": (
         LLAMA,
-        edit_tensors(lambda x: x.update({f"{AT}.rotary_emb.inv_freq": np.float32([1, 1, 1, 1])})),
+        edit_tensors(lambda x: x.update({f"{AT}.rotary_emb.inv_freq": np.ones(4, np.float32)})),
         "{}: the tensor model.layers.0.self_attn.rotary_emb.inv_freq is not the constant",
     ),
     "more layers than any file holds": (
@@ -831,7 +831,7 @@ def test_original_gpt2_files(tmp_path: Path):
     tensors = safetensors.numpy.load_file(path)
     old = {name.removeprefix("transformer."): x for name, x in tensors.items()}
     old["h.0.attn.bias"] = np.tri(8, dtype=np.uint8)[None, None]
-    old["h.0.attn.masked_bias"] = np.float32([-1e9])
+    old["h.0.attn.masked_bias"] = np.full(1, -1e9, np.float32)
     old["lm_head.weight"] = tensors[WTE].copy()
     safetensors.numpy.save_file(old, path)
     assert_same(pretrained.load(str(tmp_path / "model")).params, params)
@@ -914,7 +914,7 @@ def test_odd_tensors_of_a_checkpoint_are_refused(spoil: Any, message: str, tmp_p
 @pytest.mark.torch
 def test_tensors_without_strides_cannot_fill_the_memory(tmp_path: Path):
     torch = pytest.importorskip("torch", reason="needs torch")
-    sizes = {"n_layer": 2, "n_head": 1, "n_embd": 2**16, "block_size": 16, "vocab_size": 2**14}
+    sizes: Any = {"n_layer": 2, "n_head": 1, "n_embd": 2**16, "block_size": 16, "vocab_size": 2**14}
     shapes = dict(hf._wanted(ModelConfig(**sizes)))
     state = {
         name: torch.ones(1).expand(shape[::-1] if name.endswith(nanogpt.TRANSPOSED) else shape)
