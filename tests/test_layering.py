@@ -23,7 +23,7 @@ LAYERS = {
     "parallel": "meshes, kernels and processes serve training and sampling alike",
     "batches loss optim step sampling": "pure functions, to be used without a run",
     "assembly": "the one place where pure functions meet devices",
-    "runs.checkpoint runs.parts runs.bad_steps runs.loaded": "a train state on disk",
+    "runs.arrays runs.checkpoint runs.parts runs.bad_steps runs.loaded": "a train state on disk",
     "interop": "weights of other tools, which a run can start from",
     "console loop training": "the training run",
     "tools plan lecture": "commands' work: nothing of the core needs them",

@@ -280,3 +280,51 @@ def test_a_disk_that_fills_up_during_a_save(tmp_path):
     assert "step 2 could not be saved in checkpoints (" in error
     assert " 1; " in error and "--resume" in error  # the last one kept
     assert steps == "[1]"
+
+
+def newest(steps: list[int]) -> set[int]:
+    return {*steps[-1:]}
+
+
+def test_a_checkpoint_that_is_read_is_not_pruned(run):
+    checkpoints = Checkpoints(run.checkpoints_path, newest)
+    save(checkpoints, 10)
+
+    def use(step: int) -> list[int]:
+        save(checkpoints, 20, 30)
+        checkpoints.verify(step)
+        return checkpoints.steps()
+
+    assert checkpoints.read(lambda steps: steps[-1], use) == [10, 30]
+    with checkpoints.held() as held:
+        save(checkpoints, 40)
+        assert (held, checkpoints.steps()) == ([10, 30], [10, 30, 40])
+    save(checkpoints, 50)
+    assert checkpoints.steps() == [50]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_checkpoint_that_was_pruned_is_not_called_damaged(run, monkeypatch, locks):
+    """It may go between the listing and the hold or, where files have no locks, at any time."""
+    if not locks:
+        monkeypatch.setattr("gptjax.runs.files.fcntl", None)
+    writer, reader = Checkpoints(run.checkpoints_path, newest), Checkpoints(run.checkpoints_path)
+    save(writer, 10)
+    asked: list[list[int]] = []
+
+    def choose(steps: list[int]) -> int:
+        asked.append(steps)
+        if locks and len(asked) == 1:
+            save(writer, 20)
+        return steps[-1]
+
+    def use(step: int) -> int:
+        if not locks and len(asked) == 1:
+            save(writer, 20)
+        reader.verify(step)
+        return step
+
+    assert reader.read(choose, use) == 20
+    assert asked == [[10], [20]]
+    Path("runs/a/checkpoints/20/params/harm").write_text("")
+    assert "is damaged: params/harm" in message(reader.read, lambda steps: 20, use)

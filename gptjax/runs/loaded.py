@@ -72,8 +72,12 @@ class LoadedRun:
         self.tokenizer: Tokenizer = run.tokenizer
         self.model: nn.Module = parts.run_model(run, model)
         checkpoints = Checkpoints(run.checkpoints_path)
-        self.step: int = run.choose(str(checkpoint), checkpoints.steps())
-        self.params: Any = checkpoints.load_params(self.step, self.model, self._mesh)
+        self.step: int
+        self.params: Any
+        self.step, self.params = checkpoints.read(
+            lambda steps: run.choose(str(checkpoint), steps),
+            lambda step: (step, checkpoints.load_params(step, self.model, self._mesh)),
+        )
 
     @cached_property
     def metrics(self) -> list[Record]:

@@ -74,8 +74,12 @@ class Run:
                     f"checkpoints were made with; an intact copy is {place}"
                 )
             break
-        for place, _ in copies(self.directory, CONFIG):
-            changed = differences(files.read_file(place, config_json.from_json).config, self.config)
+        for place, text in copies(self.directory, CONFIG):
+            try:
+                stored = config_json.from_json(text).config
+            except UserError as error:
+                raise Damaged(f"{place} is damaged: {error}") from None
+            changed = differences(stored, self.config)
             for name, (old, new) in changed.items():
                 if _is_fixed(name) and name != "data.text":  # a text may have moved
                     raise Damaged(
@@ -241,7 +245,7 @@ class Run:
         return kept | {step for step in steps if any(step in gap for gap in self._gaps)}
 
     def choose(self, which: str, steps: list[int]) -> int:
-        """The checkpoint that "best", "last" or a number names.
+        """The checkpoint that "best", "last" or a number names, by the metrics as they are now.
 
         Raises:
             UserError: no checkpoint yet, or not that one.
@@ -254,6 +258,7 @@ class Run:
         if which == "last":
             return steps[-1]
         if which == "best":
+            self._val_losses = None  # a training process may have logged more
             best = self.best_step(steps)
             return steps[-1] if best is None else best
         if which.isdecimal() and int(which) in steps:
