@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ from gptjax.parallel.tracing import Profile
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import Damaged
-from gptjax.runs.folders import run_name
+from gptjax.runs.folders import run_flag
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling, generate
@@ -259,7 +260,7 @@ def _sample(setup: Setup, tokenizer: Tokenizer, params: Any) -> str:
 def _say_next(job: Job) -> None:
     run = job.run
     if job.trace.folder is not None:
-        job.report.say(f"traced some steps: xprof --logdir {job.trace.folder}")
-    config = f" --config {run.parts['config']}" if "config" in run.parts else ""
+        job.report.say(f"traced some steps: xprof --logdir {quote(str(job.trace.folder))}")
+    config = f" --config {quote(run.parts['config'])}" if "config" in run.parts else ""
     if "model" not in run.parts or config or parts.lecture_model(run):
-        job.report.say(f"next: python sample.py --run {run_name(run.directory)}{config}")
+        job.report.say(f"next: python sample.py {run_flag(run.directory)}{config}")

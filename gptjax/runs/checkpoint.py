@@ -224,11 +224,7 @@ class Checkpoints:
         training = {"step": layout.step, "opt_state": arrays.training_part(layout)}
         items = self.load(step, {"params": weights, "training": training})
         state = arrays.train_state(items["params"], items["training"], layout)
-        if int(state.step) != step:
-            raise Damaged(
-                f"checkpoint {self.path / str(step)} holds the state after step {int(state.step)}; "
-                f"give the folder that number again"
-            )
+        self._check_number(step, int(state.step))
         return state
 
     def load_params(self, step: int, model: nn.Module, mesh: Mesh | None = None) -> Any:
@@ -255,6 +251,7 @@ class Checkpoints:
         """
         distributed.first_does(lambda: self._verify_to_load(step))
         try:
+            self._check_number(step, self._saved_record(step).get("step", step))
             self._check_shapes(step, abstract)
             return ocp.load_checkpointables(str(self._folder(step)), abstract)
         except UserError:
@@ -289,12 +286,23 @@ class Checkpoints:
 
     def record(self, step: int) -> Record:
         """The step's own metrics, as saved with its checkpoint."""
+        return self._saved_record(step) or {"step": step, "seconds": 0.0}
+
+    def _saved_record(self, step: int) -> Record:
+        """The record in a checkpoint, or an empty one."""
         metadata: Any = ocp.checkpointables_metadata(str(self._folder(step))).custom_metadata
         try:
-            record = as_record((metadata or {})["record"])
+            return as_record((metadata or {})["record"])
         except (KeyError, TypeError, ValueError):
-            return {"step": step, "seconds": 0.0}
-        return {**record, "step": step}
+            return {}
+
+    def _check_number(self, step: int, held: int) -> None:
+        """Compare a checkpoint's name with the step that it was saved after."""
+        if held != step:
+            raise Damaged(
+                f"checkpoint {self.path / str(step)} holds the state after step {held}; give the "
+                f"folder that number again"
+            )
 
     def clean(self) -> None:
         """Remove leftovers of interrupted saves and removals."""

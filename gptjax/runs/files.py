@@ -208,6 +208,20 @@ def seal(folder: Path) -> None:
     )
 
 
+def locks(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; False if another process has it.
+
+    True also where there are no locks: on Windows, and on some network file systems.
+    """
+    with suppress(OSError):
+        if fcntl:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[bool]:
     """Hold a sealed folder, so that `remove` leaves it; whether it is there.
@@ -233,12 +247,10 @@ def remove(folder: Path) -> None:
     with ExitStack() as stack:
         try:
             descriptor = stack.enter_context((folder / MANIFEST).open("rb")).fileno()
-            if fcntl:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        except OSError:
-            pass  # no checksums, or no locks
+            if not locks(descriptor):
+                return
+        except FileNotFoundError:
+            pass  # of a time without checksums
         folder.rename(dropped)  # killed here, no half of it has a name
     shutil.rmtree(dropped)
 

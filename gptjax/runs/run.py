@@ -10,6 +10,7 @@ No pickle, and nothing outside the folder.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Run:
         files.refuse_links(directory)
         self.directory = directory
         self.config, self.parts = _read(directory, CONFIG, config_json.from_json)
+        self._place = directory.stat()
         self.tokenizer: Tokenizer = _read(directory, TOKENIZER, tokenizer_module.from_json)
         self._tokenizer_text: str = _read(directory, TOKENIZER, str)
         self.changed = self._compare_with_copies()
@@ -91,7 +93,12 @@ class Run:
 
     @property
     def texts(self) -> dict[str, str]:
-        """The small files that each checkpoint keeps copies of, by name."""
+        """The small files that each checkpoint keeps copies of, by name.
+
+        Raises:
+            UserError: another folder lies where the run's was.
+        """
+        self._check_place()
         return {
             CONFIG: config_json.to_json(self.config, self.parts),
             TOKENIZER: self._tokenizer_text,
@@ -187,11 +194,24 @@ class Run:
         """Append one line for each record; every record has its "step".
 
         Raises:
-            UserError: the disk takes no more.
+            UserError: the disk takes no more, or another folder lies where the run's was.
         """
+        self._check_place()
         records.append(self.metrics_path, lines)
         if self._val_losses is not None:
             self._note_losses(lines)
+
+    def _check_place(self) -> None:
+        """See that nothing is written into another run of the same name."""
+        try:
+            same = os.path.samestat(self._place, self.directory.stat())
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(
+                f"{self.directory} was moved, deleted or replaced while it was trained; nothing "
+                f"more is written; put the folder back, then continue with --resume"
+            )
 
     def metrics(self) -> list[Record]:
         """The records, in order; malformed lines are left out."""
