@@ -30,6 +30,7 @@ from gptjax.loop import Job, run_job
 from gptjax.loss import LossFn, MetricsFn
 from gptjax.model import Model
 from gptjax.parallel import distributed
+from gptjax.parallel.switches import pinned
 from gptjax.parallel.tracing import Profile
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
@@ -46,6 +47,7 @@ from gptjax.text.tokenizers import IdTokenizer, Tokenizer
 SAMPLE_TOKENS = 300  # shown when a run ends
 
 
+@pinned()
 def train(
     config: Config,
     directory: Path | str,
@@ -63,8 +65,9 @@ def train(
 ) -> Record:
     """Train as `config` says; keep everything in `directory`.
 
-    The run records which of model, optimizer, loss_fn and batches were yours; resuming takes the
-    same again.
+    JAX's own switches, such as `JAX_ENABLE_X64` or the precision of matmuls, do not change a run
+    (see `parallel/switches.py`). The run records which of model, optimizer, loss_fn and batches
+    were yours; resuming takes the same again.
 
     Args:
         config: of the run; when resuming, model and data must be those of the run.

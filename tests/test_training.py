@@ -88,6 +88,38 @@ def test_a_stopped_and_resumed_run_is_as_never_stopped(finished, tmp_path, at, n
     assert_same_run(whole, directory, 24)
 
 
+def test_jax_switches_change_neither_a_run_nor_its_samples(finished, tmp_path):
+    """Batches from the device and from a thread; set in the program, as the environment would."""
+    whole, config = finished
+    sample = lambda: "".join(load(whole).generate("KING", 20))
+    expected = sample(), load(whole).logits("KING")
+    other = {
+        "jax_enable_x64": True,
+        "jax_default_prng_impl": "rbg",
+        "jax_threefry_partitionable": False,
+        "jax_numpy_dtype_promotion": "strict",
+        "jax_random_seed_offset": 7,
+        "jax_default_matmul_precision": "bfloat16",
+    }
+    before = {name: getattr(jax.config, name) for name in other}
+    try:
+        for name, value in other.items():
+            jax.config.update(name, value)
+        for name, tokens in (("device", config.data.resident_tokens), ("thread", 100)):
+            data = replace(config.data, resident_tokens=tokens)
+            train(replace(config, data=data), tmp_path / name, report=QUIET)
+            # The last record's whole split is averaged in parts where tokens are streamed.
+            assert records(tmp_path / name)[:24] == records(whole)[:24]
+        found = sample(), load(whole).logits("KING")
+        assert {name: getattr(jax.config, name) for name in other} == other
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert found[0] == expected[0]
+    np.testing.assert_array_equal(found[1], expected[1], strict=True)
+    assert_same(arrays(tmp_path / "device", 24), arrays(whole, 24))
+
+
 def test_a_killed_and_resumed_run_is_as_never_killed(finished, tmp_path):
     """A power cut leaves a folder as it was at some moment: here, before the last step."""
     whole, config = finished

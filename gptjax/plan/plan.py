@@ -20,6 +20,7 @@ from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError
 from gptjax.parallel import sharding
 from gptjax.parallel.flops import matmul_peak, memory_rate, processor
+from gptjax.parallel.switches import pinned
 from gptjax.plan import aot, chips, estimate
 from gptjax.plan.chips import GIB, Chip
 from gptjax.plan.estimate import Cost
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
         return self.refused is None and self.cost.total <= chip.usable * chip.memory
 
 
+@pinned()
 def plan(config: Config, text: str, console: Console | None = None) -> Plan:
     """Print the plan of a run on the accelerators named by `text`.
 

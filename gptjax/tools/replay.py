@@ -23,6 +23,7 @@ from gptjax.interop import pretrained
 from gptjax.loss import LossFn
 from gptjax.model import Model
 from gptjax.parallel import sharding
+from gptjax.parallel.switches import pinned
 from gptjax.runs import parts
 from gptjax.runs.bad_steps import token_rows
 from gptjax.runs.checkpoint import Checkpoints
@@ -34,6 +35,7 @@ LEAVES = 8  # of the gradient, shown
 ROWS = 4  # of the batch, shown
 
 
+@pinned()
 def replay(
     directory: Path,
     step: int,

@@ -18,6 +18,7 @@ from gptjax.assembly import assemble, evaluate_random, evaluate_split, resident
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import Model
+from gptjax.parallel.switches import pinned
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import read as read_records
@@ -36,6 +37,7 @@ class Check:
     found: str
 
 
+@pinned()
 def verify(
     name: str | None = None,
     *,
