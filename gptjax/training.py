@@ -28,10 +28,11 @@ from gptjax.errors import UserError
 from gptjax.interop import pretrained
 from gptjax.loop import Job, run_job
 from gptjax.loss import LossFn, MetricsFn
-from gptjax.model import Model
+from gptjax.model import GPT, Model
 from gptjax.parallel import distributed
 from gptjax.parallel.switches import pinned
 from gptjax.parallel.tracing import Profile
+from gptjax.plan import room
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import Damaged
@@ -145,6 +146,14 @@ def train(
             f"optim.freeze={config.optim.freeze!r} leaves nothing to train; give a narrower one, "
             f"or start a new run from this one with --init"
         )
+    room.check_training(
+        config,
+        setup.layout,
+        setup.mesh,
+        vocab_size=tokenizer.vocab_size,
+        is_gpt=type(setup.model) is GPT and setup.layout.frozen is None and loss_fn is None,
+        streams=dataset is None or streams(config, dataset),
+    )
     own = parts.describe(
         recipe, model=setup.model, optimizer=optimizer, loss_fn=loss_fn, batches=batches
     )

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -601,6 +602,40 @@ def test_help_needs_no_run_to_resume(elsewhere, capsys):
         parse_train(["--resume", "--help"])
     assert caught.value.code == 0
     assert "usage: train.py" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        ("presets >/dev/full", 2, "gptjax presets: error: the output cannot be written (No space "),
+        ("--version >/dev/full", 2, "gptjax: error: the output cannot be written (No space left "),
+        ("train --help >/dev/full", 2, "gptjax train: error: the output cannot be written (No sp"),
+        ("presets >&-", 0, ""),
+        ("presets x >&- 2>&-", 2, ""),
+        ("presets x 2>/dev/full", 2, ""),
+        ("presets é日 >&-", 2, "gptjax presets: error: unexpected '\\xe9\\u65e5'"),
+    ],
+)
+def test_any_standard_streams(arguments, code, line, unbuffered):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": unbuffered}
+    command = f"{shlex.quote(sys.executable)} -m gptjax {arguments}"
+    options = {**spawn_options(), "env": environment}
+    done = subprocess.run(command, shell=True, **options)
+    assert (done.returncode, done.stderr[: len(line)]) == (code, line)
+    assert len(done.stderr.splitlines()) == bool(line)
+
+
+def test_closed_streams_are_opened_before_any_file():
+    """Or the next file, such as a run's lock, would get their descriptors and what is written."""
+    code = (
+        "import sys; from gptjax.cli import streams; streams.prepare(); print(open('x').fileno())"
+    )
+    Path("x").touch()
+    command = f'{shlex.quote(sys.executable)} -c "{code}" <&- 2>&-'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+    assert int(done.stdout) > 2
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])

@@ -328,3 +328,37 @@ def test_a_checkpoint_that_was_pruned_is_not_called_damaged(run, monkeypatch, lo
     assert asked == [[10], [20]]
     Path("runs/a/checkpoints/20/params/harm").write_text("")
     assert "is damaged: params/harm" in message(reader.read, lambda steps: 20, use)
+
+
+def test_a_checkpoint_under_another_number_is_refused(run):
+    checkpoints = Checkpoints(run.checkpoints_path)
+    save(checkpoints, 60)
+    Path("runs/a/checkpoints/60").rename("runs/a/checkpoints/80")
+    error = message(checkpoints.load, 80, abstract({"params": PARAMS}))
+    assert error.startswith("checkpoint runs/a/checkpoints/80 holds the state after step 60; ")
+
+
+def test_nothing_is_written_into_a_folder_that_took_the_place_of_the_run(run):
+    Path("runs/a").rename("runs/b")
+    for replace in (lambda: None, lambda: Path("runs/a").mkdir()):
+        replace()
+        for write in (lambda: run.log([{"step": 0}]), lambda: run.texts):
+            assert message(write).startswith("runs/a was moved, deleted or replaced while ")
+    assert not list(Path("runs/a").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("folder", "flag"),
+    [
+        ("runs/a", "--run a"),
+        ("runs/a b;rm", "--run 'a b;rm'"),
+        ("runs/--x", "--run=--x"),
+        ("else/where", "--run else/where"),
+        ("a", "--run ./a"),  # not runs/a
+    ],
+)
+def test_an_advised_command_finds_its_run(run, folder, flag):
+    if not Path(folder).exists():
+        Run.create(Path(folder), Config(steps=7), CharTokenizer.fit("x"))
+    assert folders.run_flag(Path(folder)) == flag
+    assert folders.find(folders.run_name(Path(folder))) == Path(folder)

@@ -1,5 +1,7 @@
 """Tests of whole runs: their files, exact resume, what stops them, and what the console shows."""
 
+import contextlib
+import io
 import re
 import shutil
 import signal
@@ -15,12 +17,12 @@ import optax
 import pytest
 from helpers import by_path
 from rich.console import Console
-from run_helpers import QUIET, SignalAt, arrays, assert_same, assert_same_run, records
+from run_helpers import QUIET, SignalAt, arrays, assert_same, assert_same_run, message, records
 
 from gptjax import assembly
 from gptjax.cli.sample import SampleCommand, parse_sample, print_samples, stream
 from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
-from gptjax.console import Report
+from gptjax.console import Report, duration, rounded
 from gptjax.errors import UserError
 from gptjax.parallel import flops
 from gptjax.presets import PRESETS
@@ -479,3 +481,60 @@ def test_the_console_describes_the_text_and_warns_of_memorising(play, tmp_path):
 )
 def test_when_a_model_memorises(tokens: int, parameters: int, epochs: float, expected: bool):
     assert flops.will_memorise(tokens, parameters, epochs) == expected
+
+
+def shown(*calls: tuple[str, ...], encoding: str = "utf-8") -> str:
+    """What a report prints into a pipe of this encoding."""
+    raw = io.BytesIO()
+    with contextlib.redirect_stdout(io.TextIOWrapper(raw, encoding=encoding)):
+        report = Report()
+        for name, *arguments in calls:
+            getattr(report, name)(*arguments)
+    return raw.getvalue().decode(encoding)
+
+
+def test_strangers_text_has_no_effect_on_a_terminal():
+    text = "a\x1b[31m :cat: [red]b[/] \x9b2J\u202e\r\nc\td"
+    assert shown(("say", text)).split("\n") == [
+        "a\\x1b[31m :cat: [red]b[/] \\x9b2J\\u202e",
+        "c       d",
+        "",
+    ]
+    assert "a\\x1b[31m :cat: [red]b[/]" in shown(("summary", "t", {"x": text}))
+
+
+def test_a_pipe_gets_whole_lines_without_blanks_at_their_ends():
+    rows = {"short": "x", "long": "y " * 100 + "y"}
+    assert shown(("summary", "title", rows)) == f"title\n short  x\n long   {rows['long']}\n"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_characters_that_an_output_lacks_are_escaped(encoding):
+    assert shown(("say", "λ 日 ok"), encoding=encoding) == "\\u03bb \\u65e5 ok\n"
+
+
+def test_training_saves_and_stops_when_its_output_is_lost(finished, tmp_path):
+    whole, config = finished
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        error = message(train, config, tmp_path / "run", report=Report())
+        full.buffer.detach()  # what it holds cannot be written
+    assert error.startswith("the output cannot be written (No space left on device); saved after ")
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    train(config, tmp_path / "run", resume=True, report=QUIET)
+    assert_same_run(whole, tmp_path / "run", 24)
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [(1830.0, "1,830"), (999.7, "1,000"), (1.834, "1.83"), (0.01234, "0.0123"), (0, "0")],
+)
+def test_numbers_have_no_exponent(x, text):
+    assert rounded(x) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "under 1 s"), (12, "12 s"), (59.9, "1 min 0 s"), (7500, "2 h 5 min")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -8,7 +8,6 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ from gptjax.parallel.switches import pinned
 from gptjax.plan import aot, chips, estimate
 from gptjax.plan.chips import GIB, Chip
 from gptjax.plan.estimate import Cost
+from gptjax.plan.room import memory_of_device
 from gptjax.text.dataset import open_dataset
 
 TRIES = 3  # proposals to compile until one fits
@@ -243,14 +243,12 @@ def _here(config: Config) -> Chip:
     device = jax.devices()[0]
     if known := chips.by_device_kind(device.device_kind):
         return known
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"MemTotal: +(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     count, bandwidth = jax.device_count(), memory_rate()
     return Chip(
         title=processor() if device.platform == "cpu" else device.device_kind,
         kind=device.platform,
         flops=matmul_peak(config.model.dtype) / count,
-        memory=(int(found[1]) * 1024 if found else float("inf")) / count,
+        memory=memory_of_device(),
         usable=1.0,
         bandwidth=bandwidth / count,
         links=bandwidth / count,

@@ -18,6 +18,7 @@ from gptjax.loss import evaluate_batch
 from gptjax.model import Model
 from gptjax.parallel import sharding
 from gptjax.parallel.switches import pinned, pinned_pieces
+from gptjax.plan import room
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import Record
@@ -207,6 +208,7 @@ class LoadedRun:
                 f"--num-samples {num_samples} is not divisible by --mesh.data "
                 f"{self._mesh.shape['data']}; change one of them (each device draws as many)"
             )
+        room.check_sampling(self.model, num_samples, self.tokenizer.vocab_size)
         ids = self._prompt(prompt, special_tokens, unknown)
         decoders = [StreamDecoder(self.tokenizer, ids) for _ in range(num_samples)]
         model = sharding.on_mesh(self.model, self._mesh)
