@@ -1,5 +1,6 @@
 """The console output of a run: progress bars and tables on a terminal, plain lines elsewhere."""
 
+import io
 import math
 import sys
 import time
@@ -85,8 +86,9 @@ def print_table(table: Table, console: Console | None = None) -> None:
     if console.is_terminal:
         console.print(table)
         return
-    with console.capture() as captured:
-        console.print(table, width=10_000, crop=False)
+    wide = Console(file=io.StringIO(), width=10_000, force_terminal=False)
+    with wide.capture() as captured:
+        wide.print(table)
     lines = captured.get().splitlines()
     console.print(Text("\n".join(line.rstrip() for line in lines)), soft_wrap=True)
 
