@@ -41,9 +41,9 @@ from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling, generate
 from gptjax.text import special_tokens as special
-from gptjax.text.dataset import fingerprint, open_dataset
+from gptjax.text.dataset import Dataset, fingerprint, open_dataset
 from gptjax.text.stream import first_tokens
-from gptjax.text.tokenizers import IdTokenizer, Tokenizer
+from gptjax.text.tokenizers import IdTokenizer, Tokenizer, UnknownCharacters
 
 SAMPLE_TOKENS = 300  # shown when a run ends
 
@@ -117,11 +117,8 @@ def train(
         tokenizer = loaded.tokenizer
     dataset = None
     if batches is None:
-        dataset = distributed.first_then_all(
-            lambda: open_dataset(
-                config.data, config.model.block_size, tokenizer, report, special_tokens
-            )
-        )
+        opened = partial(_open, config, run, tokenizer, report, special_tokens)
+        dataset = distributed.first_then_all(opened)
         tokenizer, text = dataset.tokenizer, fingerprint(dataset)
     else:
         _check_rows(batches, config)
@@ -209,6 +206,31 @@ def train(
             )
             _say_next(job)
         return record
+
+
+def _open(
+    config: Config,
+    run: Run | None,
+    tokenizer: Tokenizer | None,
+    report: Report,
+    special_tokens: bool,
+) -> Dataset:
+    """The run's text, encoded.
+
+    Raises:
+        UserError: one that cannot be used; with characters that the tokenizer lacks, which here are
+            neither replaced nor skipped, it is another text than a resumed run's.
+    """
+    try:
+        return open_dataset(config.data, config.model.block_size, tokenizer, report, special_tokens)
+    except UnknownCharacters as error:
+        other = f"the text {config.data.text} is not the one that {run and run.directory} was"
+        advice = "remove them, or train with another tokenizer"
+        raise UserError(
+            f"{other} trained on: {error.found}; bring that one back, or start a new run"
+            if run
+            else f"{config.data.text}: {error.found}; {advice}"
+        ) from None
 
 
 def _newest_sound_step(run: Run, checkpoints: Checkpoints) -> int:

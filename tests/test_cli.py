@@ -733,6 +733,40 @@ def test_init_starts_from_the_preset_for_it():
     assert small.settings == replace(PRESETS["small"], init="runs/other")
 
 
+@pytest.mark.parametrize(
+    ("argv", "fitted"),
+    [
+        ("--config small --steps 2", "optim.warmup_steps=0, not 50"),
+        ("--config small --steps 40", "optim.warmup_steps=2, not 50"),
+        ("--init x --batch-size 4", "optim.accumulate=4, not 32"),
+        ("--init x --batch_size=48", "optim.accumulate=16, not 32"),
+        ("--config small --steps 2 --warmup-steps 1", ""),
+        ("--config small --steps 60", ""),
+    ],
+)
+def test_a_preset_gives_way_to_what_is_given(argv, fitted):
+    assert parse_train(argv.split()).fitted == fitted
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--config small --steps 2 --warmup-steps 3", "optim.warmup_steps=3 is more than steps=2"),
+        ("--init x --batch-size 4 --accumulate 3", "batch_size=4 is not divisible by optim.accumu"),
+    ],
+)
+def test_what_is_given_stays(argv, message):
+    assert message_of(parse_train, argv.split()).startswith(message)
+
+
+def test_all_that_is_missing_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["export"])
+    assert capsys.readouterr().err == (
+        "gptjax export: error: RUN and FOLDER are missing; see gptjax export --help\n"
+    )
+
+
 def test_the_model_of_loaded_weights_cannot_be_changed():
     with pytest.raises(UserError) as error:
         parse_train(["--init", "gpt2", "--model.n-layer", "3"])

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from gptjax.assembly import assemble
 from gptjax.config import Config, MeshConfig
+from gptjax.console import rounded
 from gptjax.errors import UserError
 from gptjax.parallel import sharding
 from gptjax.parallel.flops import matmul_peak, memory_rate, processor
@@ -171,8 +172,8 @@ def show(plan: Plan, chip: Chip, title: str, console: Console) -> None:
         ("memory", plan.cost.traffic, "TB", chip.bandwidth, times.memory),
         ("network", sent, "TB", chip.links, times.network),
     ):
-        rate = f"{peak / 1e12:,.3g} {unit}/s"
-        table.add_row(name, f"{amount / 1e12:,.3g} {unit}", rate, f"{seconds:.3g}")
+        rate = f"{rounded(peak / 1e12)} {unit}/s"
+        table.add_row(name, f"{rounded(amount / 1e12)} {unit}", rate, rounded(seconds))
     console.print(table)
     if plan.cost.collectives:
         console.print(_collectives(plan, chip, sizes))
@@ -185,9 +186,9 @@ def show(plan: Plan, chip: Chip, title: str, console: Console) -> None:
         ("without overlap", times.most),
     ):
         console.print(
-            f"{words}: {seconds:.3g} s per step, {tokens / seconds:,.0f} tokens/s, "
+            f"{words}: {rounded(seconds)} s per step, {tokens / seconds:,.0f} tokens/s, "
             f"{useful / seconds:.0%} MFU, {config.steps * seconds / 86400:,.1f} "
-            f"days for {config.steps * tokens / 1e9:,.3g} B tokens",
+            f"days for {rounded(config.steps * tokens / 1e9)} B tokens",
             markup=False,
             soft_wrap=True,
         )
@@ -206,7 +207,7 @@ def _collectives(plan: Plan, chip: Chip, sizes: dict[str, int]) -> Table:
     for column in ("count", "GB sent", "seconds"):
         table.add_column(column, justify="right")
     for (kind, axes), (n, size, seconds) in sorted(sums.items(), key=lambda kv: -kv[1][1]):
-        table.add_row(kind, axes, f"{n:,.0f}", f"{size / 1e9:,.2f}", f"{seconds:.3g}")
+        table.add_row(kind, axes, f"{n:,.0f}", f"{size / 1e9:,.2f}", rounded(seconds))
     return table
 
 
