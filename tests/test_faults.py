@@ -453,4 +453,4 @@ def test_a_named_pipe_is_refused_without_blocking(run):
     (run / "config.json").unlink()
     os.mkfifo(run / "config.json")
     assert "is a link or a special file" in message(Run, run)
-    assert message(read_config, run).startswith(f"{run}/config.json is damaged: it is not a")
+    assert message(read_config, run).startswith(f"{run}/config.json is damaged: it is ")
