@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.errors import optional_import
+from gptjax.parallel.switches import pinned
 
 INIT, BATCH, DROPOUT, EVAL, LORA = range(5)  # purposes of a random key
 
@@ -136,6 +137,7 @@ class Prefetched:
             self._next = then, self._pool.submit(self._make, then)
         return rows
 
+    @pinned()  # a thread does not inherit what its caller pinned
     def _make(self, step: int) -> Rows:
         batches = [self._source.batch(step + i) for i in range(self._n)]
         return Rows(step, self._put(jax.tree.map(lambda *rows: np.stack(rows), *batches)))

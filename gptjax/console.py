@@ -1,17 +1,18 @@
 """The console output of a run: progress bars and tables on a terminal, plain lines elsewhere."""
 
+import io
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -19,10 +20,12 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from gptjax import optim
 from gptjax.assembly import Setup
 from gptjax.config import Config
+from gptjax.errors import visible
 from gptjax.parallel.flops import count_params, flops_per_token, matmul_peak, will_memorise
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import Record
@@ -34,8 +37,65 @@ ESTIMATE_AFTER = 3.0  # seconds of steps that are enough to tell the whole run's
 PLAIN_EVERY = 15.0  # seconds between progress lines where there is no terminal
 
 
+class Output:
+    """Standard output, as it is at each write. What its encoding lacks is written by its escape.
+    Once it takes nothing more, the rest is dropped.
+
+    Attributes:
+        lost: why it takes nothing more; None: it does.
+    """
+
+    lost: OSError | None = None
+
+    @property
+    def _stream(self) -> Any:
+        """None: there is none. While rich shows a bar, it puts itself in its place."""
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    def write(self, text: str) -> int:
+        encoding = self.encoding
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        self._unless_lost("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._unless_lost("flush")
+
+    def _unless_lost(self, method: str, *args: str) -> None:
+        if self._stream is not None and self.lost is None:
+            try:
+                getattr(self._stream, method)(*args)
+            except OSError as error:
+                self.lost = error
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """Print a table without a frame; outside of a terminal, in lines as long as they need to be
+    and without blanks at their ends, for other programs to read."""
+    console = console or Console(highlight=False)
+    if console.is_terminal:
+        console.print(table)
+        return
+    wide = Console(file=io.StringIO(), width=10_000, force_terminal=False)
+    with wide.capture() as captured:
+        wide.print(table)
+    lines = captured.get().splitlines()
+    console.print(Text("\n".join(line.rstrip() for line in lines)), soft_wrap=True)
+
+
 class Report:
-    """Prints the progress of a training run.
+    """Prints the progress of a training run. Strangers' texts and names are shown as they are:
+    neither markup nor control characters in them have an effect.
 
     Args:
         console: where to; None: standard output.
@@ -43,21 +103,29 @@ class Report:
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
-        self.console = console or Console(quiet=quiet, highlight=False)
+        self._output = Output()
+        to: Any = self._output  # all that rich uses of a file
+        self.console = console or Console(file=to, quiet=quiet, highlight=False)
         self._bar: tuple[Progress, TaskID] | None = None
+
+    @property
+    def lost(self) -> OSError | None:
+        """Why the output takes nothing more, as when its reader or the disk's space is gone."""
+        return self._output.lost
 
     def say(self, text: str) -> None:
         """Lines above the bar."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(Text(visible(text)), soft_wrap=True)
 
     def summary(self, title: str, rows: dict[str, str]) -> None:
         """A small table of names and values."""
-        table = Table(title=title, title_justify="left", show_header=False, box=None)
+        self.say(title)
+        table = Table(show_header=False, box=None)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
         for name, value in rows.items():
-            table.add_row(name, escape(value))
-        self.console.print(table)
+            table.add_row(Text(visible(name)), Text(visible(value)))
+        print_table(table, self.console)
 
     @contextmanager
     def work(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -71,7 +139,7 @@ class Report:
                 if (now := time.perf_counter()) - last > PLAIN_EVERY:
                     last = now
                     left = (total - done) * (now - start) / done
-                    self.say(f"{name}: {done / total:.0%}, {left:.0f} s left")
+                    self.say(f"{name}: {done / total:.0%}, {duration(left)} left")
 
             yield tell
             return
@@ -92,14 +160,10 @@ class Report:
         if not self.console.is_terminal:
             yield
             return
-        with Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s  left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=self.console,
-        ) as progress:
-            task = progress.add_task("", total=config.steps, completed=start, loss="-", rate="-")
+        # The words come first, and whole: a narrow terminal has no room left for the bar.
+        words = TextColumn("{task.completed}/{task.total}  {task.fields[words]}")
+        with Progress(words, BarColumn(), console=self.console) as progress:
+            task = progress.add_task("", total=config.steps, completed=start, words="compiling")
             self._bar = progress, task
             yield
             self._bar = None
@@ -112,21 +176,20 @@ class Report:
         first, since = self._timed
         per_step = (seconds - since) / (step - first)
         left = per_step * (self._steps - step)
-        rate = f"{self._tokens_per_step / per_step:,.0f}"
+        rate = f"{rounded(self._tokens_per_step / per_step)} tokens/s"
+        to_go = f"  {duration(left)} left" if step < self._steps else ""
         if not self._estimated and seconds - since > ESTIMATE_AFTER:
             self._estimated = True
             self.say(
-                f"{per_step * 1e3:.3g} ms a step: about {left / 60:.1f} minutes to go, and the "
+                f"{rounded(per_step * 1e3)} ms a step: about {duration(left)} to go, and the "
                 f"evaluations"
             )
         if self._bar is not None:
             progress, task = self._bar
-            progress.update(task, completed=step, loss=f"{loss:.3f}", rate=rate)
+            progress.update(task, completed=step, words=f"loss {loss:.3f}{to_go}  {rate}")
         elif time.perf_counter() - self._last_line > PLAIN_EVERY:
             self._last_line = time.perf_counter()
-            self.say(
-                f"step {step}/{self._steps}  loss {loss:.3f}  {rate} tokens/s  {left:.0f} s left"
-            )
+            self.say(f"step {step}/{self._steps}  loss {loss:.3f}{to_go}  {rate}")
 
     def evaluation(self, step: int, steps: int, record: Record) -> None:
         """The losses of an evaluation."""
@@ -138,6 +201,26 @@ class Report:
         bits = record.get("val_bits_per_byte")
         per_byte = "" if bits is None else f"  ({bits:.4f} bits per byte)"
         self.say(f"step {step:>{len(str(steps))}}  loss: {losses}{per_byte}")
+
+
+def rounded(x: float) -> str:
+    """A number of at least three digits, without an exponent: 0.0123, 4.56, 1,830."""
+    if not math.isfinite(x) or x == 0:
+        return f"{x:g}"
+    return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x))))}f}"
+
+
+def duration(seconds: float) -> str:
+    """A time to be read: `under 1 s`, `12 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 1:
+        return "under 1 s"
+    if not seconds < 3600 * 24 * 365:
+        return "more than a year"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 class Clock:
@@ -223,7 +306,7 @@ def after(setup: Setup, run: Run, record: Record) -> dict[str, str]:
         run: its folder.
         record: of its last step.
     """
-    config, seconds = setup.config, record["seconds"]
+    config, seconds = setup.config, record.get("seconds") or math.nan
     tokens_per_second = config.steps * config.batch_size * config.model.block_size / seconds
     best = run.best_step(Checkpoints(run.checkpoints_path).steps())
     rows = {}
@@ -233,7 +316,7 @@ def after(setup: Setup, run: Run, record: Record) -> dict[str, str]:
             f"{record['val_bits_per_byte']:.4f} bits per byte"
         )
     rows["training"] = (
-        f"{seconds / 60:.2f} minutes, {seconds / config.steps * 1e3:.3g} ms a step, "
+        f"{seconds / 60:.2f} minutes, {rounded(seconds / config.steps * 1e3)} ms a step, "
         f"{tokens_per_second:,.0f} tokens/s, compilation included"
     )
     rows["kept"] = str(run.directory)

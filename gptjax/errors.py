@@ -1,15 +1,19 @@
 """Bad input as one line: `UserError`, the checks that raise it, and how a command reports it."""
 
+import errno
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 LARGEST = 2**31 - 1  # sizes and steps are int32 on the devices
 LONGEST = 1500  # characters of a message
+UNWRITABLE = errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG  # errors of a stream without a name
+# What would move the cursor, paint, or reorder a line of a terminal; line ends and tabs may stay.
+CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -23,6 +27,11 @@ class UserError(ValueError):
         if len(message) > LONGEST:
             message = f"{message[: LONGEST // 2]}...{message[-LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+def visible(text: str) -> str:
+    """A stranger's text for a terminal: control characters are shown by their escapes."""
+    return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text.replace("\r\n", "\n"))
 
 
 def optional_import(package: str, extra: str = "text") -> Any:
@@ -46,18 +55,63 @@ def optional_import(package: str, extra: str = "text") -> Any:
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr and exit code 2; everything else is a bug."""
+    """Turn a `UserError`, or output that cannot be written, into one line on stderr and exit code
+    2; everything else is a bug."""
+    try:
+        with _flushed():
+            yield
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        _end("", 1)
+    except KeyboardInterrupt:  # before or after the time in which a run ends in order
+        _end(f"{command}: interrupted", 130)
+    except UserError as error:
+        _end(f"{command}: error: {error}", 2)
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        reason = f"the output cannot be written ({error.strerror})"
+        _end(f"{command}: error: {reason}; free disk space, or send it elsewhere", 2)
+
+
+def note(line: str) -> None:
+    """Print a line on stderr, if that takes any."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+@contextmanager
+def _flushed() -> Iterator[None]:
+    """Write what is buffered at the end, where an error can still be told."""
     try:
         yield
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:  # before or after the time in which a run ends in order
-        print(f"{command}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except UserError as error:
-        print(f"{command}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _end(line: str, code: int) -> NoReturn:
+    if line:
+        note(line)
+    if _is_stuck(sys.stdout):
+        _discard(sys.stdout)
+    raise SystemExit(code) from None
+
+
+def _is_stuck(stream: TextIO) -> bool:
+    """Whether a stream holds what it cannot write."""
+    try:
+        stream.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _discard(stream: TextIO) -> None:
+    """Send a stream to nowhere, or Python would complain about what it holds when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---------------------------------------------------------------------------------------------

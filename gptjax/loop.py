@@ -19,7 +19,7 @@ from gptjax.parallel.signals import Stop, until_signal
 from gptjax.parallel.tracing import Profile
 from gptjax.runs import bad_steps
 from gptjax.runs.checkpoint import Checkpoints
-from gptjax.runs.folders import run_name
+from gptjax.runs.folders import run_flag
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.step import TrainState
@@ -58,7 +58,7 @@ def run_job(job: Job, state: TrainState, start: int) -> tuple[Record, TrainState
         checkpoints.sealing(),
         job.trace.ending(),
     ):
-        stop = Stop(asked, setup.mesh)
+        stop = Stop(lambda: asked() or report.lost is not None, setup.mesh)
         if not logged:
             record = _finish(job, state, record, stopped=False)
         clock.start()
@@ -83,10 +83,16 @@ def run_job(job: Job, state: TrainState, start: int) -> tuple[Record, TrainState
                 stopped = stop.now()
                 record = _finish(job, state, records[-1], stopped)
     if step < config.steps:
-        name = run_name(run.directory)
-        report.say(f"stopped after step {step}; to continue: python train.py --run {name} --resume")
+        again = f"to continue: python train.py {run_flag(run.directory)} --resume"
+        report.say(f"stopped after step {step}; {again}")
     else:
+        again = f"the run is complete; its losses are in {run.metrics_path}"
         report.summary("done", console.after(setup, run, record))
+    if report.lost:
+        raise UserError(
+            f"the output cannot be written ({report.lost.strerror}); saved after step {step}; "
+            f"{again}"
+        )
     return record, state
 
 
@@ -145,7 +151,7 @@ def _skip(job: Job, state: TrainState, step: int, bad: str) -> TrainState:
     bad_steps.keep(job.run, state, step, job.source.batch(step - 1))
     job.report.say(
         f"step {step} skipped ({bad}); to look at it: "
-        f"python train.py --run {run_name(job.run.directory)} --replay {step}"
+        f"python train.py {run_flag(job.run.directory)} --replay {step}"
     )
     return state._replace(step=sharding.put(job.setup.mesh, np.int32(step)))
 

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import jax
@@ -27,24 +28,27 @@ from gptjax.errors import UserError
 from gptjax.interop import pretrained
 from gptjax.loop import Job, run_job
 from gptjax.loss import LossFn, MetricsFn
-from gptjax.model import Model
+from gptjax.model import GPT, Model
 from gptjax.parallel import distributed
+from gptjax.parallel.switches import pinned
 from gptjax.parallel.tracing import Profile
+from gptjax.plan import room
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import Damaged
-from gptjax.runs.folders import run_name
+from gptjax.runs.folders import run_flag
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling, generate
 from gptjax.text import special_tokens as special
-from gptjax.text.dataset import fingerprint, open_dataset
+from gptjax.text.dataset import Dataset, fingerprint, open_dataset
 from gptjax.text.stream import first_tokens
-from gptjax.text.tokenizers import IdTokenizer, Tokenizer
+from gptjax.text.tokenizers import IdTokenizer, Tokenizer, UnknownCharacters
 
 SAMPLE_TOKENS = 300  # shown when a run ends
 
 
+@pinned()
 def train(
     config: Config,
     directory: Path | str,
@@ -62,8 +66,9 @@ def train(
 ) -> Record:
     """Train as `config` says; keep everything in `directory`.
 
-    The run records which of model, optimizer, loss_fn and batches were yours; resuming takes the
-    same again.
+    JAX's own switches, such as `JAX_ENABLE_X64` or the precision of matmuls, do not change a run
+    (see `parallel/switches.py`). The run records which of model, optimizer, loss_fn and batches
+    were yours; resuming takes the same again.
 
     Args:
         config: of the run; when resuming, model and data must be those of the run.
@@ -112,11 +117,8 @@ def train(
         tokenizer = loaded.tokenizer
     dataset = None
     if batches is None:
-        dataset = distributed.first_then_all(
-            lambda: open_dataset(
-                config.data, config.model.block_size, tokenizer, report, special_tokens
-            )
-        )
+        opened = partial(_open, config, run, tokenizer, report, special_tokens)
+        dataset = distributed.first_then_all(opened)
         tokenizer, text = dataset.tokenizer, fingerprint(dataset)
     else:
         _check_rows(batches, config)
@@ -141,6 +143,14 @@ def train(
             f"optim.freeze={config.optim.freeze!r} leaves nothing to train; give a narrower one, "
             f"or start a new run from this one with --init"
         )
+    room.check_training(
+        config,
+        setup.layout,
+        setup.mesh,
+        vocab_size=tokenizer.vocab_size,
+        is_gpt=type(setup.model) is GPT and setup.layout.frozen is None and loss_fn is None,
+        streams=dataset is None or streams(config, dataset),
+    )
     own = parts.describe(
         recipe, model=setup.model, optimizer=optimizer, loss_fn=loss_fn, batches=batches
     )
@@ -196,6 +206,31 @@ def train(
             )
             _say_next(job)
         return record
+
+
+def _open(
+    config: Config,
+    run: Run | None,
+    tokenizer: Tokenizer | None,
+    report: Report,
+    special_tokens: bool,
+) -> Dataset:
+    """The run's text, encoded.
+
+    Raises:
+        UserError: one that cannot be used; with characters that the tokenizer lacks, which here are
+            neither replaced nor skipped, it is another text than a resumed run's.
+    """
+    try:
+        return open_dataset(config.data, config.model.block_size, tokenizer, report, special_tokens)
+    except UnknownCharacters as error:
+        other = f"the text {config.data.text} is not the one that {run and run.directory} was"
+        advice = "remove them, or train with another tokenizer"
+        raise UserError(
+            f"{other} trained on: {error.found}; bring that one back, or start a new run"
+            if run
+            else f"{config.data.text}: {error.found}; {advice}"
+        ) from None
 
 
 def _newest_sound_step(run: Run, checkpoints: Checkpoints) -> int:
@@ -259,7 +294,7 @@ def _sample(setup: Setup, tokenizer: Tokenizer, params: Any) -> str:
 def _say_next(job: Job) -> None:
     run = job.run
     if job.trace.folder is not None:
-        job.report.say(f"traced some steps: xprof --logdir {job.trace.folder}")
-    config = f" --config {run.parts['config']}" if "config" in run.parts else ""
+        job.report.say(f"traced some steps: xprof --logdir {quote(str(job.trace.folder))}")
+    config = f" --config {quote(run.parts['config'])}" if "config" in run.parts else ""
     if "model" not in run.parts or config or parts.lecture_model(run):
-        job.report.say(f"next: python sample.py --run {run_name(run.directory)}{config}")
+        job.report.say(f"next: python sample.py {run_flag(run.directory)}{config}")

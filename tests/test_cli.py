@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -603,6 +604,40 @@ def test_help_needs_no_run_to_resume(elsewhere, capsys):
     assert "usage: train.py" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        ("presets >/dev/full", 2, "gptjax presets: error: the output cannot be written (No space "),
+        ("--version >/dev/full", 2, "gptjax: error: the output cannot be written (No space left "),
+        ("train --help >/dev/full", 2, "gptjax train: error: the output cannot be written (No sp"),
+        ("presets >&-", 0, ""),
+        ("presets x >&- 2>&-", 2, ""),
+        ("presets x 2>/dev/full", 2, ""),
+        ("presets é日 >&-", 2, "gptjax presets: error: unexpected '\\xe9\\u65e5'"),
+    ],
+)
+def test_any_standard_streams(arguments, code, line, unbuffered):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": unbuffered}
+    command = f"{shlex.quote(sys.executable)} -m gptjax {arguments}"
+    options = {**spawn_options(), "env": environment}
+    done = subprocess.run(command, shell=True, **options)
+    assert (done.returncode, done.stderr[: len(line)]) == (code, line)
+    assert len(done.stderr.splitlines()) == bool(line)
+
+
+def test_closed_streams_are_opened_before_any_file():
+    """Or the next file, such as a run's lock, would get their descriptors and what is written."""
+    code = (
+        "import sys; from gptjax.cli import streams; streams.prepare(); print(open('x').fileno())"
+    )
+    Path("x").touch()
+    command = f'{shlex.quote(sys.executable)} -c "{code}" <&- 2>&-'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+    assert int(done.stdout) > 2
+
+
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
 def test_an_unknown_flag_is_one_line_and_exit_2(script):
     done = subprocess.run([sys.executable, script, "--stepz", "4"], **spawn_options())
@@ -696,6 +731,40 @@ def test_init_starts_from_the_preset_for_it():
     assert parse_train(["--config", "finetune-shakespeare"]).settings.init == "gpt2"
     small = parse_train(["--config", "small", "--init=runs/other"])
     assert small.settings == replace(PRESETS["small"], init="runs/other")
+
+
+@pytest.mark.parametrize(
+    ("argv", "fitted"),
+    [
+        ("--config small --steps 2", "optim.warmup_steps=0, not 50"),
+        ("--config small --steps 40", "optim.warmup_steps=2, not 50"),
+        ("--init x --batch-size 4", "optim.accumulate=4, not 32"),
+        ("--init x --batch_size=48", "optim.accumulate=16, not 32"),
+        ("--config small --steps 2 --warmup-steps 1", ""),
+        ("--config small --steps 60", ""),
+    ],
+)
+def test_a_preset_gives_way_to_what_is_given(argv, fitted):
+    assert parse_train(argv.split()).fitted == fitted
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--config small --steps 2 --warmup-steps 3", "optim.warmup_steps=3 is more than steps=2"),
+        ("--init x --batch-size 4 --accumulate 3", "batch_size=4 is not divisible by optim.accumu"),
+    ],
+)
+def test_what_is_given_stays(argv, message):
+    assert message_of(parse_train, argv.split()).startswith(message)
+
+
+def test_all_that_is_missing_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["export"])
+    assert capsys.readouterr().err == (
+        "gptjax export: error: RUN and FOLDER are missing; see gptjax export --help\n"
+    )
 
 
 def test_the_model_of_loaded_weights_cannot_be_changed():

@@ -232,11 +232,13 @@ def test_another_text_is_refused_but_the_same_may_move(run, finished, tmp_path):
     (tmp_path / "moved.txt").write_text(text)
     (tmp_path / "edited.txt").write_text(text.replace("king", "kong", 1))
     shutil.rmtree(run / "checkpoints" / "6")
-    for name in ("edited", "moved"):
+    (tmp_path / "strange.txt").write_text(text + "\N{SNOWMAN}")
+    for name in ("strange", "edited", "moved"):
         other = replace(config.data, text=str(tmp_path / f"{name}.txt"))
-        if name == "edited":
+        if name != "moved":
             error = message(resume, run, data=other)
             assert error.startswith(f"the text {other.text} is not the one that {run} was trained")
+            assert "replace or skip" not in error
         else:
             resume(run, data=other)
     assert lines(run) == lines(finished)
@@ -451,4 +453,4 @@ def test_a_named_pipe_is_refused_without_blocking(run):
     (run / "config.json").unlink()
     os.mkfifo(run / "config.json")
     assert "is a link or a special file" in message(Run, run)
-    assert message(read_config, run).startswith(f"{run}/config.json is damaged: it is not a")
+    assert message(read_config, run).startswith(f"{run}/config.json is damaged: it is ")

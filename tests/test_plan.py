@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,19 +16,22 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
+from run_helpers import QUIET, MeanOfThePast, message, text_file
 
 from gptjax.assembly import assemble, trace
 from gptjax.cli import plan as command
 from gptjax.cli.train import parse_train
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
+from gptjax.model import GPT
 from gptjax.parallel.flops import flops_per_token
-from gptjax.plan import aot, chips, estimate
+from gptjax.plan import aot, chips, estimate, room
 from gptjax.plan.chips import CHIPS, GIB, Chip, read_target
 from gptjax.plan.estimate import Cost, Times
 from gptjax.plan.hlo import Collective, Program
 from gptjax.plan.plan import flags, plan
 from gptjax.presets import PRESETS
+from gptjax.training import train
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Config(
@@ -303,6 +307,45 @@ def test_chips_are_found_by_device_kind():
     }.items():
         assert chips.by_device_kind(kind) is chips.CHIPS[name]
     assert chips.by_device_kind("TPU v4 lite") is chips.by_device_kind("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "largest"),
+    [
+        ({"batch_size": 10**9}, "batch"),
+        ({"model": ModelConfig(n_embd=2_000_000)}, "parameters"),
+        ({"model": ModelConfig(n_embd=2**31 - 4, n_layer=2**31 - 1)}, "parameters"),
+        ({"eval_batches": 10**9}, "evaluation"),
+        ({"steps_per_dispatch": 2 * 10**9}, "calls of the device"),
+    ],
+)
+def test_sizes_that_fit_no_memory_are_refused_before_the_folder(
+    tmp_path, play, monkeypatch, change, largest
+):
+    monkeypatch.setattr(room, "memory_of_device", lambda: 16.0 * GIB)
+    config = replace(CONFIG, data=text_file(tmp_path, play), mesh=MeshConfig(data=1), **change)
+    error = message(train, config, tmp_path / "run", report=QUIET)
+    assert re.match(
+        rf"this run needs about [\d,.]+ GiB of a device's memory, of which [\d,.]+ GiB for the "
+        rf"{largest}, and a device here has 16.0 GiB; lower --",
+        error,
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_of_ones_own_and_samples_are_refused_too(tmp_path, play, monkeypatch):
+    monkeypatch.setattr(room, "memory_of_device", lambda: 16.0 * GIB)
+    config = replace(CONFIG, data=text_file(tmp_path, play), batch_size=10**9)
+    error = message(train, config, tmp_path / "run", model=MeanOfThePast, report=QUIET)
+    assert "GiB for the batch" in error
+    small = GPT(CONFIG.model, 64)
+    room.check_sampling(small, 1000, 64)
+    error = message(room.check_sampling, small, 10**9, 64)
+    assert error.startswith("drawing 1000000000 samples at once needs about ")
+
+
+def test_memory_of_this_machine():
+    assert 2**28 < room.memory_of_device() * jax.local_device_count() < 2**50
 
 
 def test_plan_here_compiles_the_step(tmp_path, play):

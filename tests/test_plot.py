@@ -10,11 +10,16 @@ from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.runs.run import Run
 from gptjax.text.tokenizers import CharTokenizer
+from gptjax.tools import plot
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch) -> Run:
+def here(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(here) -> Run:
     return Run.create(Path("runs/a"), Config(), CharTokenizer.fit("x"))
 
 
@@ -30,6 +35,17 @@ def test_a_picture_of_the_newest_run(run, ending, capsys):
     assert Path("runs/a/loss.png").is_file()
 
 
+def test_a_run_that_diverged(here):
+    """Losses that are not finite are left out, in whichever split; odd names are drawn as text."""
+    run = Run.create(Path("runs/_a $\\frac$ b"), Config(), CharTokenizer.fit("x"))
+    nan = float("nan")
+    run.log([{"step": s, "loss": 3.0 if s < 5 else nan, "val_loss": nan} for s in range(9)])
+    run.log([{"step": 9, "skipped": "loss nan"}, {"step": 10, "loss": 2.0, "val_loss": 2.5}])
+    plot.plot([run.directory], Path("loss.png"))
+    assert plot._finite(run.metrics(), "loss").tolist() == [*([s, 3.0] for s in range(5)), [10, 2]]
+    assert plot._finite(run.metrics(), "val_loss").tolist() == [[10, 2.5]]
+
+
 def refusal(argv: list[str]) -> str:
     with pytest.raises(UserError) as caught:
         command.main(argv, "gptjax plot")
@@ -37,7 +53,10 @@ def refusal(argv: list[str]) -> str:
 
 
 def test_nothing_to_draw(run):
-    assert refusal([]) == "runs/a has no metrics yet; train it for some steps first"
+    none = "runs/a has no step with a finite loss yet; train it for some steps first"
+    assert refusal([]) == none
+    run.log([{"step": 0, "loss": float("nan")}, {"step": 1, "skipped": "loss nan"}])
+    assert refusal([]) == none
     assert refusal(["b"]) == (
         "runs/b is not a run's folder (it has no config.json); available runs: a"
     )

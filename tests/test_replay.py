@@ -237,6 +237,8 @@ def test_a_second_process_is_refused_until_the_first_dies(config, tmp_path):
             train(config, directory, report=QUIET)
         assert str(caught.value).startswith(f"another process is training {directory}; ")
         assert [p.name for p in directory.iterdir()] == [".lock"]  # nothing was written
+        (directory / ".lock").unlink()  # lets nobody in: the folder is locked too
+        assert message(train, config, directory, report=QUIET) == str(caught.value)
         process.send_signal(signal.SIGKILL)
     assert train(replace(config, steps=1), directory, report=QUIET)["step"] == 1
 

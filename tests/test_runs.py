@@ -280,3 +280,85 @@ def test_a_disk_that_fills_up_during_a_save(tmp_path):
     assert "step 2 could not be saved in checkpoints (" in error
     assert " 1; " in error and "--resume" in error  # the last one kept
     assert steps == "[1]"
+
+
+def newest(steps: list[int]) -> set[int]:
+    return {*steps[-1:]}
+
+
+def test_a_checkpoint_that_is_read_is_not_pruned(run):
+    checkpoints = Checkpoints(run.checkpoints_path, newest)
+    save(checkpoints, 10)
+
+    def use(step: int) -> list[int]:
+        save(checkpoints, 20, 30)
+        checkpoints.verify(step)
+        return checkpoints.steps()
+
+    assert checkpoints.read(lambda steps: steps[-1], use) == [10, 30]
+    with checkpoints.held() as held:
+        save(checkpoints, 40)
+        assert (held, checkpoints.steps()) == ([10, 30], [10, 30, 40])
+    save(checkpoints, 50)
+    assert checkpoints.steps() == [50]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_checkpoint_that_was_pruned_is_not_called_damaged(run, monkeypatch, locks):
+    """It may go between the listing and the hold or, where files have no locks, at any time."""
+    if not locks:
+        monkeypatch.setattr("gptjax.runs.files.fcntl", None)
+    writer, reader = Checkpoints(run.checkpoints_path, newest), Checkpoints(run.checkpoints_path)
+    save(writer, 10)
+    asked: list[list[int]] = []
+
+    def choose(steps: list[int]) -> int:
+        asked.append(steps)
+        if locks and len(asked) == 1:
+            save(writer, 20)
+        return steps[-1]
+
+    def use(step: int) -> int:
+        if not locks and len(asked) == 1:
+            save(writer, 20)
+        reader.verify(step)
+        return step
+
+    assert reader.read(choose, use) == 20
+    assert asked == [[10], [20]]
+    Path("runs/a/checkpoints/20/params/harm").write_text("")
+    assert "is damaged: params/harm" in message(reader.read, lambda steps: 20, use)
+
+
+def test_a_checkpoint_under_another_number_is_refused(run):
+    checkpoints = Checkpoints(run.checkpoints_path)
+    save(checkpoints, 60)
+    Path("runs/a/checkpoints/60").rename("runs/a/checkpoints/80")
+    error = message(checkpoints.load, 80, abstract({"params": PARAMS}))
+    assert error.startswith("checkpoint runs/a/checkpoints/80 holds the state after step 60; ")
+
+
+def test_nothing_is_written_into_a_folder_that_took_the_place_of_the_run(run):
+    Path("runs/a").rename("runs/b")
+    for replace in (lambda: None, lambda: Path("runs/a").mkdir()):
+        replace()
+        for write in (lambda: run.log([{"step": 0}]), lambda: run.texts):
+            assert message(write).startswith("runs/a was moved, deleted or replaced while ")
+    assert not list(Path("runs/a").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("folder", "flag"),
+    [
+        ("runs/a", "--run a"),
+        ("runs/a b;rm", "--run 'a b;rm'"),
+        ("runs/--x", "--run=--x"),
+        ("else/where", "--run else/where"),
+        ("a", "--run ./a"),  # not runs/a
+    ],
+)
+def test_an_advised_command_finds_its_run(run, folder, flag):
+    if not Path(folder).exists():
+        Run.create(Path(folder), Config(steps=7), CharTokenizer.fit("x"))
+    assert folders.run_flag(Path(folder)) == flag
+    assert folders.find(folders.run_name(Path(folder))) == Path(folder)

@@ -1,5 +1,8 @@
 """Tests of whole runs: their files, exact resume, what stops them, and what the console shows."""
 
+import contextlib
+import errno
+import io
 import re
 import shutil
 import signal
@@ -15,12 +18,12 @@ import optax
 import pytest
 from helpers import by_path
 from rich.console import Console
-from run_helpers import QUIET, SignalAt, arrays, assert_same, assert_same_run, records
+from run_helpers import QUIET, SignalAt, arrays, assert_same, assert_same_run, message, records
 
 from gptjax import assembly
 from gptjax.cli.sample import SampleCommand, parse_sample, print_samples, stream
 from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
-from gptjax.console import Report
+from gptjax.console import Report, duration, rounded
 from gptjax.errors import UserError
 from gptjax.parallel import flops
 from gptjax.presets import PRESETS
@@ -86,6 +89,38 @@ def test_a_stopped_and_resumed_run_is_as_never_stopped(finished, tmp_path, at, n
     assert signal.getsignal(number) is not None  # the handler of before is back
     train(config, directory, resume=True, report=QUIET)
     assert_same_run(whole, directory, 24)
+
+
+def test_jax_switches_change_neither_a_run_nor_its_samples(finished, tmp_path):
+    """Batches from the device and from a thread; set in the program, as the environment would."""
+    whole, config = finished
+    sample = lambda: "".join(load(whole).generate("KING", 20))
+    expected = sample(), load(whole).logits("KING")
+    other = {
+        "jax_enable_x64": True,
+        "jax_default_prng_impl": "rbg",
+        "jax_threefry_partitionable": False,
+        "jax_numpy_dtype_promotion": "strict",
+        "jax_random_seed_offset": 7,
+        "jax_default_matmul_precision": "bfloat16",
+    }
+    before = {name: getattr(jax.config, name) for name in other}
+    try:
+        for name, value in other.items():
+            jax.config.update(name, value)
+        for name, tokens in (("device", config.data.resident_tokens), ("thread", 100)):
+            data = replace(config.data, resident_tokens=tokens)
+            train(replace(config, data=data), tmp_path / name, report=QUIET)
+            # The last record's whole split is averaged in parts where tokens are streamed.
+            assert records(tmp_path / name)[:24] == records(whole)[:24]
+        found = sample(), load(whole).logits("KING")
+        assert {name: getattr(jax.config, name) for name in other} == other
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert found[0] == expected[0]
+    np.testing.assert_array_equal(found[1], expected[1], strict=True)
+    assert_same(arrays(tmp_path / "device", 24), arrays(whole, 24))
 
 
 def test_a_killed_and_resumed_run_is_as_never_killed(finished, tmp_path):
@@ -447,3 +482,67 @@ def test_the_console_describes_the_text_and_warns_of_memorising(play, tmp_path):
 )
 def test_when_a_model_memorises(tokens: int, parameters: int, epochs: float, expected: bool):
     assert flops.will_memorise(tokens, parameters, epochs) == expected
+
+
+def shown(*calls: tuple[str, ...], encoding: str = "utf-8") -> str:
+    """What a report prints into a pipe of this encoding."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    with contextlib.redirect_stdout(stream):
+        report = Report()
+        for name, *arguments in calls:
+            getattr(report, name)(*arguments)
+    return raw.getvalue().decode(encoding)
+
+
+def test_strangers_text_has_no_effect_on_a_terminal():
+    text = "a\x1b[31m :cat: [red]b[/] \x9b2J\u202e\r\nc\td"
+    assert shown(("say", text)).split("\n") == [
+        "a\\x1b[31m :cat: [red]b[/] \\x9b2J\\u202e",
+        "c       d",
+        "",
+    ]
+    assert "a\\x1b[31m :cat: [red]b[/]" in shown(("summary", "t", {"x": text}))
+
+
+def test_a_pipe_gets_whole_lines_without_blanks_at_their_ends():
+    rows = {"short": "x", "long": "y " * 100 + "y"}
+    assert shown(("summary", "title", rows)) == f"title\n short  x\n long   {rows['long']}\n"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_characters_that_an_output_lacks_are_escaped(encoding):
+    assert shown(("say", "λ 日 ok"), encoding=encoding) == "\\u03bb \\u65e5 ok\n"
+
+
+class Full(io.StringIO):
+    """A file on a full disk."""
+
+    def write(self, s: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_training_saves_and_stops_when_its_output_is_lost(finished, tmp_path):
+    whole, config = finished
+    with contextlib.redirect_stdout(Full()):
+        error = message(train, config, tmp_path / "run", report=Report())
+    assert error.startswith("the output cannot be written (No space left on device); saved after ")
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    train(config, tmp_path / "run", resume=True, report=QUIET)
+    assert_same_run(whole, tmp_path / "run", 24)
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [(1830.0, "1,830"), (999.7, "1,000"), (1.834, "1.83"), (0.01234, "0.0123"), (0, "0")],
+)
+def test_numbers_have_no_exponent(x, text):
+    assert rounded(x) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "under 1 s"), (12, "12 s"), (59.9, "1 min 0 s"), (7500, "2 h 5 min")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

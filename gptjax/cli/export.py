@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gptjax.cli.flags import POSITIONAL, parse
 from gptjax.cli.recipe import parts_for_run, recipe_of_run
+from gptjax.errors import visible
 from gptjax.runs import folders
 
 
@@ -30,4 +31,5 @@ def main(argv: list[str], prog: str) -> None:
 
     own = parts_for_run(recipe, directory, "model")
     kind = export(directory, command.folder, command.checkpoint, **own)
-    print(f"wrote {command.folder}; to load it: transformers.{kind}.from_pretrained(...)")
+    folder = visible(str(command.folder))
+    print(f"wrote {folder}; to load it: transformers.{kind}.from_pretrained(...)")

@@ -165,6 +165,16 @@ def parse(cls: type[T], default: T | None, argv: Sequence[str], prog: str, about
     return _build(cls, default, given)
 
 
+def given(cls: type, default: Any, argv: Sequence[str]) -> dict[str, Any]:
+    """The values of the settings (the fields of an `INLINE` dataclass) that the arguments give, by
+    their names: {"optim.accumulate": 4}; nothing where `parse` will refuse."""
+    try:
+        found = read(argv, {flag.name: flag for flag in flags_of(cls, default)})
+    except UserError:
+        return {}
+    return {".".join(path[1:]): value for path, value in found.items() if len(path) > 1}
+
+
 def read(argv: Sequence[str], flags: dict[str, Flag]) -> dict[tuple[str, ...], Any]:
     """The values given for flags and positional arguments, by path; the last one holds.
 
@@ -203,9 +213,10 @@ def read(argv: Sequence[str], flags: dict[str, Flag]) -> dict[tuple[str, ...], A
                 hint = f"{flag.name}=VALUE also takes one that begins with --"
                 raise UserError(f"{flag.name} needs a value ({hint})")
             given[flag.path] = flag.convert(text if equals else words.popleft())
-    for flag in flags.values():
-        if flag.default is MISSING and flag.path not in given:
-            raise UserError(f"{flag.name} is missing")
+    missing = [f.name for f in flags.values() if f.default is MISSING and f.path not in given]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{' and '.join(missing)} {verb} missing")
     return given
 
 

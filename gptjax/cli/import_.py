@@ -1,9 +1,11 @@
 """`gptjax import`."""
 
+import shlex
 from dataclasses import dataclass, field
 
 from gptjax.cli.flags import POSITIONAL, parse
-from gptjax.runs.folders import run_name
+from gptjax.errors import visible
+from gptjax.runs.folders import run_flag, run_name
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,10 @@ def main(argv: list[str], prog: str) -> None:
     directory = import_model(
         command.model, command.run, block_size=command.block_size, text=command.text
     )
-    name = run_name(directory)
+    name = shlex.quote(run_name(directory))
     print(
-        f"written to {directory}; next: gptjax sample --run {name}, or gptjax train --init {name}"
+        visible(
+            f"written to {directory}; next: gptjax sample {run_flag(directory)}, or "
+            f"gptjax train --init {name}"
+        )
     )

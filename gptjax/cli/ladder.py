@@ -29,7 +29,7 @@ class LadderCommand:
 def main(argv: list[str], prog: str) -> None:
     """Train the stages and show them; jax is imported once the arguments are understood."""
     command = parse(LadderCommand, LadderCommand(), argv, prog)
-    from gptjax.errors import optional_import
+    from gptjax.errors import optional_import, visible
     from gptjax.lecture import ladder
     from gptjax.runs.folders import RUNS
 
@@ -50,4 +50,4 @@ def main(argv: list[str], prog: str) -> None:
     else:
         out = RUNS / command.folder / "ladder.png"
     ladder.draw(stages, counted, out)
-    console.print(f"{out}")
+    print(visible(str(out)))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from gptjax import __version__
+from gptjax.cli import streams
 from gptjax.errors import UserError, one_line_errors
 
 COMMANDS = {
@@ -51,6 +52,7 @@ def run(name: str, argv: Sequence[str], prog: str) -> None:
         argv: the words after it.
         prog: the command as typed, which begins the line of an error.
     """
+    streams.prepare()
     with one_line_errors(prog):
         import_module(module_name(name)).main(list(argv), prog)
 
@@ -59,16 +61,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The console script. `argv`: the words after `gptjax`; None: those of the process."""
     words = sys.argv[1:] if argv is None else list(argv)
     match words:
-        case [] | ["-h" | "--help" | "help"]:
-            print(usage())
-        case ["-V" | "--version"]:
-            print(f"gptjax {__version__}")
         case ["help", name, *_] if name in COMMANDS:
             run(name, ["--help"], f"gptjax {name}")
         case [name, *rest] if name in COMMANDS:
             run(name, rest, f"gptjax {name}")
-        case [name, *_]:
+        case _:
+            streams.prepare()
             with one_line_errors("gptjax"):
-                close = difflib.get_close_matches(name, COMMANDS, n=1)
-                hint = f"did you mean {close[0]}? " if close else ""
-                raise UserError(f"unknown command {name!r}; {hint}commands: {', '.join(COMMANDS)}")
+                _answer(words)
+
+
+def _answer(words: list[str]) -> None:
+    """What `gptjax` says without a command of its own.
+
+    Raises:
+        UserError: an unknown command.
+    """
+    match words:
+        case [] | ["-h" | "--help" | "help"]:
+            print(usage())
+        case ["-V" | "--version"]:
+            print(f"gptjax {__version__}")
+        case [name, *_]:
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"unknown command {name!r}; {hint}commands: {', '.join(COMMANDS)}")

@@ -23,14 +23,17 @@ def main(argv: list[str], prog: str) -> None:
     from rich.progress import track
 
     from gptjax.cli.compilation_cache import use_compilation_cache
+    from gptjax.console import print_table
+    from gptjax.parallel.switches import pinned
     from gptjax.plan.meshes import MODERN, PLAIN, measure, meshes, table
 
     jax.config.update("jax_num_cpu_devices", 8)
     use_compilation_cache()
     config = MODERN if command.modern else PLAIN
     errors = Console(stderr=True)
-    rows = [
-        measure(replace(config, mesh=mesh))
-        for mesh in track(meshes(), "training", console=errors, disable=not errors.is_terminal)
-    ]
-    Console(highlight=False, width=400).print(table(rows))
+    with pinned():
+        rows = [
+            measure(replace(config, mesh=mesh))
+            for mesh in track(meshes(), "training", console=errors, disable=not errors.is_terminal)
+        ]
+    print_table(table(rows))

@@ -17,5 +17,7 @@ def main(argv: list[str], prog: str) -> None:
     """Print each note and its numbers; jax is imported once the arguments are understood."""
     command = parse(NotesCommand, NotesCommand(), argv, prog)
     from gptjax.lecture.notes import show
+    from gptjax.parallel.switches import pinned
 
-    show(command.seed)
+    with pinned():
+        show(command.seed)

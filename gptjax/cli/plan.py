@@ -3,8 +3,8 @@
 import os
 from dataclasses import dataclass, field
 
-from gptjax.cli.flags import INLINE, POSITIONAL, parse, peek
-from gptjax.cli.recipe import Recipe, starting_point
+from gptjax.cli.flags import INLINE, POSITIONAL, given, parse, peek
+from gptjax.cli.recipe import Recipe, fitted, starting_point
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.presets import LECTURE_MODELS
@@ -46,6 +46,8 @@ def main(argv: list[str], prog: str) -> None:
     """Plan a preset or a config file."""
     config = peek(argv, "--config") or PlanCommand.config
     settings, recipe = starting_point(config)
+    default = PlanCommand(config=config, settings=settings)
+    settings = fitted(settings, given(PlanCommand, default, argv))
     default = PlanCommand(config=config, settings=settings)
     command = parse(PlanCommand, default, argv, prog)
     show(config, command.settings, command.devices, recipe)

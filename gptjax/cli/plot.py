@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptjax.cli.flags import POSITIONAL, parse
+from gptjax.errors import visible
 from gptjax.runs import folders
 
 
@@ -25,4 +26,4 @@ def main(argv: list[str], prog: str) -> None:
 
     out = command.out or directories[0] / "loss.png"
     plot(directories, out)
-    print(out)
+    print(visible(str(out)))

@@ -11,10 +11,12 @@ Such a file runs only when it is named on the command line; what is stored in a 
 
 import difflib
 import importlib.util
+import math
 import os
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,6 +107,23 @@ def starting_point(config: str) -> tuple[Config, Recipe | None]:
         f"unknown preset {config!r}; {hint}give the path of a Python file, or one of "
         f"{', '.join(PRESETS)}"
     )
+
+
+def fitted(config: Config, given: Mapping[str, Any]) -> Config:
+    """A starting point, made to fit what is given: what was not asked for must not be in the way
+    of what was.
+
+    Args:
+        config: the preset's or file's.
+        given: values of settings by their names, such as {"steps": 2, "optim.accumulate": 4}.
+    """
+    optim, steps = config.optim, given.get("steps", config.steps)
+    rows = given.get("batch_size", config.batch_size)
+    if "optim.warmup_steps" not in given and 0 < steps < optim.warmup_steps:
+        optim = replace(optim, warmup_steps=optim.warmup_steps * steps // config.steps)
+    if "optim.accumulate" not in given and rows > 0:  # the update is the same, whatever it is
+        optim = replace(optim, accumulate=math.gcd(optim.accumulate, rows))
+    return replace(config, optim=optim)
 
 
 def recipe_of_run(config: str | None) -> Recipe | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from gptjax.cli.flags import parse
 from gptjax.cli.recipe import parts_for_run, recipe_of_run
 from gptjax.config import MeshConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, note, visible
 from gptjax.runs import folders
 from gptjax.runs.files import read_bytes
 from gptjax.text.tokenizers import Unknown
@@ -121,18 +121,19 @@ def print_samples(command: SampleCommand) -> None:
     from gptjax.sampling import CHUNK
 
     one = command.num_samples == 1
+    shown = visible if sys.stdout.isatty() else str  # a file gets the text as it is
     texts = [""] * command.num_samples
     times: list[float] = []
     for pieces in stream(command):
         if one:
-            print(pieces[0], end="", flush=True)
+            print(shown(pieces[0]), end="", flush=True)
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         times.append(time.perf_counter())
-    print("" if one else "\n---\n".join(texts))
+    print("" if one else "\n---\n".join(map(shown, texts)))
     # The first two pieces, of 1 and CHUNK tokens, wait for their programs to be compiled.
     if (made := command.max_new_tokens - 1 - CHUNK) > 0:
         rate = made * command.num_samples / (times[-2] - times[1])
-        print(f"{rate:,.0f} tokens/s, compilation not counted", file=sys.stderr)
+        note(f"{rate:,.0f} tokens/s, compilation not counted")
 
 
 def main(argv: list[str], prog: str) -> None:

@@ -1,13 +1,13 @@
 """`gptjax train` and `train.py`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gptjax.cli.flags import HIDDEN, INLINE, parse, peek, wants_help
-from gptjax.cli.recipe import Recipe, starting_point
+from gptjax.cli.flags import HIDDEN, INLINE, given, parse, peek, wants_help
+from gptjax.cli.recipe import Recipe, fitted, starting_point
 from gptjax.config import OF_A_LOADED_MODEL, Config, differences
-from gptjax.errors import UserError
+from gptjax.errors import UserError, note
 from gptjax.presets import LECTURE_MODELS, PRESETS
 from gptjax.runs import folders
 
@@ -43,6 +43,7 @@ class TrainCommand:
     """Timeout in seconds for all processes to join."""
     settings: Config = field(default=PRESETS["small"], metadata=INLINE)
     recipe: Recipe | None = field(default=None, metadata=HIDDEN)
+    fitted: str = field(default="", metadata=HIDDEN)
 
     def directory(self) -> Path:
         """The folder of the run: an existing one if it is resumed or replayed, else a new one.
@@ -76,6 +77,10 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainCommand:
         argv = [*argv, f"--run={name}"]
     settings = settings or PRESETS[config]
     default = TrainCommand(config, name, settings=settings, recipe=recipe)
+    if not old:
+        fit = fitted(settings, given(TrainCommand, default, argv))
+        changes = [f"{name}={b}, not {a}" for name, (a, b) in differences(settings, fit).items()]
+        default = replace(default, settings=fit, fitted=" and ".join(changes))
     command = parse(TrainCommand, default, argv, prog, f"Presets: {', '.join(PRESETS)}.")
     if command.settings.init is not None and not old:
         changed = differences(settings.model, command.settings.model)
@@ -107,6 +112,8 @@ def parse_train(argv: list[str], prog: str = "train.py") -> TrainCommand:
 def main(argv: list[str], prog: str) -> None:
     """Train, replay a step or plan; jax is imported once the arguments are understood."""
     command = parse_train(argv, prog)
+    if command.fitted:
+        note(f"{prog}: to fit what was given, {command.config} trains with {command.fitted}")
     if command.plan is not None:
         from gptjax.cli.plan import show
 

@@ -61,8 +61,8 @@ def export(
             f"not those of gptjax's GPT; only these can be exported"
         )
     checkpoints = Checkpoints(run.checkpoints_path)
-    step = run.choose(checkpoint, checkpoints.steps())
-    params = checkpoints.load_params(step, made)
+    choose = lambda steps: run.choose(checkpoint, steps)
+    params = checkpoints.read(choose, lambda step: checkpoints.load_params(step, made))
     params = jax.tree.map(np.asarray, params)
     try:
         folder.mkdir(parents=True, exist_ok=True)

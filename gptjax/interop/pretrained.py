@@ -271,7 +271,8 @@ def _load_run(name: str) -> Pretrained:
             f"model.safetensors, a .gguf file, or nanoGPT's ckpt.pt"
         ) from None
     checkpoints = Checkpoints(run.checkpoints_path)
-    params = checkpoints.load_params(run.choose("best", checkpoints.steps()), parts.run_model(run))
+    model, choose = parts.run_model(run), lambda steps: run.choose("best", steps)
+    params = checkpoints.read(choose, lambda step: checkpoints.load_params(step, model))
     params = jax.tree.map(np.asarray, params)
     vocab_size = run.config.model.vocab_size or run.tokenizer.vocab_size
     return Pretrained(name, replace(run.config.model, vocab_size=vocab_size), params, run.tokenizer)

@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -16,18 +17,25 @@ from jax.sharding import PartitionSpec as P
 
 @contextmanager
 def until_signal() -> Iterator[Callable[[], bool]]:
-    """Record the first Ctrl-C or SIGTERM, so that the loop can stop after a step; a second one acts
-    at once."""
+    """Record the first Ctrl-C, SIGTERM or hang-up of the terminal, so that the loop can stop after
+    a step; a second one acts at once. Under nohup, a hang-up stays ignored."""
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
-        os.write(2, b"\nfinishing this step and saving; press Ctrl-C again to quit now\n")
         signal.signal(number, before[number])
+        # Through the stream: where stderr is closed, descriptor 2 may be another file.
+        with suppress(Exception):
+            line = b"\nfinishing this step and saving; press Ctrl-C again to quit now\n"
+            os.write(sys.stderr.fileno(), line)
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:
+            numbers.append(hang_up)
+        before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(asked)
     finally:

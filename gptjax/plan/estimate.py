@@ -102,8 +102,8 @@ def estimate(config: Config, state: Any, mesh: MeshConfig) -> Cost:
     F_in = 2 * F if m.activation == "swiglu" else F
     V = m.vocab_size or state.params["wte"]["embedding"].shape[0]
     A, kv = H * m.head_size, 2 * (m.n_kv_head or H) * m.head_size
-    params, held = _bytes(state.params, abstract), _bytes(state, abstract)
-    layers = _bytes({"h": state.params["h"]}, abstract)
+    params, held = bytes_of(state.params, abstract), bytes_of(state, abstract)
+    layers = bytes_of({"h": state.params["h"]}, abstract)
 
     # Activations of a layer: its input, the outputs of its linear layers, and the rest.
     given = b * T * C * s
@@ -188,7 +188,7 @@ def _collectives(
     return found
 
 
-def _bytes(tree: Any, mesh: AbstractMesh) -> float:
+def bytes_of(tree: Any, mesh: AbstractMesh) -> float:
     """Bytes of one device's shard of a tree of shapes."""
     placed: Any = sharding.shardings(mesh, tree)  # pyright: ignore[reportArgumentType]
     part = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize

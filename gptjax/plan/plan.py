@@ -8,7 +8,6 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +16,15 @@ from rich.table import Table
 
 from gptjax.assembly import assemble
 from gptjax.config import Config, MeshConfig
+from gptjax.console import rounded
 from gptjax.errors import UserError
 from gptjax.parallel import sharding
 from gptjax.parallel.flops import matmul_peak, memory_rate, processor
+from gptjax.parallel.switches import pinned
 from gptjax.plan import aot, chips, estimate
 from gptjax.plan.chips import GIB, Chip
 from gptjax.plan.estimate import Cost
+from gptjax.plan.room import memory_of_device
 from gptjax.text.dataset import open_dataset
 
 TRIES = 3  # proposals to compile until one fits
@@ -44,6 +46,7 @@ class Plan(NamedTuple):
         return self.refused is None and self.cost.total <= chip.usable * chip.memory
 
 
+@pinned()
 def plan(config: Config, text: str, console: Console | None = None) -> Plan:
     """Print the plan of a run on the accelerators named by `text`.
 
@@ -169,8 +172,8 @@ def show(plan: Plan, chip: Chip, title: str, console: Console) -> None:
         ("memory", plan.cost.traffic, "TB", chip.bandwidth, times.memory),
         ("network", sent, "TB", chip.links, times.network),
     ):
-        rate = f"{peak / 1e12:,.3g} {unit}/s"
-        table.add_row(name, f"{amount / 1e12:,.3g} {unit}", rate, f"{seconds:.3g}")
+        rate = f"{rounded(peak / 1e12)} {unit}/s"
+        table.add_row(name, f"{rounded(amount / 1e12)} {unit}", rate, rounded(seconds))
     console.print(table)
     if plan.cost.collectives:
         console.print(_collectives(plan, chip, sizes))
@@ -183,9 +186,9 @@ def show(plan: Plan, chip: Chip, title: str, console: Console) -> None:
         ("without overlap", times.most),
     ):
         console.print(
-            f"{words}: {seconds:.3g} s per step, {tokens / seconds:,.0f} tokens/s, "
+            f"{words}: {rounded(seconds)} s per step, {tokens / seconds:,.0f} tokens/s, "
             f"{useful / seconds:.0%} MFU, {config.steps * seconds / 86400:,.1f} "
-            f"days for {config.steps * tokens / 1e9:,.3g} B tokens",
+            f"days for {rounded(config.steps * tokens / 1e9)} B tokens",
             markup=False,
             soft_wrap=True,
         )
@@ -204,7 +207,7 @@ def _collectives(plan: Plan, chip: Chip, sizes: dict[str, int]) -> Table:
     for column in ("count", "GB sent", "seconds"):
         table.add_column(column, justify="right")
     for (kind, axes), (n, size, seconds) in sorted(sums.items(), key=lambda kv: -kv[1][1]):
-        table.add_row(kind, axes, f"{n:,.0f}", f"{size / 1e9:,.2f}", f"{seconds:.3g}")
+        table.add_row(kind, axes, f"{n:,.0f}", f"{size / 1e9:,.2f}", rounded(seconds))
     return table
 
 
@@ -241,14 +244,12 @@ def _here(config: Config) -> Chip:
     device = jax.devices()[0]
     if known := chips.by_device_kind(device.device_kind):
         return known
-    meminfo = Path("/proc/meminfo")
-    found = re.search(r"MemTotal: +(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     count, bandwidth = jax.device_count(), memory_rate()
     return Chip(
         title=processor() if device.platform == "cpu" else device.device_kind,
         kind=device.platform,
         flops=matmul_peak(config.model.dtype) / count,
-        memory=(int(found[1]) * 1024 if found else float("inf")) / count,
+        memory=memory_of_device(),
         usable=1.0,
         bandwidth=bandwidth / count,
         links=bandwidth / count,

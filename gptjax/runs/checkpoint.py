@@ -16,10 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -31,10 +30,12 @@ from gptjax import optim
 from gptjax.config import MeshConfig
 from gptjax.errors import UserError
 from gptjax.parallel import distributed, sharding
-from gptjax.runs import files
+from gptjax.runs import arrays, files
 from gptjax.runs.files import Damaged
 from gptjax.runs.records import Record, as_record
 from gptjax.step import TrainState
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -77,7 +78,7 @@ class Checkpoints:
         if distributed.first_does(lambda: step in self.steps()):
             return  # it was resumed here
         # orbax refuses an item without leaves, such as the state of plain SGD; so the step is one.
-        params, rest = state.weights, training_part(state)
+        params, rest = state.weights, arrays.training_part(state)
         items = {"params": params, "training": {"step": step, "opt_state": rest}}
         distributed.first_does(lambda: self._check_room(step, (params, rest)))
         with self._reporting(step), _quiet_orbax():
@@ -86,12 +87,12 @@ class Checkpoints:
             )
             self._pending = step, self._worker.submit(self._seal, step, response, texts or {})
 
-    def _check_room(self, step: int, arrays: Any) -> None:
+    def _check_room(self, step: int, trees: Any) -> None:
         """Refuse early: orbax takes seconds to find out."""
         with self._reporting(step):
             self.path.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
-                needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+                needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
             if shutil.disk_usage(self.path).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -131,9 +132,7 @@ class Checkpoints:
                 return
             steps = self.steps()
             for old in set(steps) - self._keep(steps):
-                dropped = self._folder(old).with_suffix(".dropped")
-                self._folder(old).rename(dropped)  # killed here, no half of it has a name
-                shutil.rmtree(dropped)
+                files.remove(self._folder(old))  # one that is read now goes at a later save
 
     @contextmanager
     def sealing(self) -> Iterator[None]:
@@ -144,6 +143,36 @@ class Checkpoints:
             self.finish_save()
             raise
         self.finish_save()
+
+    def read(self, choose: Callable[[list[int]], int], use: Callable[[int], T]) -> T:
+        """Use a checkpoint of a run that may be trained, and pruned, at the same time.
+
+        Args:
+            choose: picks one of the steps that there are; called again if that one has gone.
+            use: reads the checkpoint of a step, which is not pruned meanwhile.
+
+        Raises:
+            UserError: of `choose` or `use`.
+        """
+        while True:
+            step = choose(self.steps())
+            with files.held(self._folder(step)) as there:
+                try:
+                    if there:
+                        return use(step)
+                except UserError:  # where the file system has no locks, it may have gone
+                    if self._folder(step).is_dir():
+                        raise
+
+    @contextmanager
+    def held(self) -> Iterator[list[int]]:
+        """The steps of the checkpoints, none of which is pruned while this lasts."""
+        with ExitStack() as stack:
+            hold = lambda step: stack.enter_context(files.held(self._folder(step)))
+            steps = [step for step in self.steps() if hold(step)]
+            while not steps and self.steps():  # those listed have gone, and there are others
+                steps = [step for step in self.steps() if hold(step)]
+            yield steps
 
     def set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint, so that its step can be saved again and nothing is lost.
@@ -192,14 +221,10 @@ class Checkpoints:
             UserError: damaged, or of other shapes or another step.
         """
         weights = optim.without_lora(optim.unite(layout.params, layout.frozen))
-        training = {"step": layout.step, "opt_state": training_part(layout)}
+        training = {"step": layout.step, "opt_state": arrays.training_part(layout)}
         items = self.load(step, {"params": weights, "training": training})
-        state = _from_items(items["params"], items["training"], layout)
-        if int(state.step) != step:
-            raise Damaged(
-                f"checkpoint {self.path / str(step)} holds the state after step {int(state.step)}; "
-                f"give the folder that number again"
-            )
+        state = arrays.train_state(items["params"], items["training"], layout)
+        self._check_number(step, int(state.step))
         return state
 
     def load_params(self, step: int, model: nn.Module, mesh: Mesh | None = None) -> Any:
@@ -226,6 +251,7 @@ class Checkpoints:
         """
         distributed.first_does(lambda: self._verify_to_load(step))
         try:
+            self._check_number(step, self._saved_record(step).get("step", step))
             self._check_shapes(step, abstract)
             return ocp.load_checkpointables(str(self._folder(step)), abstract)
         except UserError:
@@ -249,7 +275,7 @@ class Checkpoints:
         reading, and leaves its other reads hanging."""
         found: Any = ocp.checkpointables_metadata(str(self._folder(step))).metadata
         for item, tree in abstract.items():
-            wanted, stored = _shapes(tree), _shapes(found[item])
+            wanted, stored = arrays.shapes(tree), arrays.shapes(found[item])
             for name in sorted(wanted.keys() | stored.keys()):
                 if wanted.get(name) != stored.get(name):
                     raise UserError(
@@ -260,12 +286,23 @@ class Checkpoints:
 
     def record(self, step: int) -> Record:
         """The step's own metrics, as saved with its checkpoint."""
+        return self._saved_record(step) or {"step": step, "seconds": 0.0}
+
+    def _saved_record(self, step: int) -> Record:
+        """The record in a checkpoint, or an empty one."""
         metadata: Any = ocp.checkpointables_metadata(str(self._folder(step))).custom_metadata
         try:
-            record = as_record((metadata or {})["record"])
+            return as_record((metadata or {})["record"])
         except (KeyError, TypeError, ValueError):
-            return {"step": step, "seconds": 0.0}
-        return {**record, "step": step}
+            return {}
+
+    def _check_number(self, step: int, held: int) -> None:
+        """Compare a checkpoint's name with the step that it was saved after."""
+        if held != step:
+            raise Damaged(
+                f"checkpoint {self.path / str(step)} holds the state after step {held}; give the "
+                f"folder that number again"
+            )
 
     def clean(self) -> None:
         """Remove leftovers of interrupted saves and removals."""
@@ -293,34 +330,6 @@ class Checkpoints:
             ) from error
 
 
-def training_part(state: TrainState) -> Any:
-    """What a checkpoint stores besides the weights to sample with: the optimizer state, and the
-    trained parameters where they differ from those weights (EMA, LoRA, schedule-free)."""
-    if not state.separate_weights:
-        return state.opt_state
-    params = optim.unite(state.params, state.frozen)
-    rest = [params, state.opt_state]
-    if state.ema is not None and optim.has_lora(state.params):
-        rest.append(optim.unite(state.ema, state.frozen))
-    return rest
-
-
-def _from_items(weights: Any, training: Any, layout: TrainState) -> TrainState:
-    """Undo `training_part`."""
-    split = partial(optim.separate, trained=layout.params, frozen=layout.frozen)
-    rest, ema = training["opt_state"], None
-    if layout.separate_weights:
-        united, rest, *average = rest
-        params, frozen = split(united)
-        if layout.ema is not None:
-            ema, _ = split(average[0] if average else weights)
-    else:
-        params, frozen = split(weights)
-    return layout._replace(
-        step=training["step"], params=params, opt_state=rest, ema=ema, frozen=frozen
-    )
-
-
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
     """Silence absl's logger meanwhile: a failed save is one line, not fifty tracebacks."""
@@ -331,14 +340,6 @@ def _quiet_orbax() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each leaf, by its path."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(getattr(leaf, "shape", ()))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
 
 
 def _reason(error: BaseException) -> str:

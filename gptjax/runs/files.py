@@ -3,6 +3,9 @@
 A folder is sealed by a `sha256.json` that lists every file in it:
 
     {"format": 1, "files": {"params/d/0": "9f86d081...", ...}}
+
+Who reads a sealed folder holds it meanwhile (`held`), so that nobody removes it (`remove`). The
+locks are the kernel's: nothing is written, and a process that dies lets go.
 """
 
 import errno
@@ -15,11 +18,16 @@ import shutil
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptjax.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where what is open cannot be renamed
+    fcntl = None
 
 MANIFEST = "sha256.json"
 FORMAT = 1  # format of a sealed folder; raise it when an old version would misread a new one
@@ -198,6 +206,53 @@ def seal(folder: Path) -> None:
     write_atomically(
         folder / MANIFEST, json.dumps({"format": FORMAT, "files": digests}, indent=0) + "\n"
     )
+
+
+def locks(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; False if another process has it.
+
+    True also where there are no locks: on Windows, and on some network file systems.
+    """
+    with suppress(OSError):
+        if fcntl:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Hold a sealed folder, so that `remove` leaves it; whether it is there.
+
+    Where the file system has no locks it may go all the same: who cannot read it looks again
+    whether it is there.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            descriptor = stack.enter_context((folder / MANIFEST).open("rb")).fileno()
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield folder.is_dir()
+
+
+def remove(folder: Path) -> None:
+    """Remove a sealed folder, unless somebody holds it.
+
+    Raises:
+        OSError: no permission.
+    """
+    dropped = folder.with_suffix(".dropped")
+    with ExitStack() as stack:
+        try:
+            descriptor = stack.enter_context((folder / MANIFEST).open("rb")).fileno()
+            if not locks(descriptor):
+                return
+        except FileNotFoundError:
+            pass  # of a time without checksums
+        folder.rename(dropped)  # killed here, no half of it has a name
+    shutil.rmtree(dropped)
 
 
 def check_seal(folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import filelock
@@ -30,7 +31,8 @@ def find(name: str | None, like: str | None = None) -> Path:
     """
     if name is not None:
         _check_name(name)
-        directory = next((p for p in (RUNS / name, Path(name)) if p.exists()), RUNS / name)
+        places = (Path(name), RUNS / name) if os.sep in name else (RUNS / name, Path(name))
+        directory = next((place for place in places if place.exists()), RUNS / name)
         if not (directory / CONFIG).is_file() and not any(copies(directory, CONFIG)):
             raise UserError(
                 f"{directory} is not a run's folder (it has no config.json); available runs: "
@@ -74,24 +76,28 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it, or the folder cannot be written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(directory / LOCK, timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(
-            f"another process is training {directory}; wait for it to finish, or stop it"
-        ) from None
-    except OSError as error:
-        raise unwritable(directory, error) from None
-    with lock:
+    busy = UserError(f"another process is training {directory}; wait for it to finish, or stop it")
+    with ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(filelock.FileLock(directory / LOCK, timeout=0))
+            # The lock's file may be deleted; the folder itself is locked too, where that can be.
+            if os.name != "nt":
+                descriptor = os.open(directory, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                if not files.locks(descriptor):
+                    raise busy
+        except filelock.Timeout:
+            raise busy from None
+        except OSError as error:
+            raise unwritable(directory, error) from None
         yield
 
 
 def taken(directory: Path) -> UserError:
     """The error for a new run in a folder that is not empty."""
     return UserError(
-        f"{directory} already contains a run; resume it (--run {run_name(directory)} --resume) or "
+        f"{directory} already contains a run; resume it ({run_flag(directory)} --resume) or "
         f"choose another name"
     )
 
@@ -106,7 +112,15 @@ def unwritable(directory: Path, error: OSError) -> UserError:
 
 def run_name(directory: Path) -> str:
     """The value of `--run` for this folder: its name in runs/, or its path."""
-    return directory.name if directory.parent == RUNS else str(directory)
+    if directory.parent == RUNS:
+        return directory.name
+    return os.path.join(os.curdir, directory) if os.sep not in str(directory) else str(directory)
+
+
+def run_flag(directory: Path) -> str:
+    """`--run NAME` of this folder, as it is typed in a shell."""
+    name = shlex.quote(run_name(directory))
+    return f"--run={name}" if name.startswith("-") else f"--run {name}"
 
 
 def copies(directory: Path, name: str) -> Iterator[tuple[Path, str]]:

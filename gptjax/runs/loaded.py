@@ -17,6 +17,8 @@ from gptjax.errors import UserError
 from gptjax.loss import evaluate_batch
 from gptjax.model import Model
 from gptjax.parallel import sharding
+from gptjax.parallel.switches import pinned, pinned_pieces
+from gptjax.plan import room
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import Record
@@ -62,6 +64,7 @@ class LoadedRun:
         tokenizer: of the run.
     """
 
+    @pinned()
     def __init__(
         self, run: Run, checkpoint: str | int, model: Model | None, mesh: MeshConfig | None
     ):
@@ -72,14 +75,19 @@ class LoadedRun:
         self.tokenizer: Tokenizer = run.tokenizer
         self.model: nn.Module = parts.run_model(run, model)
         checkpoints = Checkpoints(run.checkpoints_path)
-        self.step: int = run.choose(str(checkpoint), checkpoints.steps())
-        self.params: Any = checkpoints.load_params(self.step, self.model, self._mesh)
+        self.step: int
+        self.params: Any
+        self.step, self.params = checkpoints.read(
+            lambda steps: run.choose(str(checkpoint), steps),
+            lambda step: (step, checkpoints.load_params(step, self.model, self._mesh)),
+        )
 
     @cached_property
     def metrics(self) -> list[Record]:
         """The records of metrics.jsonl: one dict for each step."""
         return self._run.metrics()
 
+    @pinned()
     def logits(self, text: str, *, special_tokens: bool = True) -> np.ndarray:
         """(T, V) float32 logits of the token after each token of a text.
 
@@ -97,6 +105,7 @@ class LoadedRun:
             raise UserError("the text has no tokens; give one or more")
         return np.asarray(_logits(self.model, self.params, jnp.asarray(ids)[None])[0])
 
+    @pinned()
     def loss(self, text: str, *, special_tokens: bool = True) -> float:
         """Mean loss of a text's tokens but the first, in nats per token, read in windows that
         follow on one another, as validation reads its split.
@@ -177,13 +186,30 @@ class LoadedRun:
             UserError: a prompt that cannot be encoded, or has no tokens; samples that the mesh does
                 not divide.
         """
+        sampling = replace(sampling or Sampling(0.8), vocab_size=self.tokenizer.vocab_size)
+        return pinned_pieces(
+            self._pieces(
+                prompt, max_new_tokens, num_samples, sampling, seed, unknown, special_tokens
+            )
+        )
+
+    def _pieces(
+        self,
+        prompt: str | None,
+        max_new_tokens: int,
+        num_samples: int,
+        sampling: Sampling,
+        seed: int,
+        unknown: Unknown,
+        special_tokens: bool,
+    ) -> Iterator[list[str]]:
         if num_samples % self._mesh.shape["data"]:
             raise UserError(
                 f"--num-samples {num_samples} is not divisible by --mesh.data "
                 f"{self._mesh.shape['data']}; change one of them (each device draws as many)"
             )
+        room.check_sampling(self.model, num_samples, self.tokenizer.vocab_size)
         ids = self._prompt(prompt, special_tokens, unknown)
-        sampling = replace(sampling or Sampling(0.8), vocab_size=self.tokenizer.vocab_size)
         decoders = [StreamDecoder(self.tokenizer, ids) for _ in range(num_samples)]
         model = sharding.on_mesh(self.model, self._mesh)
         key = jax.random.key(seed)

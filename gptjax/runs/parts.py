@@ -6,6 +6,7 @@ config's, and whose; loading the run then takes that part from the caller, or re
 
 import dataclasses
 import re
+import shlex
 from functools import partial
 from typing import Any
 
@@ -50,7 +51,7 @@ def check(run: Run, given: dict[str, str], names: tuple[str, ...] | None = None)
         if ours == theirs or (names is not None and name not in names):
             continue
         if theirs is None:
-            file = run.parts.get("config", "FILE.py")
+            file = shlex.quote(run.parts.get("config", "FILE.py"))
             raise UserError(
                 f"{run.directory} was trained with a {name} that is not part of gptjax, {ours}; "
                 f"give --config {file}, or {name}= in Python"

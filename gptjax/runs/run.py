@@ -10,6 +10,7 @@ No pickle, and nothing outside the folder.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Run:
         files.refuse_links(directory)
         self.directory = directory
         self.config, self.parts = _read(directory, CONFIG, config_json.from_json)
+        self._place = directory.stat()
         self.tokenizer: Tokenizer = _read(directory, TOKENIZER, tokenizer_module.from_json)
         self._tokenizer_text: str = _read(directory, TOKENIZER, str)
         self.changed = self._compare_with_copies()
@@ -74,8 +76,12 @@ class Run:
                     f"checkpoints were made with; an intact copy is {place}"
                 )
             break
-        for place, _ in copies(self.directory, CONFIG):
-            changed = differences(files.read_file(place, config_json.from_json).config, self.config)
+        for place, text in copies(self.directory, CONFIG):
+            try:
+                stored = config_json.from_json(text).config
+            except UserError as error:
+                raise Damaged(f"{place} is damaged: {error}") from None
+            changed = differences(stored, self.config)
             for name, (old, new) in changed.items():
                 if _is_fixed(name) and name != "data.text":  # a text may have moved
                     raise Damaged(
@@ -87,7 +93,12 @@ class Run:
 
     @property
     def texts(self) -> dict[str, str]:
-        """The small files that each checkpoint keeps copies of, by name."""
+        """The small files that each checkpoint keeps copies of, by name.
+
+        Raises:
+            UserError: another folder lies where the run's was.
+        """
+        self._check_place()
         return {
             CONFIG: config_json.to_json(self.config, self.parts),
             TOKENIZER: self._tokenizer_text,
@@ -183,11 +194,24 @@ class Run:
         """Append one line for each record; every record has its "step".
 
         Raises:
-            UserError: the disk takes no more.
+            UserError: the disk takes no more, or another folder lies where the run's was.
         """
+        self._check_place()
         records.append(self.metrics_path, lines)
         if self._val_losses is not None:
             self._note_losses(lines)
+
+    def _check_place(self) -> None:
+        """See that nothing is written into another run of the same name."""
+        try:
+            same = os.path.samestat(self._place, self.directory.stat())
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(
+                f"{self.directory} was moved, deleted or replaced while it was trained; nothing "
+                f"more is written; put the folder back, then continue with --resume"
+            )
 
     def metrics(self) -> list[Record]:
         """The records, in order; malformed lines are left out."""
@@ -241,7 +265,7 @@ class Run:
         return kept | {step for step in steps if any(step in gap for gap in self._gaps)}
 
     def choose(self, which: str, steps: list[int]) -> int:
-        """The checkpoint that "best", "last" or a number names.
+        """The checkpoint that "best", "last" or a number names, by the metrics as they are now.
 
         Raises:
             UserError: no checkpoint yet, or not that one.
@@ -254,6 +278,7 @@ class Run:
         if which == "last":
             return steps[-1]
         if which == "best":
+            self._val_losses = None  # a training process may have logged more
             best = self.best_step(steps)
             return steps[-1] if best is None else best
         if which.isdecimal() and int(which) in steps:

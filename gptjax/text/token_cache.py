@@ -25,7 +25,7 @@ from gptjax.errors import UserError
 from gptjax.runs.files import check_regular, read_sealed, write_atomically, write_sealed
 from gptjax.text import special_tokens
 from gptjax.text.split import Part
-from gptjax.text.tokenizers import Tokenizer
+from gptjax.text.tokenizers import Tokenizer, UnknownCharacters
 
 FORMAT = 2  # raise it when the same key would give other ids, or other chunks
 UNIT = 2**16  # characters in a chunk, which one core encodes at a time
@@ -90,6 +90,9 @@ def encode(
     for group in _groups(units(parts, tokenizer.cuttable), skip):
         try:
             found = tokenizer.encode_batch([unit.text for unit in group])
+        except UnknownCharacters as error:
+            before = f"after {at:,} characters: " if at else ""
+            raise UnknownCharacters(before + error.found) from None
         except UserError as error:
             raise UserError(f"after {at:,} characters: {error}" if at else str(error)) from None
         ids: tuple[list[np.ndarray], ...] = [], []

@@ -17,6 +17,18 @@ REPLACEMENTS = "\N{REPLACEMENT CHARACTER}? \n"  # the first of these that the vo
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are not UTF-8, or not yet
 
 
+class UnknownCharacters(UserError):
+    """Characters that the vocabulary lacks.
+
+    Attributes:
+        found: which, without the advice, which is that for a prompt.
+    """
+
+    def __init__(self, found: str):
+        self.found = found
+        super().__init__(f"{found}; remove them, or choose replace or skip")
+
+
 class Tokenizer(Protocol):
     """The interface of a tokenizer; your own may implement it.
 
@@ -115,7 +127,7 @@ class CharTokenizer:
         known = ids >= 0
         if not known.all():
             if unknown == "error":
-                raise UserError(self._describe(text, np.flatnonzero(~known)))
+                raise UnknownCharacters(self._describe(text, np.flatnonzero(~known)))
             if unknown == "skip":
                 ids = ids[known]
             else:
@@ -170,7 +182,7 @@ class CharTokenizer:
         more = ", ..." if len(first) > 10 else ""
         return (
             f"{len(positions)} unknown characters ({shown}{more}), not in the tokenizer's "
-            f"vocabulary of {self.vocab_size}; remove them, or choose replace or skip"
+            f"vocabulary of {self.vocab_size}"
         )
 
 

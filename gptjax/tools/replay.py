@@ -5,6 +5,7 @@ the newest checkpoint before it, or from the state kept of a skipped one (`runs/
 """
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gptjax.interop import pretrained
 from gptjax.loss import LossFn
 from gptjax.model import Model
 from gptjax.parallel import sharding
+from gptjax.parallel.switches import pinned
 from gptjax.runs import parts
 from gptjax.runs.bad_steps import token_rows
 from gptjax.runs.checkpoint import Checkpoints
@@ -33,6 +35,7 @@ LEAVES = 8  # of the gradient, shown
 ROWS = 4  # of the batch, shown
 
 
+@pinned()
 def replay(
     directory: Path,
     step: int,
@@ -84,11 +87,7 @@ def replay(
     given = parts.describe(model=setup.model, optimizer=optimizer, loss_fn=loss_fn, batches=batches)
     parts.check(run, given)
     logged = {record["step"]: record for record in run.metrics()}
-    checkpoints, first = _newest_before(run, step)
-    if checkpoints:
-        state = checkpoints.restore(first, setup.layout)
-    else:
-        state = setup.start(pretrained.initial(config))
+    state, first = _state_before(run, setup, step)
     report.say(f"step {step} again, from the state after step {first}")
     key = setup.seed_key()
     while first < step - 1:
@@ -132,21 +131,22 @@ def _gradient(setup: Setup, state: TrainState, batch: Any, step: int) -> Any:
     return gradient(state, sharding.put(setup.mesh, batch, sharding.BATCH), setup.seed_key())
 
 
-def _newest_before(run: Run, step: int) -> tuple[Checkpoints | None, int]:
-    """The checkpoints that hold the newest sound state before a step, and its step."""
-    found = [
-        (n, kept)
-        for kept in (Checkpoints(run.checkpoints_path), Checkpoints(run.bad_path))
-        for n in kept.steps()
-        if n < step
-    ]
-    for n, kept in sorted(found, key=lambda pair: pair[0], reverse=True):
-        try:
-            kept.verify(n)
-            return kept, n
-        except UserError:
-            continue  # an older one will do; verify and --resume tell about this one
-    return None, 0
+def _state_before(run: Run, setup: Setup, step: int) -> tuple[TrainState, int]:
+    """The newest sound state before a step, and the step that it is of."""
+    with ExitStack() as stack:
+        found = [
+            (n, kept)
+            for kept in (Checkpoints(run.checkpoints_path), Checkpoints(run.bad_path))
+            for n in stack.enter_context(kept.held())
+            if n < step
+        ]
+        for n, kept in sorted(found, key=lambda pair: pair[0], reverse=True):
+            try:
+                kept.verify(n)
+            except UserError:
+                continue  # an older one will do; verify and --resume tell about this one
+            return kept.restore(n, setup.layout), n
+    return setup.start(pretrained.initial(run.config)), 0
 
 
 def _norms(gradient: Any) -> dict[str, str]:

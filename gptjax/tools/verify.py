@@ -4,8 +4,10 @@ Config, tokenizer, metrics, the files of every checkpoint against their checksum
 numbers; and last a loss that was logged is measured again from the state that was stored.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from gptjax.assembly import assemble, evaluate_random, evaluate_split, resident
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import Model
+from gptjax.parallel.switches import pinned
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import read as read_records
@@ -34,6 +37,7 @@ class Check:
     found: str
 
 
+@pinned()
 def verify(
     name: str | None = None,
     *,
@@ -69,18 +73,21 @@ def verify(
     check("metrics", lambda: _metrics(run))
     checkpoints = Checkpoints(run.checkpoints_path)
     load = _loader(run, checkpoints, model, optimizer, checks)
-    sound = []
-    for step in checkpoints.steps():
-        if check(f"checkpoint {step}", lambda step=step: _checkpoint(checkpoints, step, load)):
-            sound.append(step)
-    if not checkpoints.steps():
-        checks.append(Check("checkpoints", False, "there is none"))
-    for step in reversed(sound):
-        if logged := _logged_loss(run, step):
-            checks.append(_loss(run, checkpoints, step, model, *logged))
-            break
-    else:
-        checks.append(Check("loss", None, "no loss was logged at a checkpoint that is sound"))
+    with checkpoints.held() as steps:
+        sound = []
+        for step in steps:
+            if check(f"checkpoint {step}", lambda step=step: _checkpoint(checkpoints, step, load)):
+                sound.append(step)
+            elif step not in checkpoints.steps():
+                checks.pop()  # a training process removed it, where files cannot be held
+        if not steps:
+            checks.append(Check("checkpoints", False, "there is none"))
+        for step in reversed(sound):
+            if logged := _logged_loss(run, step):
+                checks.append(_loss(run, checkpoints, step, model, *logged))
+                break
+        else:
+            checks.append(Check("loss", None, "no loss was logged at a checkpoint that is sound"))
     return checks
 
 
@@ -116,13 +123,19 @@ def _metrics(run: Run) -> str:
     records, damage = read_records(run.metrics_path)
     if damage:
         raise UserError(damage)
-    with run.metrics_path.open("rb") as file:
-        if not file.read().endswith(b"\n"):
+    if not _ends_with_a_line(run.metrics_path):
+        time.sleep(1.0)  # a training process may be at it
+        if not _ends_with_a_line(run.metrics_path):
             raise UserError(f"{run.metrics_path}: the last line was cut short; --resume fixes it")
     if run.metrics_have_changed():
         raise UserError(f"{run.metrics_path} does not match its checksum")
     skipped = sum("skipped" in record for record in records)
     return f"steps 0 to {len(records) - 1}" + (f", {skipped} skipped" if skipped else "")
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read().endswith(b"\n")
 
 
 def _checkpoint(checkpoints: Checkpoints, step: int, load: Callable[[int], Any]) -> str:
