@@ -9,10 +9,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from gptjax.config import ModelConfig
 
 INIT_STD = 0.02  # GPT-2
+MATRICES = "wte", "c_attn", "c_q", "c_kv", "c_proj", "c_fc", "lm_head"  # cast by their layers
 
 
 class Linear(nn.Module):
@@ -115,3 +117,22 @@ def rotate(x: jax.Array, start: jax.Array | int, rates: jax.Array) -> jax.Array:
     cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """(B, T, C) that stays in this order: with learned positions XLA would put the batch last on
+    GPUs, and transpose in every block."""
+    return with_layout_constraint(x, Layout((0, 1, 2)))
+
+
+def cast(params: Any, dtype: Any) -> Any:
+    """Parameters of a GPT, the matrices of its linear layers and its table in the compute dtype.
+
+    Each layer does this itself; a loop over tokens would read all of the float32 in every one.
+    """
+
+    def leaf(path: Any, x: jax.Array) -> jax.Array:
+        names = [getattr(key, "key", None) for key in path[-2:]]
+        return x.astype(dtype) if names[0] in MATRICES and names[1] != "bias" else x
+
+    return jax.tree_util.tree_map_with_path(leaf, params)

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from gptjax.attention import (
     Kernel,
@@ -41,11 +40,20 @@ from gptjax.attention import (
 )
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.layers import INIT_STD, Linear, activate, norm, residual_std, rms, rotary_rates, rotate
+from gptjax.layers import (
+    INIT_STD,
+    Linear,
+    activate,
+    norm,
+    residual_std,
+    rms,
+    rotary_rates,
+    rotate,
+    row_major,
+)
 
 Model = nn.Module | Callable[[ModelConfig, int], nn.Module]  # or a function that makes one
 
-MATRICES = "wte", "c_attn", "c_q", "c_kv", "c_proj", "c_fc", "lm_head"
 UNROLL_UP_TO = 12  # layers; on CPU an unrolled stack is faster, a deep one compiles slowly
 
 
@@ -253,7 +261,7 @@ class GPT(nn.Module):
         if (T := tokens.shape[1]) > c.block_size:
             raise UserError(f"T={T} tokens exceed model.block_size={c.block_size}; give fewer")
         x, cache = self.embed(tokens, cache)
-        x = jax.lax.platform_dependent(x.astype(c.dtype), cuda=_row_major, default=lambda x: x)
+        x = jax.lax.platform_dependent(x.astype(c.dtype), cuda=row_major, default=lambda x: x)
         x, cache = self.blocks(x, cache, train)
         return norm(c, "ln_f")(x).astype(c.dtype), cache
 
@@ -314,28 +322,10 @@ class GPT(nn.Module):
         return KVCache(empty, empty, jnp.zeros((), jnp.int32))
 
 
-def _row_major(x: jax.Array) -> jax.Array:
-    """On GPUs: with learned positions XLA would put the batch last, and transpose in each block."""
-    return with_layout_constraint(x, Layout((0, 1, 2)))
-
-
 def _write(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
     """(B, G, S, D) keys or values with `new` ones, (B, T, G, D), from position `start` on."""
     new = new.swapaxes(1, 2).astype(cache.dtype)
     return jax.lax.dynamic_update_slice_in_dim(cache, new, start, 2)
-
-
-def cast(params: Any, dtype: Any) -> Any:
-    """Parameters of a GPT, the matrices of its linear layers and its table in the compute dtype.
-
-    Each layer does this itself; a loop over tokens would read all of the float32 in every one.
-    """
-
-    def leaf(path: Any, x: jax.Array) -> jax.Array:
-        names = [getattr(key, "key", None) for key in path[-2:]]
-        return x.astype(dtype) if names[0] in MATRICES and names[1] != "bias" else x
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def unstack(tree: Any) -> Any:

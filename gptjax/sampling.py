@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.model import cast, restack, unstack
+from gptjax.layers import cast
+from gptjax.model import restack, unstack
 
 CHUNK = 16  # tokens per return to the host: what a terminal shows at a time
 

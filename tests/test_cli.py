@@ -332,7 +332,8 @@ def test_a_config_file_is_a_preset_with_parts(mine, monkeypatch):
     monkeypatch.setattr(training, "train", lambda *args, **kwargs: seen.update(kwargs, args=args))
     main(["train", "--config", mine, "--steps", "9"])
     assert seen.pop("args") == (replace(tiny, steps=9), Path("runs/mine"))
-    assert seen.keys() == {"resume", "profile", "model", "optimizer", "loss_fn", "recipe"}
+    passed = {"resume", "profile", "special_tokens", "model", "optimizer", "loss_fn", "recipe"}
+    assert seen.keys() == passed
     assert seen["recipe"] == mine and seen["loss_fn"].__name__ == "loss"
     module = seen["model"](tiny.model, 65)
     assert (module.config, module.vocab_size) == (tiny.model, 65)

@@ -790,11 +790,12 @@ def gpt2_count(L: int, C: int, T: int, vocab_size: int) -> int:
     [
         ("small", gpt2_count(4, 128, 64, 65)),
         ("small", 809_856),
-        ("gpt2", 124_439_808),
-        ("gpt2", gpt2_count(12, 768, 1024, 50257)),
-        ("gpt2-medium", 354_823_168),
-        ("gpt2-large", 774_030_080),
-        ("gpt2-xl", 1_557_611_200),
+        ("finetune", 124_439_808),
+        ("finetune", gpt2_count(12, 768, 1024, 50257)),
+        ("gpt2", gpt2_count(12, 768, 1024, 50304)),  # padded, as nanoGPT's
+        ("gpt2-medium", gpt2_count(24, 1024, 1024, 50304)),
+        ("gpt2-large", gpt2_count(36, 1280, 1024, 50304)),
+        ("gpt2-xl", gpt2_count(48, 1600, 1024, 50304)),
         ("7b", 6_738_415_616),  # Llama 2's
     ],
 )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -484,7 +485,7 @@ def test_when_a_model_memorises(tokens: int, parameters: int, epochs: float, exp
     assert flops.will_memorise(tokens, parameters, epochs) == expected
 
 
-def shown(*calls: tuple[str, ...], encoding: str = "utf-8") -> str:
+def shown(*calls: tuple[Any, ...], encoding: str = "utf-8") -> str:
     """What a report prints into a pipe of this encoding."""
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
