@@ -66,11 +66,32 @@ def one_line_errors(command: str) -> Iterator[None]:
         _end(f"{command}: interrupted", 130)
     except UserError as error:
         _end(f"{command}: error: {error}", 2)
+    except RuntimeError as error:  # JAX's, which is not imported here
+        if (reason := _of_the_device(str(error))) is None:
+            raise
+        _end(f"{command}: error: {UserError(reason)}", 2)
     except OSError as error:
         if error.filename is not None or error.errno not in UNWRITABLE:
             raise
         reason = f"the output cannot be written ({error.strerror})"
         _end(f"{command}: error: {reason}; free disk space, or send it elsewhere", 2)
+
+
+def _of_the_device(message: str) -> str | None:
+    """What to say of an error of JAX's that lies with the device, not with gptjax, if it does."""
+    what = message.partition("\n")[0]
+    if message.startswith("RESOURCE_EXHAUSTED"):
+        return (
+            f"the device has too little memory ({what}); lower --batch-size or the model's sizes, "
+            f"raise --optim.accumulate, add --model.remat, or see what else is running there; "
+            f"--plan here estimates what is needed"
+        )
+    if message.startswith("Unable to initialize backend"):
+        return (
+            f"{what}; check the driver (nvidia-smi) and that the plug-in has the version of jax "
+            f"(pip list), or unset JAX_PLATFORMS to use the CPU"
+        )
+    return None
 
 
 def note(line: str) -> None:

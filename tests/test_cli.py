@@ -662,6 +662,30 @@ def test_ctrl_c_at_any_time_is_one_line(capsys):
     assert capsys.readouterr().err == "train.py: interrupted\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 GiB.\nBuffers: ...",
+            "the device has too little memory (RESOURCE_EXHAUSTED: Out of memory while trying to "
+            "allocate 9 GiB.); lower --batch-size or the model's sizes",
+        ),
+        (
+            "Unable to initialize backend 'cuda': no driver\n(set JAX_PLATFORMS)",
+            "Unable to initialize backend 'cuda': no driver; check the driver (nvidia-smi) and",
+        ),
+    ],
+)
+def test_what_lies_with_the_device_is_one_line(capsys, error, expected):
+    with pytest.raises(SystemExit) as caught, one_line_errors("train.py"):
+        raise RuntimeError(error)
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and printed.count("\n") == 1
+    assert printed.startswith(f"train.py: error: {expected}")
+    with pytest.raises(RuntimeError, match="INTERNAL"), one_line_errors("train.py"):
+        raise RuntimeError("INTERNAL: a bug")
+
+
 def test_a_message_is_one_line_that_ends_and_paints_nothing():
     assert str(UserError("red \x1b[31m\nand\u2028more: é 文")) == (
         "red \\x1b[31m\\nand\\u2028more: é 文"
