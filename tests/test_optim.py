@@ -286,17 +286,22 @@ OTHER_MODEL: dict[str, Any] = {
     "n_head": 4,
     "n_kv_head": 1,
     "n_embd": 16,
+    "head_dim": 6,
     "n_inner": 5,
     "block_size": 8,
     "vocab_size": 16,
     "dropout": 0.1,
     "attn_dropout": 0.1,
     "bias": False,
+    "attn_bias": False,
     "norm": "rms",
     "norm_eps": 1e-6,
     "qk_norm": True,
+    "qk_norm_scale": True,
     "position": "learned",
     "rope_base": 100.0,
+    "rope_scaling": (2.0,),
+    "nope_every": 2,
     "activation": "swiglu",
     "window": 2,
     "softcap": 10.0,
@@ -309,6 +314,7 @@ OTHER_MODEL: dict[str, Any] = {
 NEEDS: dict[str, dict[str, Any]] = {  # another field without which one has no effect
     "lora_targets": {"lora_rank": 2},
     "remat_saves": {"remat": True},
+    "qk_norm_scale": {"qk_norm": True},
 }
 # A config in which every field has an effect.
 EVERYTHING = Config(

@@ -252,7 +252,7 @@ def test_a_plan_that_does_not_fit_proposes_one_that_does(no_compiler):
 def test_a_plan_that_fits_is_printed(no_compiler):
     lines = printed(PRESETS["gpt2"], "h100:8").splitlines()
     assert lines[0] == (
-        "h100:8: 8 x NVIDIA H100 80GB HBM3, data 8 x fsdp 1 x tensor 1; per device 5 x 12 "
+        "h100:8: 8 x NVIDIA H100 80GB HBM3, data 8 x fsdp 1 x tensor 1; per device 15 x 4 "
         "sequences of 1024 tokens; rematerialisation off"
     )
     names = [line.split("  ")[0] for line in lines]

@@ -734,4 +734,4 @@ def test_progress_lines_without_a_terminal(tmp_path, monkeypatch, play: str):
             time.sleep(0.01)
             done(50)
         file.seek(0)
-        assert file.read().startswith("reading: 50%, 0 s left")
+        assert file.read().startswith("reading: 50%, under 1 s left")
