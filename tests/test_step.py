@@ -625,7 +625,7 @@ def test_golden_losses(play):
         f"{jax.__version__}). If you did not mean to change any number (a refactoring, a faster "
         "kernel), find what did: the first differing step says where to look (0: model, init or "
         "batches; 1: gradient or optimizer). If you meant to, or jax's random numbers changed, "
-        "say so in your change and record anew: GPTJAX_WRITE_GOLDEN=1 pytest tests/test_step.py "
+        "say so in your change and record again: GPTJAX_WRITE_GOLDEN=1 pytest tests/test_step.py "
         "-k golden"
     )
 

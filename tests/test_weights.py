@@ -518,7 +518,7 @@ REFUSED: dict[str, tuple[ModelConfig, Callable[[Path], Any], str]] = {
         edit_config(rope_parameters=["default"]),
         "{}/config.json: rope_parameters=['default'] is not an object",
     ),
-    "two kinds of positions": (
+    "contradicting positions": (
         LLAMA,
         edit_config(rope_parameters={"rope_type": "default"}, rope_scaling={"type": "linear"}),
         "{}/config.json: rope_scaling: rope_type='linear' contradicts rope_type='default'",

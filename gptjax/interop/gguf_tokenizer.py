@@ -152,7 +152,7 @@ def _check_words(tokenizer: HFTokenizer, ids: list[int]) -> None:
     if len(across) > len(texts) / 100:
         raise UserError(
             f"it does not name its pre-tokenizer ({PREFIX}pre), and GPT-2's would never make "
-            f"{len(across):,} of its tokens, such as {across[0]!r}; convert the model anew"
+            f"{len(across):,} of its tokens, such as {across[0]!r}; convert the model again"
         )
 
 
@@ -226,7 +226,7 @@ def _list(found: Mapping[str, Any], name: str, kind: type, length: int | None = 
     value = found.get(name)
     if value is None:
         raise UserError(
-            f"it has no {PREFIX}{name}, so its tokenizer cannot be made; convert it anew"
+            f"it has no {PREFIX}{name}, so its tokenizer cannot be made; convert it again"
         )
     if not isinstance(value, list) or not all(type(x) is kind for x in value):
         raise UserError(f"{PREFIX}{name} is damaged: expected a list of {kind.__name__}")

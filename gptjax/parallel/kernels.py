@@ -49,7 +49,7 @@ def make_kernel(config: ModelConfig, mesh: Mesh) -> Kernel | None:
             return None
         raise UserError(f"model.attention={name} {reason}; give plain or auto")
     kernel = {"splash": splash, "cudnn": cudnn}[name]
-    if device in jax.devices() and (reason := _failure(kernel, config)):
+    if device in jax.devices() and (reason := failure(kernel, config)):
         if config.attention == "auto":
             log.warning(
                 "%s attention does not work here, so plain attention is used: %s", name, reason
@@ -107,7 +107,7 @@ def _unfit(name: str, config: ModelConfig, device: Any) -> str | None:
 
 
 @functools.cache
-def _failure(kernel: Callable[..., jax.Array], config: ModelConfig) -> str | None:
+def failure(kernel: Callable[..., jax.Array], config: ModelConfig) -> str | None:
     """What a kernel answers when its forward and backward pass are tried on this machine's devices,
     such as versions of CUDA and cuDNN that do not go together; None: it works."""
     shape = (1, config.block_size, 1, config.head_size)

