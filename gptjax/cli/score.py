@@ -199,8 +199,8 @@ def _score(
     heads: deque[str] = deque()
     texts = _heads(read(), heads) if command.lines is not None else read(), read()
     found = [
-        report.documents(side, text, policy, notice, keep, write)
-        for side, text, notice in zip(sides, texts, (note, lambda line: None), strict=False)
+        report.documents(side, text, policy, _notice_of(side.name), keep, write)
+        for side, text in zip(sides, texts, strict=False)
     ]
     sums = [Total() for _ in sides]
     for i, totals in enumerate(zip(*found, strict=True)):
@@ -209,8 +209,8 @@ def _score(
             _print_line(command, sides, i + 1, list(totals), heads.popleft(), console)
     if not all(total.predicted for total in sums):
         raise UserError(
-            f"the text has {sums[0].tokens} tokens, and nothing predicts the first one of a "
-            f"document; give a document of two or more"
+            f"the text has too few tokens ({min(total.tokens for total in sums)}): nothing "
+            f"predicts the first one of a document; give a document of two or more"
         )
     if file and as_page:
         what = command.file or command.lines or "text"
@@ -218,6 +218,10 @@ def _score(
         pages = [page.Side(side.name, side.run.tokenizer, side.kept) for side in sides]
         file.write(page.page(f"{what}, scored", report.summary(sides, sums), remark, pages))
     return sums
+
+
+def _notice_of(name: str) -> Callable[[str], None]:
+    return lambda line: note(visible(f"{name}: {line}"))
 
 
 def _shown(command: ScoreCommand, console: "Console") -> int:

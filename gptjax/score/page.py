@@ -124,7 +124,7 @@ def _parts(parts: Iterable[tuple[str, str, bool]]) -> str:
     found, ended = [], False
     for i, (text, css, last) in enumerate(parts):
         # A line end alone has no area to show a colour, or to point at.
-        shown = _safe(visible(text)).replace("\n", "<span class=soft>↵</span>\n")
+        shown = _safe(text).replace("\n", "<span class=soft>↵</span>\n")
         found.append("<hr>" * ended + f'<b class="{css}" data-i="{i}">{shown}</b>')
         ended = last
     return "".join(found)
@@ -176,4 +176,5 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 
 def _safe(text: str) -> str:
-    return html.escape(text)
+    """Text for HTML; control characters, some of which reorder a line, by their escapes."""
+    return html.escape(visible(text))

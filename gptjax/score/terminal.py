@@ -23,17 +23,17 @@ class Level(NamedTuple):
 # One scale of yellow to red; letters tell the upper levels where there is no colour.
 SURPRISE = (
     Level(-math.inf, "", "under 1"),
-    Level(1, "black on #fff3bf", "1"),
-    Level(2, "black on #ffd43b", "2"),
-    Level(4, "underline black on #ff922b", "4"),
+    Level(1, "black on #fff3bf", "1 to 2"),
+    Level(2, "black on #ffd43b", "2 to 4"),
+    Level(4, "underline black on #ff922b", "4 to 8"),
     Level(8, "bold underline white on #c92a2a", "8 and more"),
 )
 DIFFERENCE = (
-    Level(-math.inf, "bold underline white on #1864ab", "4 fewer"),
-    Level(-4, "underline black on #74c0fc", "1 fewer"),
-    Level(-1, "", "alike"),
-    Level(1, "italic black on #ffd8a8", "1 more"),
-    Level(4, "bold italic white on #d9480f", "4 more"),
+    Level(-math.inf, "bold underline white on #1864ab", "-4 and less"),
+    Level(-4, "underline black on #74c0fc", "-1"),
+    Level(-1, "", "0"),
+    Level(1, "italic black on #ffd8a8", "+1"),
+    Level(4, "bold italic white on #d9480f", "+4 and more"),
 )
 NUMBERED = 4  # bits from which plain text has the number
 
