@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Literal
 
 from gptjax.cli.flags import POSITIONAL, parse
 from gptjax.cli.recipe import parts_for_run, recipe_of_run
@@ -151,12 +151,11 @@ def main(argv: list[str], prog: str) -> None:
     from rich.console import Console
 
     from gptjax.cli.compilation_cache import use_compilation_cache
-    from gptjax.console import Output
     from gptjax.score.files import replacing
 
     use_compilation_cache()
     sides = _sides(command)
-    console = Console(file=cast(Any, Output()), highlight=False)
+    console = Console(highlight=False)
     if command.out is None:
         totals = _score(command, sides, read, console, None)
     else:

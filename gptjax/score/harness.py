@@ -16,13 +16,19 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import UserError, optional_import
+from gptjax.generation.requests import Request
 from gptjax.runs.loaded import LoadedRun, load
+from gptjax.sampling import Sampling
 from gptjax.score.windows import Window, score_windows
 from gptjax.text import special_tokens
 from gptjax.text.stream import first_tokens
 
 model_api: Any = optional_import("lm_eval.api.model", "eval")
 utils: Any = optional_import("lm_eval.utils", "eval")
+model_utils: Any = optional_import("lm_eval.models.utils", "eval")
+
+MOST_NEW = 256  # tokens, where a task sets no limit; the harness's own
+DRAWN = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
 
 
 class GptjaxLM(model_api.TemplateLM):
@@ -112,4 +118,39 @@ class GptjaxLM(model_api.TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        raise NotImplementedError
+        """The continuation of each context, up to a stop string, the end-of-text token or the most
+        tokens; greedy unless the task asks for sampling. A context that leaves no room for them
+        loses its start.
+
+        Raises:
+            UserError: a setting of the task that gptjax does not have, or no room for a context.
+        """
+        asked = [self._request(*request.args) for request in requests]
+        texts = [done.text for done in self.run.complete(asked)]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _request(self, context: str, settings: dict[str, Any]) -> Request:
+        """What the harness asks for, as the engine takes it."""
+        given = model_utils.normalize_gen_kwargs(settings, MOST_NEW)
+        if unknown := given.keys() - {"until", "max_gen_toks", "do_sample", *DRAWN}:
+            raise UserError(
+                f"the task sets {', '.join(sorted(unknown))} for generation; gptjax knows until, "
+                f"max_gen_toks, do_sample, {', '.join(DRAWN)}"
+            )
+        new = given["max_gen_toks"]
+        if (room := self.max_length - new) < 1:
+            raise UserError(
+                f"the task asks for {new} new tokens, and the run's context length is "
+                f"{self.max_length}; set max_gen_toks of the task lower"
+            )
+        ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+        end = self.run.tokenizer.end_of_text
+        return Request(
+            prompt=np.array(ids, np.int32),
+            max_new_tokens=new,
+            sampling=Sampling(**{"temperature": 0.0} | {n: given[n] for n in DRAWN if n in given}),
+            stop=tuple(text for text in given["until"] if text),
+            stop_tokens=() if end is None else (end,),
+        )
