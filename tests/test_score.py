@@ -188,7 +188,10 @@ def whole(pieces: Any) -> list[str]:
     return texts
 
 
-@given(text=st.text("ab\r\n-", max_size=12), places=st.lists(st.integers(0, 12), max_size=4))
+@given(
+    text=st.lists(st.sampled_from(["a", "-a", "-", "bb", "\r", "\n"]), max_size=8).map("".join),
+    places=st.lists(st.integers(1, 14), max_size=4),
+)
 def test_lines_and_separators_wherever_blocks_end(text: str, places: list[int]):
     pieces = pieces_of(text, places)
     *full, rest = [line.removesuffix("\r") for line in text.split("\n")]
@@ -425,6 +428,7 @@ def test_the_command_s_table_lines_and_page(command: Any, tmp_path: Path, play: 
         (["--text", "a", "--out", "x.pdf"], "ends in .html, .csv, .jsonl"),
         (["--text", "a", "--show", "-1"], "--show -1 is too small"),
         (["--text", "a", "--separator", ""], "--separator is empty"),
+        (["--lines", "a", "--separator", "b"], "leave --separator out"),
     ],
 )
 def test_arguments_that_do_not_go_together(argv: list[str], found: str):

@@ -104,6 +104,8 @@ def parse_score(argv: list[str], prog: str = "gptjax score") -> ScoreCommand:
             raise UserError(f"--{name} {getattr(command, name)} is too small; give 0 or more")
     if command.separator == "":
         raise UserError("--separator is empty; give one character or more, or leave it out")
+    if command.separator is not None and command.lines is not None:
+        raise UserError("--lines has one document on each line; leave --separator out, or --lines")
     return command
 
 

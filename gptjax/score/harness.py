@@ -145,12 +145,15 @@ class GptjaxLM(model_api.TemplateLM):
                 f"the task asks for {new} new tokens, and the run's context length is "
                 f"{self.max_length}; set max_gen_toks of the task lower"
             )
+        drawn = {"temperature": 0.0} | {name: given[name] for name in DRAWN if name in given}
+        if not drawn.get("top_k"):  # transformers' 0: all tokens
+            drawn["top_k"] = None
         ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
         end = self.run.tokenizer.end_of_text
         return Request(
             prompt=np.array(ids, np.int32),
             max_new_tokens=new,
-            sampling=Sampling(**{"temperature": 0.0} | {n: given[n] for n in DRAWN if n in given}),
+            sampling=Sampling(**drawn),
             stop=tuple(text for text in given["until"] if text),
             stop_tokens=() if end is None else (end,),
         )
