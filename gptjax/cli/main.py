@@ -12,6 +12,7 @@ from gptjax.errors import UserError, one_line_errors
 COMMANDS = {
     "train": "Train a GPT on a text, or resume a run.",
     "sample": "Generate text from a run.",
+    "score": "Measure how well a run, or each of two, predicts a text, token by token.",
     "import": "Make a run of a pretrained model: GPT-2, Llama, GGUF, nanoGPT.",
     "export": "Write a run as a folder that transformers loads.",
     "plot": "Draw the loss curves of runs.",
