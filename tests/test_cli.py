@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from gptjax import __version__, training
 from gptjax.assembly import make_model
 from gptjax.cli import names
+from gptjax.cli import train as train_cli
 from gptjax.cli.flags import flags_of
 from gptjax.cli.main import COMMANDS, main
 from gptjax.cli.recipe import load_recipe
@@ -24,6 +25,7 @@ from gptjax.cli.sample import SampleCommand, parse_sample, read_prompt
 from gptjax.cli.train import TrainCommand, parse_train
 from gptjax.config import Config
 from gptjax.errors import LONGEST, UserError, one_line_errors
+from gptjax.parallel import switches
 from gptjax.presets import PRESETS
 from gptjax.runs import folders
 from gptjax.runs.run import Run
@@ -53,6 +55,17 @@ def message_of(read: Any, value: Any) -> str:
 
 # ---------------------------------------------------------------------------------------------
 # train.py
+
+
+def test_deterministic_kernels_are_asked_for_before_the_devices_start(monkeypatch):
+    """After that XLA no longer reads its flags, and a run would vary without a word."""
+    monkeypatch.setenv("XLA_FLAGS", "--mine")
+    monkeypatch.setattr(switches.xla_bridge, "backends_are_initialized", lambda: False)
+    switches.use_deterministic_kernels()
+    assert os.environ["XLA_FLAGS"] == f"--mine {switches.DETERMINISTIC}"
+    monkeypatch.setattr(switches.xla_bridge, "backends_are_initialized", lambda: True)
+    with pytest.raises(UserError, match="--deterministic comes too late"):
+        train_cli.main(["--config", "tiny", "--deterministic"], "train.py")
 
 
 def test_no_arguments_is_the_small_preset():

@@ -19,9 +19,18 @@ import optax
 import pytest
 from helpers import by_path
 from rich.console import Console
-from run_helpers import QUIET, SignalAt, arrays, assert_same, assert_same_run, message, records
+from run_helpers import (
+    QUIET,
+    SignalAt,
+    arrays,
+    assert_same,
+    assert_same_run,
+    message,
+    records,
+    shared_programs,  # noqa: F401
+)
 
-from gptjax import assembly
+from gptjax import assembly, training
 from gptjax.cli.sample import SampleCommand, parse_sample, print_samples, stream
 from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
 from gptjax.console import Report, duration, rounded
@@ -34,6 +43,8 @@ from gptjax.runs.run import Run
 from gptjax.text import corpora
 from gptjax.text.tokenizers import IdTokenizer
 from gptjax.training import train
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = replace(
@@ -92,8 +103,9 @@ def test_a_stopped_and_resumed_run_is_as_never_stopped(finished, tmp_path, at, n
     assert_same_run(whole, directory, 24)
 
 
-def test_jax_switches_change_neither_a_run_nor_its_samples(finished, tmp_path):
+def test_jax_switches_change_neither_a_run_nor_its_samples(finished, tmp_path, monkeypatch):
     """Batches from the device and from a thread; set in the program, as the environment would."""
+    monkeypatch.setattr(training, "assemble", assembly.assemble)  # traced under the switches
     whole, config = finished
     sample = lambda: "".join(load(whole).generate("KING", 20))
     expected = sample(), load(whole).logits("KING")
@@ -436,7 +448,7 @@ def test_the_commands_as_typed(play, tmp_path):
         "train.py: error: runs/mine already contains a run; resume it (--run mine --resume) or "
         "choose another name\n"
     )
-    resumed = run_command("train.py", "--resume", "--steps", "70", cwd=tmp_path)
+    resumed = run_command("train.py", "--resume", "--steps", "70", "--deterministic", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "changed: steps was 60, is 70" in resumed.stdout
     sampled = run_command("sample.py", "--max-new-tokens", "20", cwd=tmp_path)
