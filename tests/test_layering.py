@@ -22,6 +22,7 @@ LAYERS = {
     "attention layers model lecture.models": "a network knows nothing of training or devices",
     "parallel": "meshes, kernels and processes serve training and sampling alike",
     "plan.chips plan.hlo plan.estimate plan.room": "what a run takes, known before it is made",
+    "generation": "what a text of a model is made of: conversations",
     "batches loss optim step sampling": "pure functions, to be used without a run",
     "assembly": "the one place where pure functions meet devices",
     "runs.arrays runs.checkpoint runs.parts runs.bad_steps runs.loaded": "a train state on disk",

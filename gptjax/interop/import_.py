@@ -62,7 +62,7 @@ def import_model(
     config, params = pretrained.fit(asked, model)
     state = assemble(config, tokenizer.vocab_size).start(params)
     with folders.locked(directory):
-        run = Run.create(directory, config, tokenizer)
+        run = Run.create(directory, config, tokenizer, chat=model.chat)
         checkpoints = Checkpoints(run.checkpoints_path)
         checkpoints.save(0, state, FIRST, run.texts)
         checkpoints.finish_save()

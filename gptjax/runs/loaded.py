@@ -62,6 +62,7 @@ class LoadedRun:
         params: its parameters.
         step: of the checkpoint.
         tokenizer: of the run.
+        chat: the text of the run's chat.json, see generation/chat.py; None: it has none.
     """
 
     @pinned()
@@ -73,6 +74,7 @@ class LoadedRun:
         self.directory: Path = run.directory
         self.config: Config = run.config
         self.tokenizer: Tokenizer = run.tokenizer
+        self.chat: str | None = run.chat
         self.model: nn.Module = parts.run_model(run, model)
         checkpoints = Checkpoints(run.checkpoints_path)
         self.step: int

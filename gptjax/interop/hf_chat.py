@@ -1,0 +1,76 @@
+"""Read and write what transformers' files say of conversations: chat template, stop tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import UserError
+from gptjax.generation.chat import ChatFormat
+from gptjax.runs.files import read_file
+from gptjax.text.subwords import HFTokenizer
+from gptjax.text.tokenizers import Tokenizer
+
+TEMPLATE, ABOUT = "chat_template.jinja", "tokenizer_config.json"
+GENERATION = "generation_config.json"
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def read(folder: Path, tokenizer: Tokenizer | None) -> ChatFormat | None:
+    """What a model folder says of conversations; None: nothing.
+
+    The template is that of chat_template.jinja, or else of tokenizer_config.json; a text ends with
+    the eos_token_id of generation_config.json or config.json, or with the tokenizer's eos_token.
+
+    Raises:
+        UserError: a file that is damaged, or a template that is no text.
+    """
+    about = _object(folder / ABOUT)
+    names = {}
+    for role, value in (_object(folder / "special_tokens_map.json") | about).items():
+        value = value.get("content") if isinstance(value, dict) else value
+        if role in ROLES and isinstance(value, str):
+            names[role] = value
+    template = about.get("chat_template")
+    if (folder / TEMPLATE).exists():
+        template = read_file(folder / TEMPLATE, str)
+    elif isinstance(template, list):  # several by name
+        template = next(
+            (x.get("template") for x in template if isinstance(x, dict) and x["name"] == "default"),
+            None,
+        )
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{folder / ABOUT}: chat_template is not text")
+    stop = []
+    for values in (_object(folder / GENERATION), _object(folder / "config.json")):
+        ids = values.get("eos_token_id")
+        stop += ids if isinstance(ids, list) else [ids]
+    if isinstance(tokenizer, HFTokenizer) and "eos_token" in names:
+        stop.append(tokenizer.token_id(names["eos_token"]))
+    V = tokenizer.vocab_size if tokenizer else 0
+    return made(template, names, [x for x in stop if type(x) is int and 0 <= x < V])
+
+
+def made(template: str | None, names: dict[str, str], stop: list[int]) -> ChatFormat | None:
+    """A format; None if it would say nothing."""
+    if template is None and not stop:
+        return None
+    return ChatFormat(template, names, tuple(dict.fromkeys(stop)))
+
+
+def write(form: ChatFormat, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Add the chat template and the stop tokens to a model's files, by name."""
+    about = json.loads(files.get(ABOUT, b"{}")) | dict(form.special_tokens)
+    added = {ABOUT: json.dumps(about, indent=2).encode()}
+    if form.template is not None:
+        added[TEMPLATE] = form.template.encode()
+    if form.stop_tokens:
+        added[GENERATION] = json.dumps({"eos_token_id": list(form.stop_tokens)}, indent=2).encode()
+    return files | added
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    values = read_file(path, json.loads) if path.exists() else {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: expected a JSON object")
+    return values
