@@ -75,8 +75,8 @@ def main() -> None:
     try:
         answer = {"text": render(**json.load(sys.stdin))}
     except minijinja.TemplateError as error:
-        place = f" (line {error.line})" if error.line else ""
-        answer = {"error": f"{error.detail or error.message}{place}"}
+        what = error.detail or re.sub(r" \(in <string>:\d+\)$", "", error.message)
+        answer = {"error": f"{what} (line {error.line})" if error.line else what}
     except Exception as error:  # of a function that the template calls with other arguments
         answer = {"error": f"{type(error).__name__}: {error}"}
     json.dump(answer, sys.stdout)

@@ -34,10 +34,8 @@ def read(folder: Path, tokenizer: Tokenizer | None) -> ChatFormat | None:
     if (folder / TEMPLATE).exists():
         template = read_file(folder / TEMPLATE, str)
     elif isinstance(template, list):  # several by name
-        template = next(
-            (x.get("template") for x in template if isinstance(x, dict) and x["name"] == "default"),
-            None,
-        )
+        named = {x.get("name"): x.get("template") for x in template if isinstance(x, dict)}
+        template = named.get("default")
     if template is not None and not isinstance(template, str):
         raise UserError(f"{folder / ABOUT}: chat_template is not text")
     stop = []
