@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gptjax.errors import UserError, optional_import
+from gptjax.text import special_tokens, stream
 from gptjax.text.subwords import HFTokenizer
 from gptjax.text.tokenizers import Tokenizer
 
@@ -226,6 +227,20 @@ def stop_tokens(run: "LoadedRun") -> tuple[int, ...]:
     form, end = _format(run), run.tokenizer.end_of_text
     own = () if form is None else form.stop_tokens
     return tuple(dict.fromkeys([*own, *(() if end is None else (end,))]))
+
+
+def first_tokens(run: "LoadedRun") -> np.ndarray:
+    """The (N,) ids after which a text without a prompt begins: the model's BOS where its files
+    name one, as in transformers, or else those of `text.stream.first_tokens`.
+
+    Raises:
+        UserError: a damaged `chat.json`.
+    """
+    form, before = _format(run), special_tokens.of(run.tokenizer)[0]
+    if form and not len(before) and isinstance(run.tokenizer, HFTokenizer):
+        if (bos := run.tokenizer.token_id(form.special_tokens.get("bos_token", ""))) is not None:
+            return np.array([bos], np.int32)
+    return stream.first_tokens(run.tokenizer)
 
 
 def _format(run: "LoadedRun") -> ChatFormat | None:

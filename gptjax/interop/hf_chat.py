@@ -19,7 +19,8 @@ def read(folder: Path, tokenizer: Tokenizer | None) -> ChatFormat | None:
     """What a model folder says of conversations; None: nothing.
 
     The template is that of chat_template.jinja, or else of tokenizer_config.json; a text ends with
-    the eos_token_id of generation_config.json or config.json, or with the tokenizer's eos_token.
+    the eos_token_id of generation_config.json or config.json, or with the tokenizer's eos_token,
+    and begins with its bos_token or their bos_token_id.
 
     Raises:
         UserError: a file that is damaged, or a template that is no text.
@@ -38,21 +39,17 @@ def read(folder: Path, tokenizer: Tokenizer | None) -> ChatFormat | None:
         template = named.get("default")
     if template is not None and not isinstance(template, str):
         raise UserError(f"{folder / ABOUT}: chat_template is not text")
-    stop = []
+    stop, V = [], tokenizer.vocab_size if tokenizer else 0
+    is_id = lambda x: type(x) is int and 0 <= x < V
     for values in (_object(folder / GENERATION), _object(folder / "config.json")):
-        ids = values.get("eos_token_id")
+        ids, bos = values.get("eos_token_id"), values.get("bos_token_id")
         stop += ids if isinstance(ids, list) else [ids]
+        if isinstance(tokenizer, HFTokenizer) and is_id(bos):
+            names.setdefault("bos_token", tokenizer.piece(bos))
     if isinstance(tokenizer, HFTokenizer) and "eos_token" in names:
         stop.append(tokenizer.token_id(names["eos_token"]))
-    V = tokenizer.vocab_size if tokenizer else 0
-    return made(template, names, [x for x in stop if type(x) is int and 0 <= x < V])
-
-
-def made(template: str | None, names: dict[str, str], stop: list[int]) -> ChatFormat | None:
-    """A format; None if it would say nothing."""
-    if template is None and not stop:
-        return None
-    return ChatFormat(template, names, tuple(dict.fromkeys(stop)))
+    stop = tuple(dict.fromkeys(filter(is_id, stop)))
+    return ChatFormat(template, names, stop) if template is not None or stop else None
 
 
 def write(form: ChatFormat, files: dict[str, bytes]) -> dict[str, bytes]:
