@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from gptjax.runs.loaded import LoadedRun
 
 HELP = """\
-  /help            this list
-  /reset           forget everything said so far, but not the system message
-  /system [TEXT]   begin again with this system message, or without one
-A line that ends with \\ continues on the next one. A line that begins with // is sent with one /.
-Ctrl-C stops an answer, Ctrl-D leaves."""
+  /reset          forget everything but the system message
+  /system [TEXT]  begin again with this system message, or none
+  /help           this list
+A line that ends with \\ continues on the next one. To begin a
+message with /, type two. Ctrl-C stops an answer, Ctrl-D leaves."""
 
 
 @dataclass
@@ -137,6 +137,9 @@ def converse(command: "SampleCommand") -> None:
     Raises:
         UserError: a run that cannot be used, or a chat without a template.
     """
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        note("loading the model...")
     run = open_run(command)
     template = template_for(run, command.chat)
     if command.system is not None and template is None:
@@ -144,7 +147,6 @@ def converse(command: "SampleCommand") -> None:
     engine = run.engine(1)
     engine.warm_up()
     conversation = Conversation(run, command, template, engine, command.system)
-    is_terminal = sys.stdin.isatty()
     shown = visible if sys.stdout.isatty() else str
     if is_terminal:
         with suppress(ImportError):
@@ -178,8 +180,12 @@ def _obey(conversation: Conversation, line: str) -> None:
             note(HELP)
         case "reset", "":
             conversation.reset(conversation.system)
+            note("[begun again]")
         case "system", text if conversation.template:
             conversation.reset(text or None)
+            note(
+                "[begun again, with this system message]" if text else "[begun again, without one]"
+            )
         case "system", _:
             raise UserError("there is no system message: this model has no chat template")
         case _:
