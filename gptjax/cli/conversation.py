@@ -128,7 +128,7 @@ class Conversation:
         return self._request(ids)
 
     def _request(self, prompt: "str | np.ndarray | None") -> "Request":
-        return request_for(self.run, self.command, prompt, (self.command.seed + self.turns) % 2**32)
+        return request_for(self.run, self.command, prompt, self.turns)
 
 
 def converse(command: "SampleCommand") -> None:

@@ -55,7 +55,7 @@ def template_for(run: "LoadedRun", wanted: bool | None) -> "ChatTemplate | None"
 
 
 def request_for(
-    run: "LoadedRun", command: "SampleCommand", prompt: Any, seed: int, alternatives: int = 0
+    run: "LoadedRun", command: "SampleCommand", prompt: Any, sample: int = 0
 ) -> "Request":
     """What a command asks of a run.
 
@@ -63,16 +63,16 @@ def request_for(
         run: to ask.
         command: its settings.
         prompt: text, None to begin one, or (N,) ids.
-        seed: of the sample.
-        alternatives: to report for each token.
+        sample: which one, of several of the same prompt and seed.
 
     Raises:
         UserError: a prompt that cannot be encoded, or has no tokens; an id that there is not.
     """
+    from gptjax.generation import chat
     from gptjax.sampling import Sampling
 
     return run.request(
-        prompt,
+        chat.first_tokens(run) if prompt is None else prompt,
         max_new_tokens=command.max_new_tokens,
         sampling=Sampling(
             temperature=command.temperature,
@@ -80,12 +80,13 @@ def request_for(
             top_p=command.top_p,
             min_p=command.min_p,
             repetition_penalty=command.repetition_penalty,
-            logit_bias=command.biases,
+            logit_bias=command.biases or None,
         ),
-        seed=seed,
+        seed=command.seed,
+        sample=sample,
         stop=command.stop,
-        stop_tokens=() if command.ignore_eos else None,
-        alternatives=alternatives,
+        stop_tokens=() if command.ignore_eos else chat.stop_tokens(run),
+        alternatives=command.logprobs or 0,
         special_tokens=command.special_tokens,
         unknown=command.unknown,
     )
@@ -130,8 +131,7 @@ def plan_samples(run: "LoadedRun", command: "SampleCommand") -> list[Sample]:
     for one in commands:
         prompt = template.encode(messages_of(one)) if template else one.prompt
         for i in range(one.num_samples):
-            request = request_for(run, one, prompt, one.seed + i, command.logprobs or 0)
-            samples.append(Sample(one, i + 1, request))
+            samples.append(Sample(one, i + 1, request_for(run, one, prompt, i)))
     return samples
 
 

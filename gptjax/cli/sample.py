@@ -44,7 +44,7 @@ class SampleCommand:
     max_new_tokens: int = 500
     """Tokens to generate in each sample, at most."""
     num_samples: int = 1
-    """Samples of each prompt, the second with the next seed, and so on."""
+    """Samples of each prompt, drawn together."""
     stop: tuple[str, ...] = ()
     """Texts that end a sample, and are left out of it."""
     ignore_eos: bool = False
@@ -57,7 +57,7 @@ class SampleCommand:
     """Sample from the fewest tokens that hold this much probability."""
     min_p: float | None = None
     """Sample from tokens that have this share of the most likely one's probability."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     """Above 1 makes tokens that have occurred less likely, as in transformers."""
     logit_bias: tuple[str, ...] = ()
     """Added to the logits of single tokens, as ID=BIAS: 50256=-100 never draws that one."""
@@ -85,12 +85,12 @@ class SampleCommand:
             raise UserError(f"--top-p {self.top_p} is out of range; give 0 < top-p <= 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"--min-p {self.min_p} is out of range; give 0 <= min-p <= 1")
-        if not 0 < self.repetition_penalty < float("inf"):
+        penalty = self.repetition_penalty
+        if penalty is not None and not 0 < penalty < float("inf"):
             raise UserError(
-                f"--repetition-penalty {self.repetition_penalty} is out of range; give a number "
-                f"above 0"
+                f"--repetition-penalty {penalty} is out of range; give a number above 0"
             )
-        if not 0 <= self.seed <= 2**32 - self.num_samples:
+        if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed} is out of range; give 0 <= seed < 2**32")
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_ALTERNATIVES:
             raise UserError(
