@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_helpers import CHATML, special_tokenizer
 from run_helpers import message
 
 from gptjax.config import Config, ModelConfig
@@ -20,14 +21,6 @@ from gptjax.text.tokenizers import CharTokenizer
 pytest.importorskip("minijinja", reason="needs the extra chat")
 tokenizers: Any = pytest.importorskip("tokenizers", reason="needs the extra text")
 
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<start_of_turn>"]
-TOOL = "<tool>"  # added, not special
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 MISTRAL = """{{ bos_token }}{% for m in messages %}
     {% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
         {{ raise_exception('roles must alternate') }}
@@ -67,19 +60,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> HFTokenizer:
-    """Byte-level BPE with special tokens."""
-    library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=SPECIAL,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    library.train_from_iterator(["user system assistant naive"] * 3, trainer)
-    library.add_tokens([TOOL])
-    return HFTokenizer(library.to_str())
+    return special_tokenizer()
 
 
 def template(tokenizer: HFTokenizer, source: str) -> ChatTemplate:

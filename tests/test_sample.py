@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_helpers import CHATML, special_tokenizer
 from run_helpers import message
 
 from gptjax.assembly import assemble
@@ -20,9 +21,11 @@ from gptjax.cli.main import run as run_command
 from gptjax.cli.prompts import read_prompt, read_prompts
 from gptjax.cli.sample import SampleCommand, parse_sample
 from gptjax.config import Config, ModelConfig
+from gptjax.generation.chat import ChatFormat, ChatTemplate
+from gptjax.generation.engine import Engine
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
-from gptjax.text.tokenizers import CharTokenizer
+from gptjax.text.tokenizers import CharTokenizer, Tokenizer
 
 VOCABULARY = "\n abcdefghijklmnopqrstuvwxyz"
 S = 16
@@ -30,18 +33,32 @@ S = 16
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of a random model in it, whose text is random letters."""
+    """A folder with the run of a random model, whose text is random letters."""
     place = tmp_path_factory.mktemp("sample")
-    config = Config(model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=S))
-    tokenizer = CharTokenizer(VOCABULARY, len(VOCABULARY))
-    run = Run.create(place / "runs" / "it", config, tokenizer)
+    make_run(place / "runs" / "it", CharTokenizer(VOCABULARY, len(VOCABULARY)), S)
+    return place
+
+
+@pytest.fixture(scope="module")
+def chatty(folder: Path) -> ChatTemplate:
+    """The chat template of one more run there, `chatty`, whose text is random bytes."""
+    pytest.importorskip("minijinja", reason="needs the extra chat")
+    tokenizer = special_tokenizer()
+    form = ChatFormat(CHATML, {}, (tokenizer.token_id("<|im_end|>"),))  # pyright: ignore
+    make_run(folder / "runs" / "chatty", tokenizer, 128, form.to_json())
+    return ChatTemplate(CHATML, {}, tokenizer)
+
+
+def make_run(directory: Path, tokenizer: Tokenizer, window: int, chat: str | None = None) -> None:
+    """Write a run that was stopped before its first step."""
+    config = Config(model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=window))
+    run = Run.create(directory, config, tokenizer, chat=chat)
     checkpoints = Checkpoints(run.checkpoints_path)
     state = assemble(config, tokenizer.vocab_size).start()
     record = {"step": 0, "seconds": 0.0}
     checkpoints.save(0, state, record, run.texts)
     checkpoints.finish_save()
     run.log([record])
-    return place
 
 
 @pytest.fixture
@@ -326,7 +343,7 @@ def test_any_output(arguments: str, code: int, out: str, error: str, here: Path)
 def converse(capsys: Any, pipe: Any, said: str, *argv: str) -> tuple[str, str]:
     """What is printed on stdout and on stderr."""
     pipe(said.encode())
-    run_command("sample", ["--run", "it", "--interactive", *argv], "gptjax sample")
+    run_command("sample", ["--interactive", "--run", "it", *argv], "gptjax sample")
     printed = capsys.readouterr()
     return printed.out, printed.err
 
@@ -363,8 +380,6 @@ def test_a_conversation_survives_what_cannot_be_said(here: Path, capsys: Any, pi
 def test_ctrl_c_ends_the_answer_only(
     here: Path, capsys: Any, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    from gptjax.generation.engine import Engine
-
     step, count = Engine.step, iter(range(100))
 
     def press(self: Engine) -> Any:
@@ -378,3 +393,49 @@ def test_ctrl_c_ends_the_answer_only(
     stopped, whole = map(len, out.splitlines())
     assert 0 < stopped < whole == 48
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The prompts that engines get from here on."""
+    prompts, add = [], Engine.add
+
+    def note(self: Engine, request: Any) -> int:
+        prompts.append(request.prompt.tolist())
+        return add(self, request)
+
+    monkeypatch.setattr(Engine, "add", note)
+    return prompts
+
+
+def test_a_chat(chatty: ChatTemplate, here: Path, capsys: Any, pipe: Any, asked: list[list[int]]):
+    x = int(chatty.tokenizer.encode("x")[0])
+    argv = ["--run", "chatty", "--max-new-tokens", "3", "--logit-bias", f"{x}=100"]
+    out, _ = converse(capsys, pipe, "Hi\n\n//y\n/system Be\nHi\n/reset\nHi\n", *argv)
+    assert out == "xxx\n" * 4
+    user = lambda text: {"role": "user", "content": text}
+    system = {"role": "system", "content": "Be"}
+    first = [user("Hi"), {"role": "assistant", "content": "xxx"}, user("/y")]
+    expected = [[user("Hi")], first, [system, user("Hi")], [system, user("Hi")]]
+    assert asked[1:] == [chatty.encode(messages).tolist() for messages in expected]
+    # One message through the template; an answer ends with the model's own token.
+    end = int(chatty.tokenizer.token_id("<|im_end|>"))  # pyright: ignore
+    argv = ["--run", "chatty", "--chat", "--prompt", "Hi", "--system", "Be"]
+    assert sample(capsys, *argv, "--logit-bias", f"{end}=100") == "\n"
+    assert asked[-1] == asked[-2]
+
+
+def test_a_chat_longer_than_the_context(
+    chatty: ChatTemplate, here: Path, capsys: Any, pipe: Any, asked: list[list[int]]
+):
+    x = int(chatty.tokenizer.encode("x")[0])
+    argv = ["--run", "chatty", "--max-new-tokens", "3", "--logit-bias", f"{x}=100"]
+    said = "".join(f"{letter * 20}\n" for letter in "abcd") + "e" * 200 + "\nf\n"
+    out, error = converse(capsys, pipe, f"/system B\n{said}", *argv)
+    assert out == "xxx\n" * 5
+    assert error.count("oldest messages are no longer read]") == 1
+    assert "error: this message has 2" in error and "has room for 125" in error
+    assert all(len(ids) <= 125 for ids in asked)
+    texts = [chatty.tokenizer.decode(ids) for ids in asked[1:]]
+    assert all("system\nB<" in text for text in texts)
+    assert "aaa" in texts[1] and "aaa" not in texts[-1] and "ddd" in texts[-1]

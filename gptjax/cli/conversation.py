@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -145,7 +145,8 @@ def converse(command: "SampleCommand") -> None:
     if command.system is not None and template is None:
         raise UserError(f"{run.directory} has no chat template, and --system belongs to a chat")
     engine = run.engine(1)
-    engine.warm_up()
+    engine.add(request_for(run, replace(command, max_new_tokens=1), None))
+    engine.step()  # compiles what a short message needs
     conversation = Conversation(run, command, template, engine, command.system)
     shown = visible if sys.stdout.isatty() else str
     if is_terminal:
