@@ -160,7 +160,7 @@ class Reply:
         """Return the text before `at`; what begins there or later is dropped at the end."""
         text, self._text = self._text[:at], self._text[at:]
         ends = [end for end, _ in self._tokens]
-        begins = [0, *ends[:-1]]
+        begins = [0, *ends][:-1]
         if finish is None:
             n = sum(end <= at for end in ends)
         else:
