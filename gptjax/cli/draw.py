@@ -68,11 +68,10 @@ def request_for(
     Raises:
         UserError: a prompt that cannot be encoded, or has no tokens; an id that there is not.
     """
-    from gptjax.generation import chat
     from gptjax.sampling import Sampling
 
     return run.request(
-        chat.first_tokens(run) if prompt is None else prompt,
+        prompt,
         max_new_tokens=command.max_new_tokens,
         sampling=Sampling(
             temperature=command.temperature,
@@ -85,7 +84,7 @@ def request_for(
         seed=command.seed,
         sample=sample,
         stop=command.stop,
-        stop_tokens=() if command.ignore_eos else chat.stop_tokens(run),
+        stop_tokens=() if command.ignore_eos else None,
         alternatives=command.logprobs or 0,
         special_tokens=command.special_tokens,
         unknown=command.unknown,
