@@ -46,6 +46,7 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     turns: int = 0
+    finish: str | None = None  # of the last answer; None: Ctrl-C
     has_overflowed: bool = False
 
     def reset(self, system: str | None) -> None:
@@ -85,8 +86,7 @@ class Conversation:
         else:
             new = [token.id for piece in pieces for token in piece.tokens]
             self.ids = np.concatenate([request.prompt, np.array(new, np.int32)])
-        if finish == "length":
-            note(f"[{self.command.max_new_tokens} tokens; --max-new-tokens allows more]")
+        self.finish = finish
 
     def _chat(self, said: str) -> "Request":
         """The request for an answer; the oldest messages are left out where the context is full."""
@@ -165,6 +165,8 @@ def converse(command: "SampleCommand") -> None:
                 for piece in conversation.reply(said.removeprefix("/"), is_stopped):
                     print(shown(piece), end="", flush=True)
             print(flush=True)
+            if conversation.finish == "length":
+                note(f"[{command.max_new_tokens} tokens; --max-new-tokens allows more]")
         except UserError as error:
             note(f"error: {error}")
 

@@ -128,6 +128,8 @@ def plan_samples(run: "LoadedRun", command: "SampleCommand") -> list[Sample]:
     template = template_for(run, bool(command.chat))
     samples = []
     for one in commands:
+        if template and not one.prompt:
+            raise UserError("--chat needs a message; give it as --prompt")
         prompt = template.encode(messages_of(one)) if template else one.prompt
         for i in range(one.num_samples):
             samples.append(Sample(one, i + 1, request_for(run, one, prompt, i)))
@@ -208,11 +210,12 @@ def print_samples(command: "SampleCommand") -> None:
     run = open_run(command)
     samples = plan_samples(run, command)
     times = [(0, time.perf_counter())]
-    long = [len(x.request.prompt) for x in samples]
-    if (longest := max(long)) > (S := run.config.model.block_size):
+    lengths, S = [len(x.request.prompt) for x in samples], run.config.model.block_size
+    if max(lengths) > S:
+        what = "the prompt" if len(set(lengths)) == 1 else "the longest prompt"
         note(
-            f"the prompt has {longest:,} tokens and the model's context holds {S:,}: only the last "
-            f"{S:,} are read"
+            f"{what} has {max(lengths):,} tokens and the model's context holds {S:,}: only the "
+            f"last {S:,} are read"
         )
 
     def timed(stream: "Iterator[Mapping[int, Piece]]") -> "Iterator[Mapping[int, Piece]]":
