@@ -100,7 +100,7 @@ def train(
     report = report or Report(quiet=not distributed.is_first())
 
     # Data
-    run, params = Run(directory) if resume else None, None
+    run, params, chat = Run(directory) if resume else None, None, None
     tokenizer = run.tokenizer if run else None
     if run:
         config = replace(config, init=pretrained.pinned(config.init, run.config.init))
@@ -115,7 +115,7 @@ def train(
         loaded = distributed.first_then_all(partial(pretrained.load, config.init))
         report.say(pretrained.origin(config, loaded))
         config, params = pretrained.fit(config, loaded)
-        tokenizer = loaded.tokenizer
+        tokenizer, chat = loaded.tokenizer, loaded.chat
     dataset = None
     if batches is None:
         opened = partial(_open, config, run, tokenizer, report, special_tokens)
@@ -164,7 +164,7 @@ def train(
         """Make the folder, or check that it can be resumed; the settings that will change."""
         stack.enter_context(folders.locked(directory))
         if run is None:
-            Run.create(directory, config, tokenizer, own)
+            Run.create(directory, config, tokenizer, own, chat)
             return {}
         parts.check(run, own)
         run.use_text(data_name, text)

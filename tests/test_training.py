@@ -31,7 +31,8 @@ from run_helpers import (
 )
 
 from gptjax import assembly, training
-from gptjax.cli.sample import SampleCommand, parse_sample, print_samples, stream
+from gptjax.cli.draw import print_samples
+from gptjax.cli.sample import SampleCommand, parse_sample
 from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
 from gptjax.console import Report, duration, rounded
 from gptjax.errors import UserError
@@ -326,15 +327,13 @@ def test_the_run_folder_is_all_the_sampler_needs(finished, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpora, "DESCRIPTIONS", tmp_path / "gone")
     command = SampleCommand(run="elsewhere/copy", max_new_tokens=40, num_samples=2)
-    once = ["".join(parts) for parts in zip(*stream(command), strict=True)]
-    assert [len(text) for text in once] == [40, 40]
-    assert once == ["".join(parts) for parts in zip(*stream(command), strict=True)]
-    other = replace(command, seed=2)
-    assert once != ["".join(parts) for parts in zip(*stream(other), strict=True)]
-    print_samples(command)
-    printed = capsys.readouterr()
-    assert printed.out == "\n---\n".join(once) + "\n"
-    assert printed.err.endswith("tokens/s, compilation not counted\n")
+    printed = []
+    for again in (command, command, replace(command, seed=2)):
+        print_samples(again)
+        printed.append(capsys.readouterr())
+    once, twice, other = (re.split(r"--- \d of 2\n", one.out) for one in printed)
+    assert [len(text) for text in once] == [0, 41, 41] and once == twice != other
+    assert all(one.err.endswith("tokens/s, compilation not counted\n") for one in printed)
 
 
 def test_a_text_without_a_newline(tmp_path, monkeypatch, capsys):
@@ -410,18 +409,22 @@ def test_the_loss_of_the_validation_split_is_the_one_that_was_logged(finished):
     assert run.loss(val) == pytest.approx(run.metrics[-1]["val_loss"], abs=1e-4)
 
 
-def test_prompts(finished, tmp_path):
+def test_prompts(finished, tmp_path, capsys):
     whole, _ = finished
     command = SampleCommand(run=str(whole), prompt="\u2603!", max_new_tokens=5)
     with pytest.raises(UserError, match=r"unknown characters \('\u2603' at 0"):
-        list(stream(command))
+        print_samples(command)
     for unknown in ("replace", "skip"):
-        assert list(stream(replace(command, unknown=unknown)))
+        print_samples(replace(command, unknown=unknown))
+        assert len(capsys.readouterr().out) == 6
     (tmp_path / "p.txt").write_text("the ")
-    from_file = list(stream(replace(command, prompt=f"file:{tmp_path / 'p.txt'}")))
-    assert from_file == list(stream(replace(command, prompt="the ")))
+    texts = []
+    for prompt in (f"file:{tmp_path / 'p.txt'}", "the "):
+        print_samples(replace(command, prompt=prompt))
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
     with pytest.raises(UserError, match="the prompt has no characters"):
-        list(stream(replace(command, prompt="")))
+        print_samples(replace(command, prompt=""))
 
 
 def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:

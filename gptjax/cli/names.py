@@ -65,6 +65,15 @@ SYNONYMS = {
     "--temperature": "temp t",
     "--top-k": "topk",
     "--top-p": "topp nucleus",
+    "--min-p": "minp",
+    "--repetition-penalty": "repeat-penalty rep-penalty",
+    "--stop": "stop-strings stop-sequences reverse-prompt",
+    "--ignore-eos": "no-eos no-stop",
+    "--interactive": "repl conversation i",
+    "--system": "system-prompt sys",
+    "--prompts": "prompts-file prompt-file",
+    "--json": "jsonl",
+    "--logprobs": "log-probs top-logprobs alternatives",
     "--checkpoint": "ckpt step",
 }
 
