@@ -173,10 +173,8 @@ class DataConfig:
                 f"bytes and the end of a text)"
             )
         if self.bpe_vocab_size > LARGEST_BPE:
-            raise UserError(
-                f"data.bpe_vocab_size={self.bpe_vocab_size} is too large; give {LARGEST_BPE} or "
-                f"less"
-            )
+            big = f"data.bpe_vocab_size={self.bpe_vocab_size} is too large"
+            raise UserError(f"{big}; give {LARGEST_BPE} or less")
         try:
             "".encode(self.encoding)
         except (LookupError, ValueError):  # ValueError: a NUL in it, or `undefined`
@@ -299,6 +297,12 @@ class Config:
     """Steps between checkpoints; the last step is saved too."""
     keep_last: int = 2
     """Newest checkpoints to keep, besides the best one."""
+    sample_tokens: int | None = 300
+    """Tokens of the sample after each evaluation, kept in samples.jsonl. None means no samples."""
+    norms_every: int | None = None
+    """Steps between norms of each layer's parameters, gradients, updates. None means no norms."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Trackers to feed, offline unless they are set up otherwise; --track alone means none."""
     stop_after_skips: int = 3
     """Stop after this many consecutive non-finite steps (each is skipped)."""
     steps_per_dispatch: int = 8
@@ -319,10 +323,10 @@ class Config:
             *("steps_per_dispatch", "stop_after_skips"),
         ):
             positive(name, getattr(self, name))
-        if self.eval_batches is not None:
-            positive("eval_batches", self.eval_batches)
+        for name in ("eval_batches", "loss_chunk", "sample_tokens", "norms_every"):
+            if getattr(self, name) is not None:
+                positive(name, getattr(self, name))
         if self.loss_chunk is not None:
-            positive("loss_chunk", self.loss_chunk)
             block = self.model.block_size
             multiple("model.block_size", block, "loss_chunk", self.loss_chunk)
         multiple("batch_size", self.batch_size, "optim.accumulate", self.optim.accumulate)
