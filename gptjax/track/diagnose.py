@@ -10,8 +10,9 @@ from gptjax.runs.records import Record
 
 FAR = 1.0  # nats between the loss before training and that of a uniform guess
 RISE = 0.01  # relative rise of the validation loss that is more than noise
+AVERAGED = 3  # evaluations on samples
 JUMP = 0.1  # relative rise of the training loss's mean that no batch explains
-ALWAYS, HARD = 0.99, 2.0  # share of steps; the gradients' median norm over their limit
+ALWAYS, HARD = 0.99, 5.0  # share of steps; the gradients' median norm over their limit
 ENOUGH = 20  # steps that a mean is taken over, at least
 
 
@@ -36,6 +37,7 @@ class Stretch(NamedTuple):
     Attributes:
         step: of the evaluation at its end.
         val: validation loss, or None.
+        sampled: whether that is a sample's, which has noise.
         steps: how many of its steps have a training loss.
         loss: mean of the training losses, or None.
         norm: median of the gradients' norms, or None.
@@ -44,6 +46,7 @@ class Stretch(NamedTuple):
 
     step: int
     val: float | None
+    sampled: bool = False
     steps: int = 0
     loss: float | None = None
     norm: float | None = None
@@ -94,6 +97,7 @@ def stretch(records: Sequence[Record], facts: Facts) -> Stretch:
     return Stretch(
         step=last["step"],
         val=last.get("val_sampled_loss", last.get("val_loss")),
+        sampled="val_sampled_loss" in last,
         steps=len(losses),
         loss=fmean(losses) if losses else None,
         norm=median(r["grad_norm"] for r in norms) if norms else None,
@@ -131,17 +135,21 @@ def _far_from_chance(found: Sequence[Stretch], facts: Facts) -> str | None:
 
 
 def _overfitting(found: Sequence[Stretch]) -> str | None:
-    losses = [(s.val, s.step, s.loss) for s in found if s.val is not None and s.loss is not None]
-    if len(losses) < 3:
+    both = [(s.val, s.loss, s.step) for s in found if s.val is not None and s.loss is not None]
+    # Means over so many evaluations, without which a sample's noise would look like a rise.
+    width = AVERAGED if any(s.sampled for s in found) else 1
+    means = [fmean(val for val, _, _ in both[i : i + width]) for i in range(len(both) - width + 1)]
+    if not means:
         return None
-    val, step, loss = best = min(losses)
-    after = losses[losses.index(best) + 1 :][-2:]
-    if len(after) < 2 or min(after)[0] <= val * (1 + RISE) or after[-1][2] >= loss:
+    best = means.index(min(means))
+    after = means[best + width :]
+    (_, before, step), (_, now, _) = both[best + width // 2], both[-1]
+    if len(after) < 2 or min(after[-2:]) <= means[best] * (1 + RISE) or now >= before:
         return None
     return (
-        f"the model overfits: the validation loss has risen since step {step} ({val:.4f} then, "
-        f"{after[-1][0]:.4f} now) while the training loss fell; more text, a smaller model, more "
-        f"--model.dropout or fewer --steps help, and sample.py uses the best checkpoint"
+        f"the model overfits: the validation loss has risen since about step {step} "
+        f"({means[best]:.4f} then, {means[-1]:.4f} now) while the training loss fell; more text, a "
+        f"smaller model, more --model.dropout or fewer --steps help; the best checkpoint is kept"
     )
 
 
