@@ -155,14 +155,16 @@ def _overfitting(found: Sequence[Stretch]) -> str | None:
 
 def _divergence(found: Sequence[Stretch]) -> str | None:
     losses = [(s.loss, s.step) for s in found if s.loss is not None and s.steps >= ENOUGH]
+    if found and found[0].step == 0 and found[0].val is not None:
+        losses.insert(0, (found[0].val, 0))
     if len(losses) < 2:
         return None
     (best, step), (now, last) = min(losses), losses[-1]
     if now <= best * (1 + JUMP):
         return None
     return (
-        f"the mean training loss has risen from {best:.3f} (up to step {step}) to {now:.3f} (up to "
-        f"step {last}): the learning rate is probably too high; lower --optim.learning-rate, or "
+        f"the mean loss has risen from {best:.3f} (up to step {step}) to {now:.3f} (up to step "
+        f"{last}): the learning rate is probably too high; lower --optim.learning-rate, or "
         f"lengthen --optim.warmup-steps"
     )
 
