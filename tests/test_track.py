@@ -224,8 +224,9 @@ def of_tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 import json
 found = EventAccumulator({str(run)!r}, size_guidance={{"scalars": 0, "tensors": 0}}).Reload()
-curves = {{name: [(e.step, e.value) for e in found.Scalars(name)] for name in found.Tags()["scalars"]}}
-curves["sample"] = [(e.step, e.tensor_proto.string_val[0].decode()) for e in found.Tensors("sample")]
+scalars, texts = found.Tags()["scalars"], found.Tensors("sample")
+curves = {{name: [(e.step, e.value) for e in found.Scalars(name)] for name in scalars}}
+curves["sample"] = [(e.step, e.tensor_proto.string_val[0].decode()) for e in texts]
 print(json.dumps(curves))
 """
     return json.loads(python("-c", code))
@@ -337,10 +338,10 @@ def test_a_tracker_holds_each_step_once(run, name, read):
 def test_samples_are_kept_by_step(tmp_path):
     assert samples.read(tmp_path) == {}
     samples.append(tmp_path, 0, "none\n")
-    samples.append(tmp_path, 4, "\u00e9 \ud83d\ude00")
+    samples.append(tmp_path, 4, "\u00e9 \U0001f600")
     with (tmp_path / samples.NAME).open("ab") as file:
         file.write(b'rubbish\n{"step": "5", "text": ""}\n[]\n{"step": 8, "te')
-    assert samples.read(tmp_path) == {0: "none\n", 4: "\u00e9 \ud83d\ude00"}
+    assert samples.read(tmp_path) == {0: "none\n", 4: "\u00e9 \U0001f600"}
     samples.rewind(tmp_path, 3)
     assert (tmp_path / samples.NAME).read_text() == '{"step": 0, "text": "none\\n"}\n'
 

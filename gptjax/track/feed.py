@@ -147,7 +147,8 @@ def main(directory: Path, name: str) -> None:
     over = threading.Event()
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not through sys.stdin, whose lock Python wants when it exits
+            pass
         over.set()
         stuck = threading.Timer(LINGER, os._exit, (1,))
         stuck.daemon = True

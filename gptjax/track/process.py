@@ -74,6 +74,7 @@ class _Feeder:
 
     def check(self) -> None:
         if self._process is not None and (code := self._process.poll()) is not None:
+            self.tell_the_end()
             self._process = None
             if code:
                 self._stopped(self._last_words() or f"exit code {code}")
