@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import CONFIG, message
+from run_helpers import CONFIG, message, records, text_file
 
+from gptjax.console import Report
 from gptjax.errors import UserError
 from gptjax.runs import samples
 from gptjax.runs.run import Run
@@ -22,6 +23,7 @@ from gptjax.track import diagnose, process, state
 from gptjax.track.feed import feed, follow
 from gptjax.track.points import Curve, Point, named
 from gptjax.track.trackers import PACKAGES, check_installed, open_tracker
+from gptjax.training import train
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -160,6 +162,7 @@ def broken(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text(lines)
         monkeypatch.setenv("PYTHONPATH", str(folder.parent))
+        monkeypatch.syspath_prepend(folder.parent)
 
     return make
 
@@ -206,6 +209,29 @@ def test_a_tracker_that_hangs_is_left_behind(run, broken, monkeypatch):
     finally:
         started[0].kill()
         started[0].wait()
+
+
+class Heard(Report):
+    """A report that keeps the lines."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_a_run_trains_on_when_its_tracker_dies(tmp_path, play, broken):
+    broken("raise ConnectionError('no route')")
+    config = replace(CONFIG, data=text_file(tmp_path, play), track=("tensorboard",))
+    heard = Heard()
+    train(config, tmp_path / "run", report=heard)
+    assert sum("ConnectionError: no route" in line for line in heard.lines) == 1
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(9))
+    assert list(samples.read(tmp_path / "run")) == [0, 4, 8]
+    assert state.read(tmp_path / "run").peaks.keys() == {0}
+    assert Run(tmp_path / "run").config.track == ("tensorboard",)
 
 
 def test_a_tracker_that_is_not_installed(monkeypatch):
@@ -368,7 +394,7 @@ SAMPLED = [
 
 
 @pytest.mark.parametrize(
-    "records, facts, words",
+    "lines, facts, words",
     [
         (WELL, {}, []),
         (SAMPLED, {}, []),  # 2.2 was luck
@@ -400,12 +426,12 @@ SAMPLED = [
         ),
     ],
 )
-def test_warnings(tmp_path, records, facts, words):
+def test_warnings(tmp_path, lines, facts, words):
     facts = diagnose.Facts(**{"chance": LN_65, **facts})
     said: list[str] = []
     watch = diagnose.Watch(facts, said.append, tmp_path / "metrics.jsonl")
-    for start in range(0, len(records), 7):  # as they come in a run
-        watch.see(records[start : start + 7])
+    for start in range(0, len(lines), 7):  # as they come in a run
+        watch.see(lines[start : start + 7])
     assert len(said) == len(words)
     for line, expected in zip(said, words, strict=True):
         assert expected in line and line.startswith("warning: ")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gptjax.cli.flags import POSITIONAL, parse
-from gptjax.errors import visible
+from gptjax.errors import note, visible
 from gptjax.runs import folders
 
 
@@ -25,6 +25,7 @@ def main(argv: list[str], prog: str) -> None:
     """Replay a run into a tracker, and print how to look at it."""
     command = parse(TrackCommand, None, argv, prog)
     directory = folders.find(command.run)
+    from gptjax.runs.records import read
     from gptjax.track.feed import feed
     from gptjax.track.trackers import check_installed, how_to_look
 
@@ -32,4 +33,6 @@ def main(argv: list[str], prog: str) -> None:
     look = how_to_look(command.to, directory)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the libraries' greetings
         count = feed(directory, command.to, lambda: True)
+    if damage := read(directory / "metrics.jsonl")[1]:
+        note(visible(f"{damage}; what could be read was written"))
     print(visible(f"{count} records of {directory} are in {command.to}; to look: {look}"))
