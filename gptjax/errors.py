@@ -139,8 +139,10 @@ def _discard(stream: TextIO) -> None:
 # Checks of a setting; each raises a `UserError` that names it
 
 
-def positive(name: str, value: int) -> None:
-    """1 or more."""
+def positive(name: str, value: int | None) -> None:
+    """1 or more, or None."""
+    if value is None:
+        return
     if value < 1:
         raise UserError(f"{name}={value} is too small; give 1 or more")
     if value > LARGEST:
@@ -173,6 +175,17 @@ def pattern(name: str, value: str | None) -> None:
         re.compile(value or "")
     except re.error as error:
         raise UserError(f"{name}={value!r} is not a regular expression: {error}") from None
+
+
+def text_encoding(name: str, value: str) -> None:
+    """A text encoding that Python knows."""
+    try:
+        "".encode(value)
+    except (LookupError, ValueError):  # ValueError: a NUL in it, or `undefined`
+        raise UserError(
+            f"{name}={value!r} is not a text encoding that Python knows; give e.g. utf-8, latin-1, "
+            f"cp1252, utf-16"
+        ) from None
 
 
 def within(name: str, value: float, low: float, high: float, closed: bool = False) -> None:

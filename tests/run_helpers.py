@@ -19,6 +19,7 @@ from gptjax import training
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
+from gptjax.runs import samples
 from gptjax.tools import replay, verify
 
 QUIET = Report(quiet=True)
@@ -28,6 +29,7 @@ CONFIG = Config(
     eval_every=4,
     save_every=4,
     steps_per_dispatch=3,
+    sample_tokens=8,
     model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, dropout=0.1),
     optim=OptimConfig(learning_rate=1e-2),
     mesh=MeshConfig(data=1),
@@ -105,8 +107,9 @@ def arrays(directory: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def assert_same_run(a: Path, b: Path, step: int) -> None:
-    """Metrics but for the seconds, and all arrays of a checkpoint, bit for bit."""
+    """Metrics but for the seconds, samples, and all arrays of a checkpoint, bit for bit."""
     assert records(a) == records(b)
+    assert samples.read(a) == samples.read(b)
     first, second = arrays(a, step), arrays(b, step)
     assert first.keys() == second.keys()
     for name, x in first.items():

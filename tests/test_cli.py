@@ -282,7 +282,9 @@ def test_foreign_names_of_training(typed, flag):
     assert message_of(parse_train, [typed, "3"]) == f"{typed} is {flag} here{SEE_TRAIN}"
 
 
-@pytest.mark.parametrize("typed", ["--epochs", "--device", "--compile", "--min_lr", "--wandb_log"])
+@pytest.mark.parametrize(
+    "typed", ["--epochs", "--device", "--compile", "--min_lr", "--wandb_project"]
+)
 def test_names_without_a_flag(typed):
     assert message_of(parse_train, [typed, "3"]).startswith(f"there is no {typed}: ")
 

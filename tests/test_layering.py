@@ -19,6 +19,7 @@ LAYERS = {
     "errors": "every module reports bad input in one form",
     "config presets": "a run is described by plain data",
     "text runs": "texts and a run's files need no jax, so that a command answers at once",
+    "track": "trackers and warnings know a run by its files alone",
     "attention layers model lecture.models": "a network knows nothing of training or devices",
     "parallel": "meshes, kernels and processes serve training and sampling alike",
     "plan.chips plan.hlo plan.estimate plan.room": "what a run takes, known before it is made",
@@ -34,7 +35,7 @@ LAYERS = {
 }
 # What `--help` needs is imported without these, each of which takes a second or more.
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-WITHOUT_JAX = "errors config presets text runs cli __init__ __main__".split()
+WITHOUT_JAX = "errors config presets text runs track cli __init__ __main__".split()
 MAX_LINES = 350
 MAX_ROOT_MODULES = 15
 

@@ -38,9 +38,11 @@ from gptjax.console import Report, duration, rounded
 from gptjax.errors import UserError
 from gptjax.parallel import flops
 from gptjax.presets import PRESETS
+from gptjax.runs import samples
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.loaded import load
 from gptjax.runs.run import Run
+from gptjax.step import NORMS
 from gptjax.text import corpora
 from gptjax.text.tokenizers import IdTokenizer
 from gptjax.training import train
@@ -52,6 +54,8 @@ TINY = replace(
     PRESETS["tiny"],
     steps=24,
     eval_every=8,
+    norms_every=8,
+    sample_tokens=40,
     save_every=8,
     steps_per_dispatch=3,
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=5, accumulate=2),
@@ -77,13 +81,19 @@ def test_the_files_of_a_run(finished):
         "checkpoints",
         "config.json",
         "metrics.jsonl",
+        "samples.jsonl",
         "tokenizer.json",
     ]
+    texts = samples.read(directory)
+    assert list(texts) == [0, 8, 16, 24] and len(set(texts.values())) == 4
     lines = records(directory)
     assert [r["step"] for r in lines] == list(range(25))
     assert set(lines[0]) == {"step", "train_sampled_loss", "val_sampled_loss"}
     assert set(lines[1]) == {"step", "loss", "grad_norm", "lr"}
-    assert set(lines[8]) == {*lines[1], "train_sampled_loss", "val_sampled_loss"}
+    norms = {name for name in lines[8] if name.startswith(NORMS)}
+    assert set(lines[8]) == {*lines[1], "train_sampled_loss", "val_sampled_loss", *norms}
+    layers = ["h/0", "h/1", "ln_f", "wpe", "wte"]
+    assert sorted(norms) == sorted(start + layer for start in NORMS for layer in layers)
     assert set(lines[24]) == {*lines[8], "val_loss", "val_bits_per_byte"}
     assert lines[24]["loss"] < lines[1]["loss"]
     assert Checkpoints(directory / "checkpoints").steps()[-2:] == [16, 24]

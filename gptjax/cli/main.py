@@ -16,6 +16,7 @@ COMMANDS = {
     "import": "Make a run of a pretrained model: GPT-2, Llama, GGUF, nanoGPT.",
     "export": "Write a run as a folder that transformers loads.",
     "plot": "Draw the loss curves of runs.",
+    "track": "Write a run into TensorBoard, W&B, Trackio or MLflow.",
     "verify": "Check that a run's files are intact and that its losses can be measured again.",
     "replay": "Recompute one step of a run and show its loss, gradient and batch.",
     "plan": "Estimate memory, time and network traffic of a run on TPUs or GPUs.",
