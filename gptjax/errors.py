@@ -139,8 +139,10 @@ def _discard(stream: TextIO) -> None:
 # Checks of a setting; each raises a `UserError` that names it
 
 
-def positive(name: str, value: int) -> None:
-    """1 or more."""
+def positive(name: str, value: int | None) -> None:
+    """1 or more, or None."""
+    if value is None:
+        return
     if value < 1:
         raise UserError(f"{name}={value} is too small; give 1 or more")
     if value > LARGEST:

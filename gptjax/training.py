@@ -41,7 +41,7 @@ from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling, generate
 from gptjax.text import special_tokens as special
-from gptjax.text.dataset import Dataset, fingerprint, open_dataset
+from gptjax.text.dataset import Dataset, fingerprint, named, open_dataset
 from gptjax.text.stream import first_tokens
 from gptjax.text.tokenizers import IdTokenizer, Tokenizer, UnknownCharacters
 
@@ -123,7 +123,7 @@ def train(
     else:
         _check_rows(batches, config)
         tokenizer, text = _own_tokenizer(batches, config), batches_module.fingerprint(batches)
-    data_name = config.data.text if batches is None else "of batches="
+    data_name = named(config.data) if batches is None else "of batches="
     if run is None and config.init is not None:
         pretrained.check_tokenizer(loaded, tokenizer)
 

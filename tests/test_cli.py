@@ -257,7 +257,9 @@ def test_other_spellings(typed, same):
         ("--dataset", "--data.text"),
         ("--data", "--data.text"),
         ("--model", "--init"),
+        ("--validation_file", "--data.val"),
         ("--optim", "--optim.kind"),
+        ("--lr_decay_iters", "--optim.schedule-steps"),
         ("--per_device_train_batch_size", "--batch-size"),
         ("--gradient_accumulation_steps", "--optim.accumulate"),
         ("--eval_interval", "--eval-every"),
@@ -767,6 +769,9 @@ def test_init_starts_from_the_preset_for_it():
         ("--init x --batch_size=48", "optim.accumulate=16, not 32"),
         ("--config small --steps 2 --warmup-steps 1", ""),
         ("--config small --steps 60", ""),
+        ("--config small --steps 20 --schedule-steps 1000", ""),
+        ("--config small --schedule-steps 100", ""),
+        ("--config small --schedule-steps 20", "optim.warmup_steps=1, not 50"),
     ],
 )
 def test_a_preset_gives_way_to_what_is_given(argv, fitted):

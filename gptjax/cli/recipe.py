@@ -117,10 +117,12 @@ def fitted(config: Config, given: Mapping[str, Any]) -> Config:
         config: the preset's or file's.
         given: values of settings by their names, such as {"steps": 2, "optim.accumulate": 4}.
     """
-    optim, steps = config.optim, given.get("steps", config.steps)
-    rows = given.get("batch_size", config.batch_size)
-    if "optim.warmup_steps" not in given and 0 < steps < optim.warmup_steps:
-        optim = replace(optim, warmup_steps=optim.warmup_steps * steps // config.steps)
+    optim, rows = config.optim, given.get("batch_size", config.batch_size)
+    length = given.get("optim.schedule_steps", optim.schedule_steps)
+    length = length or given.get("steps", config.steps)
+    if "optim.warmup_steps" not in given and 0 < length < optim.warmup_steps:
+        whole = optim.schedule_steps or config.steps
+        optim = replace(optim, warmup_steps=optim.warmup_steps * length // whole)
     if "optim.accumulate" not in given and rows > 0:  # the update is the same, whatever it is
         optim = replace(optim, accumulate=math.gcd(optim.accumulate, rows))
     return replace(config, optim=optim)

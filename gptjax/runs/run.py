@@ -24,6 +24,7 @@ from gptjax.runs.records import Record
 from gptjax.text import tokenizers as tokenizer_module
 from gptjax.text.tokenizers import Tokenizer
 
+TEXTS = "data.text", "data.val"  # may lie elsewhere: `use_text` tells whether they are the same
 SPEED_ONLY = "model.dtype", "model.remat", "data.resident_tokens"  # may change while resuming
 
 
@@ -83,7 +84,7 @@ class Run:
                 raise Damaged(f"{place} is damaged: {error}") from None
             changed = differences(stored, self.config)
             for name, (old, new) in changed.items():
-                if _is_fixed(name) and name != "data.text":  # a text may have moved
+                if _is_fixed(name) and name not in TEXTS:  # a text may have moved
                     raise Damaged(
                         f"{self.directory / CONFIG} is damaged: it says {name}={new}, and the "
                         f"checkpoints were made with {name}={old}; an intact copy is {place}"
@@ -162,7 +163,7 @@ class Run:
         changed = differences(self.config, config)
         for name, (old, new) in changed.items():
             # A text may have moved, where `use_text` can tell that it is the same.
-            moved = name == "data.text" and any(copies(self.directory, TEXT))
+            moved = name in TEXTS and any(copies(self.directory, TEXT))
             if _is_fixed(name) and not moved:
                 raise UserError(
                     f"cannot resume {self.directory} with {name}={new}: it was trained with "
