@@ -30,10 +30,11 @@ from gptjax.loop import Job, run_job
 from gptjax.loss import LossFn, MetricsFn
 from gptjax.model import GPT, Model
 from gptjax.parallel import distributed
+from gptjax.parallel.flops import count_params
 from gptjax.parallel.switches import pinned
 from gptjax.parallel.tracing import Profile
 from gptjax.plan import room
-from gptjax.runs import folders, parts
+from gptjax.runs import environment, folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import Damaged
 from gptjax.runs.folders import run_flag
@@ -186,6 +187,7 @@ def train(
             state = setup.start(pretrained.initial(config) if params is None else params)
         # Nothing refuses to resume from here on, so the folder may change.
         distributed.first_does(lambda: _tidy(run, config, checkpoints, start, report))
+        distributed.first_does(lambda: _record_environment(run, setup, recipe, start, report))
         run.config = config
         for name, (old, new) in changed.items():
             report.say(f"changed: {name} was {old}, is {new}")
@@ -263,6 +265,18 @@ def _tidy(run: Run, config: Config, checkpoints: Checkpoints, start: int, report
         except Damaged as error:
             report.say(f"set aside: {error}")
             checkpoints.set_aside(step)
+
+
+def _record_environment(
+    run: Run, setup: Setup, recipe: str | None, start: int, report: Report
+) -> None:
+    """Add this start to the run's list of them."""
+    kind, processes = setup.mesh.devices.flat[0].device_kind, jax.process_count()
+    devices = {"kind": kind, "count": setup.mesh.size, "processes": processes}
+    parameters = count_params((setup.layout.params, setup.layout.frozen))
+    entry = environment.describe(recipe, devices, parameters, start)
+    if problem := environment.append(run.directory, entry):
+        report.say(problem)
 
 
 def _check_rows(batches: Batches, config: Config) -> None:

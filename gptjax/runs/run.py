@@ -3,6 +3,7 @@
     runs/NAME/config.json     its settings, and which parts were the caller's own
               tokenizer.json  how text becomes ids
               metrics.jsonl   one JSON object for each step, in order
+              environment.json  command line, code, versions, devices: of each start and resume
               checkpoints/    see checkpoint.py
               bad/            states and batches of skipped steps, if any
 
