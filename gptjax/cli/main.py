@@ -14,6 +14,8 @@ COMMANDS = {
     "sample": "Generate text from a run.",
     "import": "Make a run of a pretrained model: GPT-2, Llama, GGUF, nanoGPT.",
     "export": "Write a run as a folder that transformers loads.",
+    "runs": "List runs: how far each is, its size and its loss.",
+    "diff": "Compare two runs: settings, data, environment, losses.",
     "plot": "Draw the loss curves of runs.",
     "verify": "Check that a run's files are intact and that its losses can be measured again.",
     "replay": "Recompute one step of a run and show its loss, gradient and batch.",

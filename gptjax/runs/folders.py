@@ -3,8 +3,9 @@
 import os
 import re
 import shlex
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -98,13 +99,25 @@ def locked(directory: Path) -> Iterator[None]:
             if os.name != "nt":
                 descriptor = os.open(directory, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
-                if not files.locks(descriptor):
+                # Who asks `is_locked` has it for a moment.
+                if not any(files.locks(descriptor) or time.sleep(0.05) for _ in range(20)):
                     raise busy
         except filelock.Timeout:
             raise busy from None
         except OSError as error:
             raise unwritable(directory, error) from None
         yield
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process is training the run; False where there are no locks."""
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            return not files.locks(descriptor, shared=True)
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def taken(directory: Path) -> UserError:
