@@ -589,7 +589,8 @@ print({"jax", "flax", "optax", "orbax", "matplotlib"} & {*sys.modules}, file=sys
 def test_presets_are_listed(capsys):
     main(["presets"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert lines[0].split("\t") == ["preset", "parameters", "tokens/step", "steps", "for"]
+    assert [line.split()[0] for line in lines[1:]] == list(PRESETS)
 
 
 def test_prompts(elsewhere):

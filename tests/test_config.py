@@ -16,7 +16,7 @@ from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConf
 from gptjax.errors import UserError
 from gptjax.lecture.models import STAGES
 from gptjax.optim import make_optimizer
-from gptjax.presets import LECTURE_MODELS, PRESETS
+from gptjax.presets import LECTURE_MODELS, PRESETS, PURPOSES
 from gptjax.runs.config_json import FORMAT, REMOVED, Stored, from_json, to_json
 
 pytestmark = pytest.mark.core
@@ -441,6 +441,7 @@ def test_every_preset_builds(name):
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     jax.eval_shape(make_optimizer(config.optim, config.steps).init, params)
     assert {leaf.dtype for leaf in by_path(params).values()} == {jnp.dtype("float32")}
+    assert PURPOSES[name][0] == sum(leaf.size for leaf in by_path(params).values())
     logits, _ = jax.eval_shape(model.apply, {"params": params}, tokens)
     assert logits.shape == (2, config.model.block_size, config.model.vocab_size or VOCAB)
     assert logits.dtype == jnp.float32

@@ -17,7 +17,7 @@ Sort = Literal["age", "name", "loss", "step", "parameters", "size"]
 
 
 COLUMNS = (
-    Column("name", fold=20),
+    Column("name", fold=16),
     Column("preset", 6, fold=8),
     Column("state", 4, fold=8),
     Column("step", 2),
