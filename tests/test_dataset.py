@@ -121,7 +121,7 @@ def test_a_validation_text_of_ones_own(play: str, tmp_path: Path):
     assert dataset.tokenizer.decode(dataset.val) == play[-500:-100]
     assert dataset.val_bytes == len(play[-499:-100].encode())
     assert dataset.tokenizer.to_json() == opened(config).tokenizer.to_json()
-    assert dataset.notes["split"] == "all of the text trains; all of the validation text validates"
+    assert dataset.notes["split"] == f"all of the text trains; {tmp_path / 'val'} validates"
 
 
 def test_a_change_of_the_validation_text_changes_the_fingerprint(play: str, tmp_path: Path):

@@ -142,7 +142,9 @@ def open_dataset(
         per_token = f"{sum(characters) / count:.2f} characters, {per_token}"
     notes = {
         "tokenizer": f"{why}; {per_token} per token",
-        "split": "; ".join(dict.fromkeys(tokens.description for tokens in read)),
+        "split": f"all of the text trains; {config.val} validates"
+        if own
+        else "; ".join(dict.fromkeys(tokens.description for tokens in opened)),
     }
     return Dataset(
         tokenizer,
