@@ -170,7 +170,7 @@ def test_a_run_to_resume_is_named_by_run(made):
 
 def test_resume_or_start(made, monkeypatch):
     """The same command starts a run and continues it; its exit code says whether it is done."""
-    argv = "--config tiny --steps 9 --resume-or-start --run".split()
+    argv = list("--config tiny --steps 9 --resume-or-start --run".split())
     new, old = parse_train([*argv, "new"]), parse_train([*argv, "mine", "--warmup-steps", "1"])
     assert (new.resume, new.settings.model, new.directory()) == (
         *(False, PRESETS["tiny"].model),
@@ -198,7 +198,7 @@ def test_a_warm_up_that_resuming_would_not_end(made):
             "20 steps would end runs/mine within its warm-up of 50; give --steps 50 or more, or "
             "keep its learning rates with --optim.schedule-steps 70"
         )
-    kept = parse_train("--run mine --resume --steps 20 --schedule-steps 70".split())
+    kept = parse_train(["--run", "mine", "--resume", "--steps=20", "--schedule-steps=70"])
     assert kept.settings == replace(made, steps=20, optim=replace(made.optim, schedule_steps=70))
 
 
@@ -206,7 +206,7 @@ def test_a_budget_of_tokens():
     command = parse_train(["--tokens", "1e6"])
     assert command.settings == replace(PRESETS["small"], steps=488)
     assert command.budget == "1,000,000 tokens are 488 steps of 2,048 tokens (32 x 64)"
-    short = parse_train("--tokens 16k --batch-size 4".replace("16k", "10240").split())
+    short = parse_train(["--tokens", "10240", "--batch-size", "4"])
     assert short.settings.steps == 40 and short.fitted == "optim.warmup_steps=2, not 50"
 
 
@@ -762,13 +762,13 @@ def test_any_standard_streams(arguments, code, line, unbuffered):
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_streams_escape_what_their_encoding_lacks(monkeypatch, errors):
-    for name in ("stdout", "stderr"):
-        stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors, write_through=True)
-        monkeypatch.setattr(sys, name, stream)
+    written = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, raw in written.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(raw, "ascii", errors, write_through=True))
     streams.prepare()
-    for stream in (sys.stdout, sys.stderr):
-        stream.write("é日\udcff")
-        assert stream.buffer.getvalue() == rb"\xe9\u65e5\udcff"
+    for name, raw in written.items():
+        getattr(sys, name).write("é日\udcff")
+        assert raw.getvalue() == rb"\xe9\u65e5\udcff"
 
 
 def test_closed_streams_are_opened_before_any_file():

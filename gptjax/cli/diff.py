@@ -23,9 +23,9 @@ class DiffCommand:
     if settings, data and all losses are the same, 1 if not, and 2 after an error. Environments may
     differ. In a pipe, values are separated by tabs: section, name, and one for each run."""
 
-    a: str = field(metadata=POSITIONAL)
+    run: str = field(metadata=POSITIONAL)
     """Name in runs/, or path of a run's folder."""
-    b: str = field(metadata=POSITIONAL)
+    other: str = field(metadata=POSITIONAL)
     """The run to compare it with."""
     json: bool = False
     """Print a JSON object."""
@@ -34,13 +34,16 @@ class DiffCommand:
 def main(argv: list[str], prog: str) -> None:
     """Print what differs."""
     command = parse(DiffCommand, None, argv, prog)
-    found = compare(folders.find(command.a), folders.find(command.b))
-    names = (one_line(command.a), one_line(command.b))
+    found = compare(folders.find(command.run), folders.find(command.other))
+    names = (one_line(command.run), one_line(command.other))
     if command.json:
         print(json.dumps({"same": found.same, **found._asdict()}, indent=2))
     elif on_terminal():
         for section, rows in _sections(found).items():
             _print_section(section, rows, names)
+            if any(name.startswith("~") for name in rows):
+                print("~ on sampled batches of the validation split")
+            print()
         print(_verdict(found))
     else:
         print("\t".join(("section", "name", *names)))
@@ -92,7 +95,6 @@ def _print_section(section: str, rows: dict[str, Pair], names: tuple[str, str]) 
         for run, value in zip(names, (a, b), strict=True):
             lines = textwrap.wrap(f"{run}: {value}", width - 6, break_on_hyphens=False)
             print(textwrap.indent("\n".join(lines), " " * 6)[2:])
-    print()
 
 
 def _text(value: Any) -> str:
