@@ -154,6 +154,9 @@ class DataConfig:
     """Share held out for validation: the end of a text, or whole documents of several."""
     val_limit: int | None = None
     """Most characters held out (tokens, for token files). None means no limit."""
+    val: str | None = None
+    """Validation text of your own, read in full; then all of data.text trains, and val_fraction and
+    val_limit have no effect. None means that a part of data.text is held out."""
     order: Literal["random", "shuffled"] = "random"
     """Order of the windows: random draws their starts uniformly; shuffled reads consecutive windows
     in a new order every epoch (needs grain; several texts need it)."""
@@ -195,6 +198,9 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Learning rate after the warm-up: cosine decay to the last step; wsd is constant, then decays
     linearly over the last decay_share of the steps; or constant."""
+    schedule_steps: int | None = None
+    """Length of the schedule; a run may end before it, or continue at its last learning rate. None
+    means the steps of the run."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     decay_share: float = 0.5
@@ -223,6 +229,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         above_zero("optim.learning_rate", self.learning_rate)
+        positive("optim.schedule_steps", self.schedule_steps)
         not_negative("optim.warmup_steps", self.warmup_steps)
         not_negative("optim.weight_decay", self.weight_decay)
         above_zero("optim.muon_learning_rate", self.muon_learning_rate)
@@ -310,20 +317,19 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is out of range; give 0 <= seed < 2**32")
-        for name in (
-            *("steps", "batch_size", "eval_every", "save_every", "keep_last"),
-            *("steps_per_dispatch", "stop_after_skips", "eval_batches", "loss_chunk"),
-            *("sample_tokens", "norms_every"),
-        ):
+        counts = "steps batch_size eval_every save_every keep_last steps_per_dispatch loss_chunk"
+        for name in (*counts.split(), *"stop_after_skips eval_batches sample_tokens".split()):
             positive(name, getattr(self, name))
+        positive("norms_every", self.norms_every)
         if self.loss_chunk is not None:
             block = self.model.block_size
             multiple("model.block_size", block, "loss_chunk", self.loss_chunk)
         multiple("batch_size", self.batch_size, "optim.accumulate", self.optim.accumulate)
-        if self.optim.warmup_steps > self.steps:
+        if self.optim.warmup_steps > (length := self.optim.schedule_steps or self.steps):
+            name = "optim.schedule_steps" if self.optim.schedule_steps else "steps"
             raise UserError(
-                f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}; "
-                f"lower --optim.warmup-steps"
+                f"optim.warmup_steps={self.optim.warmup_steps} is more than {name}={length}; lower "
+                f"--optim.warmup-steps"
             )
 
     @property

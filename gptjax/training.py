@@ -31,10 +31,11 @@ from gptjax.loop import Job, run_job
 from gptjax.loss import LossFn, MetricsFn
 from gptjax.model import GPT, Model
 from gptjax.parallel import distributed
+from gptjax.parallel.flops import count_params
 from gptjax.parallel.switches import pinned
 from gptjax.parallel.tracing import Profile
 from gptjax.plan import room
-from gptjax.runs import folders, parts, samples
+from gptjax.runs import environment, folders, parts, samples
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import Damaged
 from gptjax.runs.folders import run_flag
@@ -42,7 +43,7 @@ from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling
 from gptjax.text import special_tokens as special
-from gptjax.text.dataset import Dataset, fingerprint, open_dataset
+from gptjax.text.dataset import Dataset, fingerprint, named, open_dataset
 from gptjax.text.stream import first_tokens
 from gptjax.text.tokenizers import IdTokenizer, Tokenizer, UnknownCharacters
 from gptjax.track.trackers import check_installed
@@ -124,7 +125,7 @@ def train(
     else:
         _check_rows(batches, config)
         tokenizer, text = _own_tokenizer(batches, config), batches_module.fingerprint(batches)
-    data_name = config.data.text if batches is None else "of batches="
+    data_name = named(config.data) if batches is None else "of batches="
     if run is None and config.init is not None:
         pretrained.check_tokenizer(loaded, tokenizer)
 
@@ -187,6 +188,7 @@ def train(
             state = setup.start(pretrained.initial(config) if params is None else params)
         # Nothing refuses to resume from here on, so the folder may change.
         distributed.first_does(lambda: _tidy(run, config, checkpoints, start, report))
+        distributed.first_does(lambda: _record_environment(run, setup, recipe, start, report))
         run.config = config
         for name, (old, new) in changed.items():
             report.say(f"changed: {name} was {old}, is {new}")
@@ -264,6 +266,18 @@ def _tidy(run: Run, config: Config, checkpoints: Checkpoints, start: int, report
         except Damaged as error:
             report.say(f"set aside: {error}")
             checkpoints.set_aside(step)
+
+
+def _record_environment(
+    run: Run, setup: Setup, recipe: str | None, start: int, report: Report
+) -> None:
+    """Add this start to the run's list of them."""
+    kind, processes = setup.mesh.devices.flat[0].device_kind, jax.process_count()
+    devices = {"kind": kind, "count": setup.mesh.size, "processes": processes}
+    parameters = count_params((setup.layout.params, setup.layout.frozen))
+    entry = environment.describe(recipe, devices, parameters, start)
+    if problem := environment.append(run.directory, entry):
+        report.say(problem)
 
 
 def _check_rows(batches: Batches, config: Config) -> None:

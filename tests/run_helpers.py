@@ -1,9 +1,12 @@
 """Helpers of the tests that train: run folders, signals, refusals, a model of one's own."""
 
 import functools
+import io
 import json
 import os
+import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import pytest
 from helpers import by_path
 
 from gptjax import training
+from gptjax.cli.main import main
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
@@ -114,6 +118,22 @@ def assert_same_run(a: Path, b: Path, step: int) -> None:
     assert first.keys() == second.keys()
     for name, x in first.items():
         assert x.tobytes() == second[name].tobytes(), name
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def on_terminal(width: int, *argv: str) -> list[str]:
+    """The lines that a command prints on a terminal of that width, without its colours."""
+    output = Terminal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        patch.setattr(sys, "stdout", output)
+        main(list(argv))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue())
+    return [line.rstrip() for line in text.splitlines()]
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import os
 import re
 import shutil
 import signal
@@ -37,8 +38,9 @@ from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
 from gptjax.console import Report, duration, rounded
 from gptjax.errors import UserError
 from gptjax.parallel import flops
+from gptjax.parallel.signals import until_signal
 from gptjax.presets import PRESETS
-from gptjax.runs import samples
+from gptjax.runs import environment, samples
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.loaded import load
 from gptjax.runs.run import Run
@@ -80,6 +82,7 @@ def test_the_files_of_a_run(finished):
         ".lock",
         "checkpoints",
         "config.json",
+        "environment.json",
         "metrics.jsonl",
         "samples.jsonl",
         "tokenizer.json",
@@ -100,18 +103,44 @@ def test_the_files_of_a_run(finished):
     assert not list(directory.rglob("*.tmp")) and not list(directory.rglob("*.pkl"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("at", [4, 8, 17])
+@pytest.mark.parametrize(
+    ("at", "number"),
+    [
+        (4, signal.SIGTERM),
+        (8, signal.SIGINT),
+        (17, signal.SIGTERM),
+        (17, signal.SIGHUP),
+        (4, signal.SIGUSR1),
+    ],
+)
 def test_a_stopped_and_resumed_run_is_as_never_stopped(finished, tmp_path, at, number):
     """Dropout and accumulation on; in the middle, on a boundary, and past one."""
     whole, config = finished
     directory = tmp_path / "cut"
+    if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("hang-ups are ignored here, as under nohup")
+    before = signal.getsignal(number)
     stopped = train(config, directory, report=SignalAt(at, number))
     assert at <= stopped["step"] < config.steps
     assert Checkpoints(directory / "checkpoints").steps()[-1] == stopped["step"]
-    assert signal.getsignal(number) is not None  # the handler of before is back
+    assert signal.getsignal(number) is before
     train(config, directory, resume=True, report=QUIET)
     assert_same_run(whole, directory, 24)
+    entries = environment.read(directory)
+    assert [entry["step"] for entry in entries] == [0, stopped["step"]]
+    assert entries[0]["parameters"] == sum(x.size for x in jax.tree.leaves(load(whole).params))
+    assert entries[0]["devices"] == {"kind": "cpu", "count": 1, "processes": 1}
+
+
+def test_a_use_of_ones_own_for_a_signal_stays():
+    """Of SIGUSR1, which programs use for themselves."""
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        with until_signal() as asked:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert not asked()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_jax_switches_change_neither_a_run_nor_its_samples(finished, tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ COMMANDS = {
     "score": "Measure how well a run, or each of two, predicts a text, token by token.",
     "import": "Make a run of a pretrained model: GPT-2, Llama, GGUF, nanoGPT.",
     "export": "Write a run as a folder that transformers loads.",
+    "runs": "List runs: how far each is, its size and its loss.",
+    "diff": "Compare two runs: settings, data, environment, losses.",
     "plot": "Draw the loss curves of runs.",
     "track": "Write a run into TensorBoard, W&B, Trackio or MLflow.",
     "verify": "Check that a run's files are intact and that its losses can be measured again.",

@@ -43,11 +43,13 @@ SYNONYMS = {
     "--model.remat": "gradient-checkpointing activation-checkpointing",
     "--data.text": "data dataset dataset-name data-path data-dir train-file input input-file file "
     "corpus",
+    "--data.val": "validation-file val-file eval-file val-data val-text",
     "--data.tokenizer": "tok tokenizer-name",
     "--optim.kind": "optim optimizer",
     "--optim.learning-rate": "lr max-lr peak-lr embedding-lr",
     "--optim.muon-learning-rate": "matrix-lr muon-lr",
     "--optim.schedule": "lr-scheduler-type lr-scheduler scheduler lr-schedule",
+    "--optim.schedule-steps": "lr-decay-iters lr-decay-steps",
     "--optim.warmup-steps": "warmup-iters warmup num-warmup-steps",
     "--optim.decay-share": "warmdown-ratio",
     "--optim.final-lr-ratio": "final-lr-frac min-lr-ratio",
@@ -82,7 +84,6 @@ SYNONYMS = {
 ABSENT = {
     "epochs num-epochs num-train-epochs max-epochs": "training length is --steps, in optimizer "
     "updates",
-    "lr-decay-iters": "the decay ends at --steps",
     "decay-lr": "--optim.schedule constant switches the decay off",
     "min-lr final-lr": "give --optim.final-lr-ratio, a share of the peak",
     "warmup-ratio": "give --optim.warmup-steps, a number of steps",

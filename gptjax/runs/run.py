@@ -4,6 +4,7 @@
               tokenizer.json  how text becomes ids
               chat.json       a pretrained model's chat template and stop tokens, if it has any
               metrics.jsonl   one JSON object for each step, in order
+              environment.json  command line, code, versions, devices: of each start and resume
               checkpoints/    see checkpoint.py
               bad/            states and batches of skipped steps, if any
 
@@ -25,6 +26,7 @@ from gptjax.runs.records import Record
 from gptjax.text import tokenizers as tokenizer_module
 from gptjax.text.tokenizers import Tokenizer
 
+TEXTS = "data.text", "data.val"  # may lie elsewhere: `use_text` tells whether they are the same
 SPEED_ONLY = "model.dtype", "model.remat", "data.resident_tokens"  # may change while resuming
 
 
@@ -88,7 +90,7 @@ class Run:
                 raise Damaged(f"{place} is damaged: {error}") from None
             changed = differences(stored, self.config)
             for name, (old, new) in changed.items():
-                if _is_fixed(name) and name != "data.text":  # a text may have moved
+                if _is_fixed(name) and name not in TEXTS:  # a text may have moved
                     raise Damaged(
                         f"{self.directory / CONFIG} is damaged: it says {name}={new}, and the "
                         f"checkpoints were made with {name}={old}; an intact copy is {place}"
@@ -173,7 +175,7 @@ class Run:
         changed = differences(self.config, config)
         for name, (old, new) in changed.items():
             # A text may have moved, where `use_text` can tell that it is the same.
-            moved = name == "data.text" and any(copies(self.directory, TEXT))
+            moved = name in TEXTS and any(copies(self.directory, TEXT))
             if _is_fixed(name) and not moved:
                 raise UserError(
                     f"cannot resume {self.directory} with {name}={new}: it was trained with "

@@ -29,7 +29,7 @@ from gptjax.runs.bad_steps import token_rows
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
 from gptjax.step import NORMS, TrainState
-from gptjax.text.dataset import fingerprint, open_dataset
+from gptjax.text.dataset import fingerprint, named, open_dataset
 
 LEAVES = 8  # of the gradient, shown
 ROWS = 4  # of the batch, shown
@@ -77,7 +77,7 @@ def replay(
     parts.check(run, parts.describe(batches=batches), ("batches",))
     if batches is None:
         dataset = open_dataset(config.data, config.model.block_size, run.tokenizer)
-        run.use_text(config.data.text, fingerprint(dataset))
+        run.use_text(named(config.data), fingerprint(dataset))
         setup = setup_of(Prefetched.at if streams(config, dataset) else None)
         source = make_source(config, dataset, setup.mesh, setup.seed_key())
     else:
