@@ -14,7 +14,7 @@ COMMANDS = {
     "sample": "Generate text from a run.",
     "import": "Make a run of a pretrained model: GPT-2, Llama, GGUF, nanoGPT.",
     "export": "Write a run as a folder that transformers loads.",
-    "plot": "Draw loss curves of runs; attention, losses of tokens, embeddings of one.",
+    "plot": "Draw loss curves of runs; of one, attention, losses of tokens, embeddings.",
     "verify": "Check that a run's files are intact and that its losses can be measured again.",
     "replay": "Recompute one step of a run and show its loss, gradient and batch.",
     "plan": "Estimate memory, time and network traffic of a run on TPUs or GPUs.",

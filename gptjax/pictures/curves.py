@@ -299,7 +299,7 @@ def shown(loss: float, digits: int = 2) -> str:
 def _explain(curves: Sequence[Curve], cut: list[str], log_x: bool, joined: bool) -> Iterator[str]:
     """What the marks mean."""
     windows = sorted({curve.window for curve in curves})
-    many = "s" if len(curves) > 1 else ""
+    many, marks = ("s", "markers") if len(curves) > 1 else ("", "squares")
     if windows != [1]:
         steps = f"{windows[0]:,}" if len(windows) == 1 else f"{windows[0]:,} to {windows[-1]:,}"
         yield f"Thick line{many}: mean of {steps} steps in a row, drawn at their middle."
@@ -308,9 +308,9 @@ def _explain(curves: Sequence[Curve], cut: list[str], log_x: bool, joined: bool)
     elif windows != [1]:
         yield f"Thin line{many}: each batch."
     if any(len(curve.sampled) for curve in curves):
-        yield "Hollow markers: a sample of the validation split."
+        yield f"Hollow {marks}: a sample of the validation split."
     if any(len(curve.val) for curve in curves):
-        yield "Filled markers: the whole validation split."
+        yield f"Filled {marks}: the whole validation split."
     if joined:
         yield "Nothing was measured between markers."
     if any(not np.isfinite(curve.loss).all() for curve in curves):

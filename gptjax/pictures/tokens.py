@@ -116,6 +116,7 @@ def loss_map(tokens: Sequence[str], losses: np.ndarray, title: str) -> Any:
     bar = figure.colorbar(colors, ax=axes, orientation="horizontal", shrink=0.5, aspect=40)
     bar.set_label("loss of the token (nats)", fontsize=figures.SMALL)
     bar.ax.tick_params(labelsize=figures.SMALL)
+    figures.note(figure, "Hatched: the first token, which nothing predicts.")
     return figure
 
 
