@@ -93,6 +93,23 @@ def test_a_running_mean_makes_up_nothing():
     assert running_mean(x[:2], y[:2], 2)[0].tolist() == [1.5]
 
 
+def test_a_long_run_has_fewer_means_and_a_range():
+    """No loss is lost, and a huge one does not drown those after it."""
+    x = np.arange(1.0, 20_001)
+    y = 2 + np.sin(x)
+    y[777] = 1e30
+    middle, mean = running_mean(x, y, 400)
+    assert len(mean) < 4000 and (middle[0], middle[-1]) == (200.5, 19800.5)
+    for i in (0, 1000, len(mean) - 1):
+        start = int(middle[i] - 200.5)
+        assert mean[i] == pytest.approx(y[start : start + 400].mean(), rel=1e-12)
+    y[777] = 9
+    nothing = np.empty((0, 2))
+    figure = draw([curves.Curve("a", x, y, 400, middle, mean, nothing, nothing)])
+    [band] = figure.axes[0].collections
+    assert band.get_datalim(figure.axes[0].transData).intervaly.tolist() == [y.min(), 9]
+
+
 def test_over_tokens_and_seconds(run):
     run.log(fall(4))
     tokens = Config().batch_size * Config().model.block_size

@@ -38,9 +38,9 @@ class Curve:
     window: int
     """Steps that a mean is taken over."""
     mean_x: np.ndarray
-    """(N - window + 1,) in the middle of each window."""
+    """(M,) in the middle of each window, see `running_mean`."""
     mean: np.ndarray
-    """(N - window + 1,) of the finite losses in it; NaN where less than half of them are."""
+    """(M,) of the finite losses in it; NaN where less than half of them are."""
     val: np.ndarray
     """(n, 2) x and loss over the whole validation split."""
     sampled: np.ndarray
@@ -144,15 +144,17 @@ def running_mean(x: np.ndarray, y: np.ndarray, window: int) -> tuple[np.ndarray,
         window: at most N.
 
     Returns:
-        x and y, each (N - window + 1,); y is NaN where less than half of the window is finite.
+        x and y, each (M,): of all N - window + 1 windows, or if these are many of evenly spaced
+        ones; y is NaN where less than half of the window is finite.
     """
-    ones, finite = np.ones(window), np.isfinite(y)
-    total = np.convolve(np.where(finite, y, 0), ones, "valid")
-    count = np.round(np.convolve(finite, ones, "valid"))
+    last = len(y) - window
+    starts = np.unique(np.append(np.arange(0, last + 1, 1 + last // (4 * BINS)), last))
+    ends = np.stack([starts, starts + window], axis=1).ravel()
+    # Not a difference of cumulated sums, in which one huge loss would drown all after it.
+    sums = lambda values: np.add.reduceat(np.append(values, 0.0), ends)[::2]
+    count, total = sums(np.isfinite(y)), sums(np.where(np.isfinite(y), y, 0))
     mean = np.where(count * 2 >= window, total / np.maximum(count, 1), np.nan)
-    ahead = window - 1
-    middle = (x[ahead // 2 : len(x) - ahead + ahead // 2] + x[(ahead + 1) // 2 :][: len(mean)]) / 2
-    return middle, mean
+    return (x[starts + (window - 1) // 2] + x[starts + window // 2]) / 2, mean
 
 
 # ---------------------------------------------------------------------------------------------
