@@ -14,9 +14,10 @@ from benchmarks import measure
 from gptjax.assembly import assemble
 from gptjax.batches import Windows
 from gptjax.config import Config
+from gptjax.generation.slots import generate
 from gptjax.parallel import sharding
 from gptjax.parallel.flops import count_params, flops_per_token, matmul_peak
-from gptjax.sampling import Sampling, generate
+from gptjax.sampling import Sampling
 
 
 def flat(params: Any) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gptjax.config import ModelConfig as ModelConfig
     from gptjax.config import OptimConfig as OptimConfig
     from gptjax.errors import UserError as UserError
+    from gptjax.generation.slots import generate as generate
     from gptjax.loss import cross_entropy as cross_entropy
     from gptjax.loss import next_token_loss as next_token_loss
     from gptjax.model import GPT as GPT
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from gptjax.runs.loaded import LoadedRun as LoadedRun
     from gptjax.runs.loaded import load as load
     from gptjax.sampling import Sampling as Sampling
-    from gptjax.sampling import generate as generate
     from gptjax.step import TrainState as TrainState
     from gptjax.step import init_state as init_state
     from gptjax.step import repeat as repeat
@@ -55,7 +55,8 @@ _PUBLIC = {
     "gptjax.presets": ("PRESETS",),
     "gptjax.training": ("train",),
     "gptjax.runs.loaded": ("load", "LoadedRun"),
-    "gptjax.sampling": ("generate", "Sampling"),
+    "gptjax.generation.slots": ("generate",),
+    "gptjax.sampling": ("Sampling",),
     "gptjax.model": ("GPT", "Block", "CausalSelfAttention", "MLP"),
     "gptjax.attention": ("attention_weights", "causal_mask"),
     "gptjax.step": (

@@ -103,6 +103,18 @@ def window_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> j
 
 def causal_mask(T: int, S: int, start: jax.Array | int = 0, window: int | None = None) -> jax.Array:
     """(1, 1, T, S) bool: query t, at position start + t, sees keys 0..start + t, or the last
-    `window` of these."""
-    back = start + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
-    return ((back >= 0) & (window is None or back < window))[None, None]
+    `window` of these; (B, 1, T, S) where each row has a start of its own, (B, 1, 1, 1)."""
+    start = jnp.reshape(jnp.asarray(start), (-1, 1, 1, 1))
+    back = start + jnp.arange(T)[None, None, :, None] - jnp.arange(S)[None, None, None]
+    return (back >= 0) & (window is None or back < window)
+
+
+def extend(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
+    """(B, G, S, D) keys or values with `new` ones, (B, T, G, D), from position `start` on: one of
+    all rows, or (B, 1, 1, 1)."""
+    new = new.swapaxes(1, 2).astype(cache.dtype)
+    write = jax.lax.dynamic_update_slice_in_dim
+    if jnp.ndim(start) == 0:
+        return write(cache, new, start, 2)
+    rows = jax.vmap(lambda cache, new, start: write(cache, new, start, 1))
+    return rows(cache, new, jnp.ravel(jnp.asarray(start)))

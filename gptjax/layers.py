@@ -108,13 +108,15 @@ def rotary_rates(config: ModelConfig) -> jax.Array:
 
 def rotate(x: jax.Array, start: jax.Array | int, rates: jax.Array) -> jax.Array:
     """Rotary positions: turn pairs of (B, T, H, D) by (D / 2,) rates times the position, counted
-    from `start`, so that a query and a key interact by their distance alone.
+    from `start` (one of all rows, or (B, 1, 1, 1)), so that a query and a key interact by their
+    distance alone.
 
     Source: Su et al. 2021 (RoPE); halves are paired as in GPT-NeoX and Llama.
     """
-    T = x.shape[1]
-    angles = (start + jnp.arange(T))[:, None].astype(jnp.float32) * rates[None, :]  # (T, D / 2)
-    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    start = jnp.reshape(jnp.asarray(start), (-1, 1, 1, 1))
+    positions = start + jnp.arange(x.shape[1])[None, :, None, None]
+    angles = positions.astype(jnp.float32) * rates[None, None, None]  # (1 or B, T, 1, D / 2)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

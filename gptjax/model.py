@@ -35,6 +35,7 @@ from gptjax.attention import (
     attention_weights,
     causal_attention,
     causal_mask,
+    extend,
     weighted_values,
     window_attention,
 )
@@ -62,7 +63,7 @@ class KVCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
-    length: jax.Array  # () int32
+    length: jax.Array  # () int32; (B,) where rows are at positions of their own
 
 
 class CausalSelfAttention(nn.Module):
@@ -81,7 +82,7 @@ class CausalSelfAttention(nn.Module):
         self,
         x: jax.Array,  # (B, T, C)
         cache: tuple[jax.Array, jax.Array] | None = None,  # k, v: (B, G, S, D)
-        start: jax.Array | int = 0,  # position of x's first token
+        start: jax.Array | int = 0,  # position of x's first token; (B, 1, 1, 1): of each row
         turns: jax.Array | None = None,  # () bool: whether this layer rotates; None: they all do
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
@@ -106,7 +107,7 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = self.attend(q, k, v, 0)
         else:
-            cache = _write(cache[0], k, start), _write(cache[1], v, start)
+            cache = extend(cache[0], k, start), extend(cache[1], v, start)
             y = self.attend(q, cache[0].swapaxes(1, 2), cache[1].swapaxes(1, 2), start)
         y = linear((c.n_embd,), 2, c.bias, residual_std(c), name="c_proj")(y)
         return nn.Dropout(c.dropout, deterministic=not self.train)(y), cache
@@ -118,7 +119,8 @@ class CausalSelfAttention(nn.Module):
             q: (B, T, H, D) queries, of positions start .. start + T - 1.
             k: (B, S, G, D) keys of positions 0 .. S - 1; beyond start + T - 1 they are padding.
             v: (B, S, G, D) values, likewise.
-            start: 0 without a cache (then S = T); with one, a traced position.
+            start: 0 without a cache (then S = T); with one, a traced position, which is (B, 1, 1,
+                1) where rows are at positions of their own: to add, compare and broadcast with.
 
         Returns:
             (B, T, H, D).
@@ -269,8 +271,10 @@ class GPT(nn.Module):
         """(B, T, C) float32 embeddings of tokens and their positions; the cache as it was."""
         x = self.wte(tokens)
         if self.config.position == "learned":
-            start = 0 if cache is None else cache.length
-            x = x + jax.lax.dynamic_slice_in_dim(self.wpe, start, tokens.shape[1])[None]
+            start, T = 0 if cache is None else cache.length, tokens.shape[1]
+            if not isinstance(start, int) and start.ndim:
+                return x + self.wpe[start[:, None] + jnp.arange(T)[None]], cache
+            x = x + jax.lax.dynamic_slice_in_dim(self.wpe, start, T)[None]
         return x, cache
 
     def blocks(
@@ -295,7 +299,10 @@ class GPT(nn.Module):
             unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
         )(c, train=train, attention=self.attention, kernel=self.kernel, name="h")
         kv: Any = None if cache is None else (cache.k, cache.v)
-        x, kv = blocks(x, kv, 0 if cache is None else cache.length, *turns)
+        start = 0 if cache is None else cache.length
+        if not isinstance(start, int) and start.ndim:
+            start = start[:, None, None, None]
+        x, kv = blocks(x, kv, start, *turns)
         if cache is not None:
             cache = cache._replace(k=kv[0], v=kv[1], length=cache.length + x.shape[1])
         return x, cache
@@ -320,12 +327,6 @@ class GPT(nn.Module):
         shape = (c.n_layer, batch, c.n_kv_head or c.n_head, c.block_size, c.head_size)
         empty = jnp.zeros(shape, c.dtype)
         return KVCache(empty, empty, jnp.zeros((), jnp.int32))
-
-
-def _write(cache: jax.Array, new: jax.Array, start: jax.Array | int) -> jax.Array:
-    """(B, G, S, D) keys or values with `new` ones, (B, T, G, D), from position `start` on."""
-    new = new.swapaxes(1, 2).astype(cache.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, start, 2)
 
 
 def unstack(tree: Any) -> Any:

@@ -25,6 +25,7 @@ from gptjax.batches import Batches, Prefetched
 from gptjax.config import Config
 from gptjax.console import Report
 from gptjax.errors import UserError
+from gptjax.generation.slots import generate
 from gptjax.interop import pretrained
 from gptjax.loop import Job, run_job
 from gptjax.loss import LossFn, MetricsFn
@@ -39,7 +40,7 @@ from gptjax.runs.files import Damaged
 from gptjax.runs.folders import run_flag
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run
-from gptjax.sampling import Sampling, generate
+from gptjax.sampling import Sampling
 from gptjax.text import special_tokens as special
 from gptjax.text.dataset import Dataset, fingerprint, open_dataset
 from gptjax.text.stream import first_tokens

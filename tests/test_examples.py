@@ -19,8 +19,9 @@ from examples import alibi, custom_loop, own_data, probe, sweep, zloss
 from examples.speedrun.ngrams import NGramGPT
 from gptjax import MeshConfig, ModelConfig, OptimConfig, UserError
 from gptjax.assembly import assemble
+from gptjax.generation.slots import generate
 from gptjax.parallel import sharding
-from gptjax.sampling import Sampling, generate
+from gptjax.sampling import Sampling
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 V = 13

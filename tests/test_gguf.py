@@ -16,9 +16,10 @@ import pytest
 
 from gptjax.assembly import make_model
 from gptjax.errors import UserError
+from gptjax.generation.slots import generate
 from gptjax.interop import gguf as gguf_module
 from gptjax.interop import pretrained
-from gptjax.sampling import Sampling, generate
+from gptjax.sampling import Sampling
 
 gguf: Any = pytest.importorskip("gguf", reason="needs the extra hf")
 pytest.importorskip("tokenizers", reason="needs the extra hf")

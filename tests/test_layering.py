@@ -23,6 +23,7 @@ LAYERS = {
     "parallel": "meshes, kernels and processes serve training and sampling alike",
     "plan.chips plan.hlo plan.estimate plan.room": "what a run takes, known before it is made",
     "batches loss optim step sampling": "pure functions, to be used without a run",
+    "generation": "text from a model: streams in a batch",
     "assembly": "the one place where pure functions meet devices",
     "runs.arrays runs.checkpoint runs.parts runs.bad_steps runs.loaded": "a train state on disk",
     "interop": "weights of other tools, which a run can start from",

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from gptjax.cli import notes as command
 from gptjax.config import MeshConfig, differences
 from gptjax.errors import UserError
+from gptjax.generation.slots import generate
 from gptjax.lecture import models as lecture
 from gptjax.lecture import notes
 from gptjax.lecture.models import STAGES, Embedded, MultiHead
 from gptjax.parallel.sharding import make_mesh, shardings
 from gptjax.presets import LECTURE_MODELS, PRESETS
-from gptjax.sampling import Sampling, generate
+from gptjax.sampling import Sampling
 from gptjax.text.dataset import open_dataset
 
 V = 65

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from helpers import random_params
 
-from gptjax import sampling as sampling_module
 from gptjax.config import ModelConfig
+from gptjax.generation import decoding
+from gptjax.generation.decoding import CHUNK, Streams
+from gptjax.generation.slots import Slots, Stream, generate
 from gptjax.lecture.models import Bigram
 from gptjax.model import GPT
 from gptjax.plan.hlo import Program
-from gptjax.sampling import CHUNK, Sampling, draw, generate
+from gptjax.sampling import Sampling, draw, stacked
 
 core = pytest.mark.core
 
@@ -368,33 +370,38 @@ def test_padding_rows_are_not_generated():
 
 @pytest.mark.parametrize("model_class", [GPT, Bigram])
 def test_a_session_compiles_once(model_class: type[nn.Module]):
-    """Prompts, lengths and keys of any kind run the programs that the first calls compiled."""
+    """Prompts, lengths, keys and settings of any value run the programs of the first calls."""
     model, params = gpt(8, model_class)
-    programs: tuple[Any, ...] = (sampling_module.prefill, sampling_module.decode)
-    sampling = replace(Sampling(), temperature=0.77)  # no other test's programs
+    programs: tuple[Any, ...] = (decoding.prefill, decoding.merge, decoding.insert, decoding.decode)
     compiled = lambda: [program._cache_size() for program in programs]
-    before = compiled()
-    run(model, params, [1], 30, sampling, 2)
-    run(model, params, [1] * 8, 30, sampling, 2)
+    jax.clear_caches()
+    slots = Slots(model, params, 2)
+    slots.warm_up()
+    assert not slots.busy
+    # Half a window and a whole one for one slot or both; both slots at once, from two rows or
+    # one; one slot; the loop with cuts or not, and with alternatives or not.
     warm = compiled()
-    # Half a window and a whole one to read, and one loop for whatever comes after.
-    assert [after - start for after, start in zip(warm, before, strict=True)] == [2, 1]
-    for length, n in itertools.product((1, 4, 5, 8, 40), (1, 2, 7, 33)):
+    assert warm == [4, 2, 1, 4]
+    for length, n in itertools.product((1, 4, 5, 8, 40), (1, 7, 33)):
         prompt = list(range(length)) if length < V else [0] * length
+        sampling = Sampling(1 / n, top_k=[None, 3][n % 2], top_p=[None, 0.9][length % 2])
         run(model, params, prompt, n, sampling, 2, jax.random.key(n))
+        slots.add(Stream(np.array(prompt), KEY, n, sampling, (1, 2), length > 4))
+        while slots.busy:
+            slots.step()
     assert compiled() == warm
 
 
 def test_a_short_prompt_of_a_long_window_is_read_in_a_short_one(monkeypatch: pytest.MonkeyPatch):
     """256 places for it, not half of 1024; and the same tokens."""
     widths: list[int] = []
-    read = sampling_module.prefill
+    read = decoding.prefill
 
     def counting(model: Any, params: Any, text: Any, *rest: Any) -> Any:
         widths.append(text.shape[1])
         return read(model, params, text, *rest)
 
-    monkeypatch.setattr(sampling_module, "prefill", counting)
+    monkeypatch.setattr(decoding, "prefill", counting)
     model, params = gpt(1024, GPT)
     long = run(model, params, [1, 2, 3], 4, Sampling(temperature=0))
     run(model, params, list(range(V)) * 100, 4, Sampling(temperature=0))
@@ -406,15 +413,21 @@ def test_a_short_prompt_of_a_long_window_is_read_in_a_short_one(monkeypatch: pyt
     assert np.ravel(long).tolist() == ids[3:]
 
 
+def streams(size: int) -> Streams:
+    """Of streams that have drawn nothing."""
+    zeros = np.zeros(size, np.int32)
+    stops, keys = np.full((size, 8), -1), np.zeros((size, 2), np.uint32)
+    return Streams(keys, zeros, zeros + 9, stops, stacked([PLAIN] * size, V), None)
+
+
 def arrays_made(model: Any, params: Any) -> tuple[int, int]:
     """How many arrays of the shape of a layer's MLP weights each turn of `decode` makes, and how
     many of the shape of the keys or values of a layer or of a stack of them."""
-    keys = jax.random.split(KEY, 2)
-    token, state = sampling_module.prefill(model, params, np.ones((2, 8), int), 1, keys, 0, PLAIN)
-    write: Any = sampling_module.decode
+    write: Any = decoding.decode
     write = write.__wrapped__  # traced again, for what it calls may be replaced
-    traced = jax.jit(lambda params, *state: write(model, params, *state, keys, 1, 4, PLAIN))
-    compiled = traced.lower(params, token, state).compile()
+    traced = jax.jit(lambda *given: write(model, *given, 4), donate_argnums=1)
+    prepared = decoding.prepare(model, params)
+    compiled = traced.lower(prepared, decoding.blank(model, 2, V), streams(2)).compile()
     program = Program(str(compiled.as_text()))
     every = list(itertools.chain(*program.computations.values()))
     loops = re.findall(r"body=%?([\w.-]+)", " ".join(i.attributes for i in every))
@@ -429,7 +442,7 @@ def arrays_made(model: Any, params: Any) -> tuple[int, int]:
 def test_a_loop_over_tokens_copies_neither_weights_nor_cache(monkeypatch: pytest.MonkeyPatch):
     model, params = gpt(8, GPT, n_layer=3)
     assert arrays_made(model, params) == (0, 3 * 2)  # a token is written into each in its place
-    monkeypatch.setattr(sampling_module, "unstack", lambda tree: tree)
+    monkeypatch.setattr(decoding, "unstack", lambda tree: tree)
     jax.clear_caches()
     weights, cached = arrays_made(model, params)
     assert weights == 3 and cached > 3 * 2  # so XLA needs the help, and this would notice
@@ -450,11 +463,9 @@ def test_weights_are_cast_before_the_loop(monkeypatch: pytest.MonkeyPatch):
 
     def casts() -> list[tuple[int, ...]]:
         model, params = gpt(8, GPT, n_layer=2, dtype="bfloat16")
-        token, state = sampling_module.prefill(
-            model, params, jnp.zeros((1, 8), jnp.int32), 1, KEY[None], 0, GREEDY
-        )
-        decode = functools.partial(sampling_module.decode, model)
-        jaxpr = jax.make_jaxpr(decode)(params, token, state, KEY[None], 1, 2, GREEDY)
+        prepared, state = decoding.prepare(model, params), decoding.blank(model, 1, V)
+        decode = functools.partial(decoding.decode, model)
+        jaxpr = jax.make_jaxpr(decode)(prepared, state, streams(1), 2)
         return [
             eqn.outvars[0].aval.shape
             for eqn in equations(jaxpr.jaxpr)
@@ -465,7 +476,7 @@ def test_weights_are_cast_before_the_loop(monkeypatch: pytest.MonkeyPatch):
         ]
 
     assert casts() == []
-    monkeypatch.setattr(sampling_module, "cast", lambda params, dtype: params)
+    monkeypatch.setattr(decoding, "cast", lambda params, dtype: params)
     jax.clear_caches()
     assert len(casts()) == 5  # what this would notice: the table, and four matrices of the blocks
 

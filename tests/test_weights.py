@@ -22,13 +22,14 @@ from helpers import random_params
 from gptjax.assembly import assemble, make_model
 from gptjax.config import Config, DataConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
+from gptjax.generation.slots import generate
 from gptjax.interop import hf, hf_config, hf_tokenizer, nanogpt, pretrained
 from gptjax.interop.export import export
 from gptjax.interop.import_ import import_model
 from gptjax.model import GPT
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
-from gptjax.sampling import Sampling, generate
+from gptjax.sampling import Sampling
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer
 from gptjax.training import train
 

@@ -20,7 +20,7 @@ class NGramCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
-    length: jax.Array  # () int32
+    length: jax.Array  # () int32, or (B,)
     tokens: jax.Array  # (B, S) int32
 
 
@@ -69,8 +69,12 @@ class NGramGPT(GPT):
         x, cache = super().embed(tokens, cache)
         start, read = 0, tokens
         if cache is not None:
-            start = cache.length
-            read = jax.lax.dynamic_update_slice_in_dim(cache.tokens, tokens, start, 1)
+            start, write = cache.length, jax.lax.dynamic_update_slice_in_dim
+            if jnp.ndim(start):
+                rows = jax.vmap(lambda read, new, start: write(read, new, start, 0))
+                read = rows(cache.tokens, tokens, start)
+            else:
+                read = write(cache.tokens, tokens, start, 1)
             cache = cache._replace(tokens=read)
         return x + self.look_back(read, start, tokens.shape[1]), cache
 
@@ -99,9 +103,15 @@ class NGramGPT(GPT):
 
 def shifted(read: jax.Array, start: jax.Array | int, T: int, n: int) -> tuple[jax.Array, jax.Array]:
     """The tokens n places before each of T positions from `start` on in the (B, S) ids `read`:
-    (B, T) ids, and (1, T, 1) bool, whether there is such a place."""
-    at = start + jnp.arange(T) - n
-    return jnp.take(read, jnp.maximum(at, 0), axis=1), (at >= 0)[None, :, None]
+    (B, T) ids, and (1 or B, T, 1) bool, whether there is such a place."""
+    at = positions(start, T) - n
+    there = jnp.broadcast_to(jnp.maximum(at, 0), (len(read), T))
+    return jnp.take_along_axis(read, there, axis=1), (at >= 0)[:, :, None]
+
+
+def positions(start: jax.Array | int, T: int) -> jax.Array:
+    """(1, T) positions from `start` on, or (B, T) where each row has a start of its own."""
+    return jnp.reshape(jnp.asarray(start), (-1, 1)) + jnp.arange(T)[None]
 
 
 def recalled(
@@ -111,15 +121,15 @@ def recalled(
 
     Args:
         read: (B, S) int32 ids; a position uses none after it.
-        start: the first of the positions.
+        start: the first of the positions, or (B,) of each row.
         T: how many positions.
         n: tokens that must match.
 
     Returns:
         (B, T) ids, and (B, T, 1) bool, whether there is such an occurrence.
     """
-    queries, places = start + jnp.arange(T), jnp.arange(read.shape[1])
-    same: Any = (places >= n - 1)[None, None] & (places[None] < queries[:, None])[None]
+    queries, places = positions(start, T), jnp.arange(read.shape[1])
+    same: Any = (places >= n - 1)[None, None] & (places[None, None] < queries[:, :, None])
     for i in range(n):
         token, _ = shifted(read, start, T, i)
         same &= token[:, :, None] == jnp.roll(read, i, axis=1)[:, None]  # (B, T, S)

@@ -93,7 +93,7 @@ def read_prompt(prompt: str | None) -> str | None:
 
 
 def stream(command: SampleCommand) -> Iterator[list[str]]:
-    """Pieces of text as they are generated, one for each sample; see `LoadedRun.generate_many`.
+    """Pieces of text as they are generated, one for each sample; see `LoadedRun.stream`.
 
     Raises:
         UserError: a run, checkpoint, config file, prompt or mesh that cannot be used.
@@ -105,20 +105,25 @@ def stream(command: SampleCommand) -> Iterator[list[str]]:
     directory = folders.find(command.run)
     own = parts_for_run(recipe, directory, "model")
     run = load(directory, command.checkpoint, mesh=command.mesh, **own)
-    return run.generate_many(
-        prompt,
-        command.max_new_tokens,
-        command.num_samples,
-        sampling=Sampling(command.temperature, command.top_k, command.top_p),
-        seed=command.seed,
-        unknown=command.unknown,
-        special_tokens=command.special_tokens,
-    )
+    requests = [
+        run.request(
+            prompt,
+            command.max_new_tokens,
+            sampling=Sampling(command.temperature, command.top_k, command.top_p),
+            seed=command.seed,
+            sample=i,
+            unknown=command.unknown,
+            special_tokens=command.special_tokens,
+        )
+        for i in range(command.num_samples)
+    ]
+    for pieces in run.stream(requests, slots=len(requests)):
+        yield [pieces[i].text if i in pieces else "" for i in range(len(requests))]
 
 
 def print_samples(command: SampleCommand) -> None:
     """Print the samples: one as it comes, several one after the other; the rate on stderr."""
-    from gptjax.sampling import CHUNK
+    from gptjax.generation.decoding import CHUNK
 
     one = command.num_samples == 1
     shown = visible if sys.stdout.isatty() else str  # a file gets the text as it is

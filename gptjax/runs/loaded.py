@@ -1,6 +1,6 @@
 """A run opened for use: its model, parameters and tokenizer in one object."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,8 @@ import numpy as np
 from gptjax.batches import Batch, whole_split_starts, windows
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError
+from gptjax.generation.engine import SLOTS, Engine
+from gptjax.generation.requests import Completion, Piece, Request, check
 from gptjax.loss import evaluate_batch
 from gptjax.model import Model
 from gptjax.parallel import sharding
@@ -23,9 +25,9 @@ from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run
-from gptjax.sampling import Sampling, generate
+from gptjax.sampling import Sampling
 from gptjax.text import special_tokens
-from gptjax.text.stream import StreamDecoder, first_tokens
+from gptjax.text.stream import first_tokens
 from gptjax.text.tokenizers import Tokenizer, Unknown
 
 ROWS = 16  # windows of a text whose loss is computed at once
@@ -145,80 +147,121 @@ class LoadedRun:
     ) -> Iterator[str]:
         """Continue a prompt: pieces of new text as they are drawn; never splits a character.
 
+        It ends with the end-of-text token, where the tokenizer has one; for more control, such as
+        other ends, log-probabilities, or many prompts at once, see `request` and `stream`.
+
         Args:
             prompt: text to continue; None: begin one, see `first_tokens` in text/stream.py.
-            max_new_tokens: to draw.
+            max_new_tokens: to draw at most.
             temperature, top_k, top_p: see `Sampling`.
             seed: the same seed, prompt and settings give the same text.
             unknown: what to do with characters of the prompt that the tokenizer lacks.
             special_tokens: see `logits`.
 
         Raises:
-            UserError: a prompt that cannot be encoded, or has no tokens.
+            UserError: a prompt that cannot be encoded, or has no tokens; a setting out of range.
         """
-        sampling = Sampling(temperature, top_k, top_p)
-        many = self.generate_many(
+        request = self.request(
             prompt,
             max_new_tokens,
-            1,
-            sampling=sampling,
+            sampling=Sampling(temperature, top_k, top_p),
             seed=seed,
             unknown=unknown,
             special_tokens=special_tokens,
         )
-        for pieces in many:
-            yield pieces[0]
+        for pieces in self.stream([request]):
+            yield pieces[0].text
 
-    def generate_many(
+    @pinned()
+    def request(
         self,
-        prompt: str | None,
-        max_new_tokens: int,
-        num_samples: int,
+        prompt: str | np.ndarray | None = None,
+        max_new_tokens: int = 500,
         *,
         sampling: Sampling | None = None,
         seed: int = 1337,
+        sample: int = 0,
+        stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] | None = None,
+        alternatives: int = 0,
         unknown: Unknown = "error",
         special_tokens: bool = True,
-    ) -> Iterator[list[str]]:
-        """As `generate`, several samples side by side: one piece for each at a time.
+    ) -> Request:
+        """A checked request for `stream`, `complete` or an `engine`.
+
+        Args:
+            prompt: text to continue, or its (N,) ids; None: begin a text, see `generate`.
+            sampling: None: at temperature 0.8.
+            stop_tokens: None: the end-of-text token, where the tokenizer has one.
+            unknown, special_tokens: see `generate`.
+            max_new_tokens, seed, sample, stop, alternatives: see `Request`.
 
         Raises:
-            UserError: a prompt that cannot be encoded, or has no tokens; samples that the mesh does
-                not divide.
+            UserError: a prompt that cannot be encoded, or has no tokens; a setting out of range.
         """
-        sampling = replace(sampling or Sampling(0.8), vocab_size=self.tokenizer.vocab_size)
-        return pinned_pieces(
-            self._pieces(
-                prompt, max_new_tokens, num_samples, sampling, seed, unknown, special_tokens
-            )
+        if stop_tokens is None:
+            end = self.tokenizer.end_of_text
+            stop_tokens = () if end is None else (end,)
+        request = Request(
+            self._prompt(prompt, special_tokens, unknown),
+            max_new_tokens,
+            replace(sampling or Sampling(0.8), vocab_size=self.tokenizer.vocab_size),
+            seed,
+            sample,
+            tuple(stop),
+            tuple(stop_tokens),
+            alternatives,
         )
+        check(request)
+        return request
 
-    def _pieces(
-        self,
-        prompt: str | None,
-        max_new_tokens: int,
-        num_samples: int,
-        sampling: Sampling,
-        seed: int,
-        unknown: Unknown,
-        special_tokens: bool,
-    ) -> Iterator[list[str]]:
-        if num_samples % self._mesh.shape["data"]:
-            raise UserError(
-                f"--num-samples {num_samples} is not divisible by --mesh.data "
-                f"{self._mesh.shape['data']}; change one of them (each device draws as many)"
-            )
-        room.check_sampling(self.model, num_samples, self.tokenizer.vocab_size)
-        ids = self._prompt(prompt, special_tokens, unknown)
-        decoders = [StreamDecoder(self.tokenizer, ids) for _ in range(num_samples)]
+    def stream(self, requests: Sequence[Request], slots: int = SLOTS) -> Iterator[dict[int, Piece]]:
+        """Serve requests in one batch: at each step the new pieces, by the index of the request.
+
+        Args:
+            requests: as made by `request`.
+            slots: how many to serve at once, at most.
+
+        Raises:
+            UserError: more at once than memory holds.
+        """
+
+        def pieces() -> Iterator[dict[int, Piece]]:
+            yield from self.engine(min(slots, len(requests))).stream(requests)
+
+        return pinned_pieces(pieces())
+
+    def complete(self, requests: Sequence[Request], slots: int = SLOTS) -> list[Completion]:
+        """The whole replies to requests, in their order; see `stream`."""
+        pieces: list[list[Piece]] = [[] for _ in requests]
+        for new in self.stream(requests, slots):
+            for i, piece in new.items():
+                pieces[i].append(piece)
+        return [Completion.of(parts) for parts in pieces]
+
+    @pinned()
+    def engine(self, slots: int) -> Engine:
+        """A batch that requests come to and leave. It computes under the caller's own settings of
+        JAX; `stream` uses those of the run (`parallel/switches.py`).
+
+        Args:
+            slots: how many are served at once; rounded up to a multiple of the data axis.
+
+        Raises:
+            UserError: more at once than memory holds.
+        """
+        rows = self._mesh.shape["data"]
+        slots = -(-slots // rows) * rows
+        room.check_sampling(self.model, slots, self.tokenizer.vocab_size)
         model = sharding.on_mesh(self.model, self._mesh)
-        key = jax.random.key(seed)
-        for chunk in generate(model, self.params, ids, key, max_new_tokens, sampling, num_samples):
-            yield [text.add(row) for text, row in zip(decoders, chunk, strict=True)]
-        yield [text.end() for text in decoders]
+        return Engine(model, self.params, self.tokenizer, slots)
 
-    def _prompt(self, prompt: str | None, special: bool, unknown: Unknown) -> np.ndarray:
+    def _prompt(
+        self, prompt: str | np.ndarray | None, special: bool, unknown: Unknown
+    ) -> np.ndarray:
         """The (N,) ids to continue, N >= 1."""
+        if isinstance(prompt, np.ndarray):
+            return prompt.astype(np.int32)
         tokenizer = self.tokenizer if special else special_tokens.without(self.tokenizer)
         if prompt is None:
             return first_tokens(tokenizer)

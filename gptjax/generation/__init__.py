@@ -1,0 +1,1 @@
+"""Text from a trained model: many streams in one batch, each with settings of its own."""

@@ -1,0 +1,260 @@
+"""A batch of streams of token ids that come and leave (continuous batching)."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from gptjax.generation import decoding
+from gptjax.generation.decoding import CHUNK, Streams
+from gptjax.sampling import Sampling, stacked
+
+
+def generate(
+    model: nn.Module,
+    params: Any,
+    prompt: np.ndarray,
+    key: jax.Array,
+    max_new_tokens: int,
+    sampling: Sampling,
+    num_samples: int = 1,
+) -> Iterator[np.ndarray]:
+    """Continue a prompt, token by token.
+
+    Args:
+        model: any module of the contract in `model.py`.
+        params: its parameters.
+        prompt: (T,) ids, T >= 1; only the last block_size are read.
+        key: sample i's t-th token is drawn with this key folded with i, then t.
+        max_new_tokens: of each sample, 1 or more.
+        sampling: how tokens are drawn.
+        num_samples: B, drawn as one batch.
+
+    Yields:
+        (B, n) int32 of new ids, n <= CHUNK, as they are drawn; max_new_tokens in total.
+    """
+    slots = Slots(model, params, num_samples, sampling.vocab_size)
+    for i in range(num_samples):
+        slots.add(Stream(prompt, jax.random.fold_in(key, i), max_new_tokens, sampling))
+    n = 1  # the first is shown at once
+    while slots.busy:
+        rows = slots.step(n).values()
+        yield np.stack([new.tokens for new in rows])
+        n = CHUNK
+
+
+class Stream(NamedTuple):
+    """What a slot is to draw.
+
+    Args:
+        prompt: (T,) ids, T >= 1; only the last block_size are read.
+        key: its t-th token is drawn with this key folded with t.
+        max_new_tokens: 1 or more.
+        sampling: how tokens are drawn; of all streams of a batch with the same `vocab_size`.
+        stops: ids that end it.
+        alternatives: whether to report the most likely tokens at each place.
+    """
+
+    prompt: np.ndarray
+    key: jax.Array
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    stops: tuple[int, ...] = ()
+    alternatives: bool = False
+
+
+class NewTokens(NamedTuple):
+    """What one step drew of a stream: (n,) int32 tokens and float32 log-probabilities by the model
+    itself, and the (n, ALTERNATIVES) most likely ones with theirs, if any stream asked for them."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    ids: np.ndarray | None
+    id_logprobs: np.ndarray | None
+    ended: bool
+
+
+@dataclass
+class _Slot:
+    """A stream in its slot: the ids to prefill next and how many the device would have read by
+    now, all ids it has had, and whether it has to prefill."""
+
+    stream: Stream
+    key_data: np.ndarray
+    ids: list[int]
+    seen: set[int]
+    drawn: int = 0
+    length: int = 0
+    waits: bool = True
+
+
+class Slots:
+    """Streams in a batch of fixed size, each as it would be alone.
+
+    Args:
+        model: any module of the contract in `model.py`.
+        params: its parameters.
+        size: B, how many streams are decoded at once.
+        vocab_size: ids from here on are padding rows of the table; None: there are none.
+    """
+
+    def __init__(self, model: nn.Module, params: Any, size: int, vocab_size: int | None = None):
+        self._model, self._params = model, decoding.prepare(model, params)
+        self._slots: list[_Slot | None] = [None] * size
+        logits = jax.eval_shape(
+            lambda p: model.apply({"params": p}, np.zeros((1, 1), int))[0], params
+        )
+        self._table_size = logits.shape[-1]
+        self._idle = Sampling(vocab_size=vocab_size)
+        self._state = decoding.blank(model, size, self._table_size)
+        self._streams: Streams | None = None  # as the device gets them; None: to be made
+
+    @property
+    def free(self) -> int:
+        """Slots without a stream."""
+        return self._slots.count(None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any slot has a stream."""
+        return self.free < len(self._slots)
+
+    def add(self, stream: Stream) -> int:
+        """Give a stream to a free slot; the slot's number. It is prefilled by the next `step`.
+
+        Raises:
+            ValueError: no slot is free.
+        """
+        slot = self._slots.index(None)
+        ids = np.asarray(stream.prompt, np.int32)[-self._model.config.block_size :].tolist()
+        key_data = np.asarray(jax.random.key_data(stream.key))
+        self._slots[slot] = _Slot(stream, key_data, ids, set(np.unique(stream.prompt).tolist()))
+        self._streams = None
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Free a slot, whether its stream has ended or not."""
+        self._slots[slot] = None
+        self._streams = None
+
+    def step(self, n: int = CHUNK) -> dict[int, NewTokens]:
+        """Draw up to n <= CHUNK tokens of each stream; 1 or more of each. Streams that have ended
+        leave their slots."""
+        self._prefill({i: s for i, s in enumerate(self._slots) if s is not None and s.waits})
+        running = {i: s for i, s in enumerate(self._slots) if s is not None}
+        alternatives = any(slot.stream.alternatives for slot in running.values())
+        n = min(n, max(slot.stream.max_new_tokens - slot.drawn for slot in running.values()))
+        self._state, drawn = decoding.decode(
+            self._model, self._params, self._state, self._settings(running), n, alternatives
+        )
+        drawn = jax.device_get(drawn)
+        return {i: self._take(i, slot, drawn) for i, slot in running.items()}
+
+    def warm_up(self) -> None:
+        """Compile what a step can need: every width, one slot or all of them, with and without
+        cuts and alternatives. Penalties and biases are compiled when they are first used."""
+        S, half = self._model.config.block_size, max(1, self._model.config.block_size // 2)
+        widths = {decoding.width(self._model, length): length for length in range(1, S + 1)}
+        key = jax.random.key(0)
+        for length in widths.values():
+            for count in {1, len(self._slots)}:
+                for i in range(count):
+                    prompt = np.full(length, i % self._table_size)
+                    prompt[0] = 0
+                    self.add(Stream(prompt, key, 1, self._idle))
+                self.step(1)
+        for top_k in (None, 1):
+            for alternatives in (False, True):
+                how = Sampling(top_k=top_k, vocab_size=self._idle.vocab_size)
+                self.add(Stream(np.zeros(half, int), key, 1, how, (), alternatives))
+                self.step(1)
+
+    def _prefill(self, waiting: dict[int, _Slot]) -> None:
+        """Read the texts of slots: one at a time, or of all slots at once if most of them wait. A
+        text that most slots begin with is read once."""
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, slot in waiting.items():
+            groups[tuple(slot.ids)].append(i)
+            slot.length, slot.waits = len(slot.ids), False
+        model, size = self._model, len(self._slots)
+        for ids in [ids for ids, members in groups.items() if 2 * len(members) > size]:
+            self._merge(self._read([ids]), groups.pop(ids))
+        if 2 * len(groups) > size > 1:
+            texts: list[tuple[int, ...]] = [(0,)] * size
+            for ids, members in groups.items():
+                for i in members:
+                    texts[i] = ids
+            self._merge(self._read(texts), [i for members in groups.values() for i in members])
+        else:
+            for ids, members in groups.items():
+                row = self._read([ids])
+                for i in members:
+                    self._state = decoding.insert(model, self._state, row, i)
+
+    def _read(self, texts: list[tuple[int, ...]]) -> decoding.State:
+        lengths = np.array([len(ids) for ids in texts], np.int32)
+        padded = np.zeros((len(texts), decoding.width(self._model, lengths.max())), np.int32)
+        for row, ids in zip(padded, texts, strict=True):
+            row[: len(ids)] = ids
+        return decoding.prefill(self._model, self._params, padded, lengths)
+
+    def _merge(self, rows: decoding.State, slots: list[int]) -> None:
+        chosen = np.isin(np.arange(len(self._slots)), slots)
+        self._state = decoding.merge(self._model, self._state, rows, chosen)
+
+    def _settings(self, running: dict[int, _Slot]) -> Streams:
+        """The streams as the device gets them, with the counts of now."""
+        size, known = len(self._slots), self._streams
+        if known is None:
+            stops = max((len(slot.stream.stops) for slot in running.values()), default=0)
+            keys = np.zeros((size, *next(iter(running.values())).key_data.shape), np.uint32)
+            known = Streams(
+                keys=keys,
+                drawn=np.zeros(size, np.int32),
+                left=np.zeros(size, np.int32),
+                stops=np.full((size, max(8, -(-stops // 8) * 8)), -1, np.int32),
+                sampling=self._idle,
+                seen=None,
+            )
+            samplings = [self._idle] * size
+            for i, slot in running.items():
+                keys[i] = slot.key_data
+                known.stops[i, : len(slot.stream.stops)] = slot.stream.stops
+                samplings[i] = slot.stream.sampling
+            self._streams = known = known._replace(sampling=stacked(samplings, self._table_size))
+        for i, slot in running.items():
+            known.drawn[i] = slot.drawn
+            known.left[i] = slot.stream.max_new_tokens - slot.drawn
+        if known.sampling.repetition_penalty is not None:
+            seen = np.zeros((size, self._table_size), bool)
+            for i, slot in running.items():
+                seen[i, list(slot.seen)] = True
+            known = known._replace(seen=seen)
+        return known
+
+    def _take(self, i: int, slot: _Slot, drawn: decoding.Drawn) -> NewTokens:
+        """What was drawn for slot i."""
+        count = int((drawn.tokens[i] >= 0).sum())
+        tokens, S = drawn.tokens[i, :count], self._model.config.block_size
+        slot.ids += tokens.tolist()
+        slot.seen.update(tokens.tolist())
+        slot.drawn += count
+        slot.length += count
+        ended = slot.drawn >= slot.stream.max_new_tokens or int(tokens[-1]) in slot.stream.stops
+        if ended:
+            self.remove(i)
+        elif slot.length > S and isinstance(self._state.context, decoding.Window):
+            slot.ids, slot.length = slot.ids[-S:], S
+        elif slot.length > S:  # the window is full and its positions are fixed: read half again
+            slot.ids, slot.waits = slot.ids[-max(1, S // 2) :], True
+        return NewTokens(
+            tokens,
+            drawn.logprobs[i, :count],
+            None if drawn.ids is None else drawn.ids[i, :count],
+            None if drawn.id_logprobs is None else drawn.id_logprobs[i, :count],
+            ended,
+        )
