@@ -19,7 +19,7 @@ from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.loaded import LoadedRun
 from gptjax.runs.run import Run
 from gptjax.step import TrainState
-from gptjax.text.tokenizers import CharTokenizer
+from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXT = "the king\n"
 
@@ -99,9 +99,10 @@ def test_the_picture_of_losses(run):
 
 
 def test_long_words_and_lines_are_broken():
-    cells, rows = tokens._lines(["a" * 200, " b", "\n", "c", ""])
-    assert cells == [(0, 0, "a" * 72), (1, 0, " b"), (1, 2, "↵"), (2, 0, "c"), (2, 1, "␣")]
-    assert rows == 3 and label("\x1b") == "\\x1b" and label("") == "(empty)"
+    cells, rows = tokens._lines(["a" * 200, " b", "\n", "c"])
+    assert cells == [(0, 0, "a" * 72), (1, 0, " b"), (1, 2, "↵"), (2, 0, "c")]
+    assert rows == 3 and label("\x1b") == "\\x1b"
+    assert inside.token_names(ByteTokenizer(), np.array([97, 228, 10])) == ["a", "#228", "\n"]
 
 
 def test_neighbours(run):

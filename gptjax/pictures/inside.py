@@ -13,14 +13,15 @@ from gptjax.loss import token_losses
 from gptjax.parallel.switches import pinned
 from gptjax.runs.loaded import LoadedRun
 from gptjax.text import special_tokens
-from gptjax.text.tokenizers import Tokenizer, UnknownCharacters
+from gptjax.text.tokenizers import INCOMPLETE, Tokenizer, UnknownCharacters
 
 ROWS = 16  # windows of a text whose losses are computed at once
 
 
 def token_names(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    """The text of each of (N,) tokens; one with a part of a character has U+FFFD for it."""
-    return [tokenizer.decode([token]) for token in np.asarray(ids).tolist()]
+    """The text of each of (N,) tokens; of one without, or with a part of a character, its id."""
+    names = ((token, tokenizer.decode([token])) for token in np.asarray(ids).tolist())
+    return [name if name.strip(INCOMPLETE) else f"#{token}" for token, name in names]
 
 
 def encode(run: LoadedRun, text: str, at_least: int = 1) -> np.ndarray:

@@ -19,7 +19,7 @@ MASKED = "0.82"  # the grey of what a token cannot read
 
 def label(token: str) -> str:
     """A token as the label of an axis or a cell: blanks and line ends are seen."""
-    return "".join(SIGNS.get(c, c) for c in visible(token)) or "(empty)"
+    return "".join(SIGNS.get(c, c) for c in visible(token))
 
 
 def attention_maps(
@@ -124,7 +124,7 @@ def _lines(tokens: Sequence[str]) -> tuple[list[tuple[int, int, str]], int]:
     """Row, column and shown text of each token, broken into lines of COLUMNS; and how many."""
     cells, row, column = [], 0, 0
     for token in tokens:
-        shown = "".join(SIGNS["\n"] if c == "\n" else c for c in token)[:COLUMNS] or SIGNS[" "]
+        shown = "".join(SIGNS["\n"] if c == "\n" else c for c in token)[:COLUMNS]
         if column + len(shown) > COLUMNS:
             row, column = row + 1, 0
         cells.append((row, column, shown))
