@@ -224,7 +224,7 @@ def test_a_long_text_is_read_as_it_is_scored(run: Any, monkeypatch):
     """Before the second block of the text is read, what the first one has is scored."""
     read: list[int] = []
     nothing = lambda model, params, rows, V, K: [
-        np.zeros((*rows[:, 1:].shape, *([K] if i > 1 else [])), np.int32) for i in range(4)
+        np.zeros((*rows[:, 1:].shape, *([K] if i > 1 else [])), np.float32) for i in range(4)
     ]
     monkeypatch.setattr(windows, "compute", nothing)
 
