@@ -15,6 +15,7 @@ from gptjax.errors import (
     pattern,
     positive,
     stretch,
+    text_encoding,
     within,
 )
 
@@ -177,13 +178,7 @@ class DataConfig:
                 f"data.bpe_vocab_size={self.bpe_vocab_size} is too large; give {LARGEST_BPE} or "
                 f"less"
             )
-        try:
-            "".encode(self.encoding)
-        except (LookupError, ValueError):  # ValueError: a NUL in it, or `undefined`
-            raise UserError(
-                f"data.encoding={self.encoding!r} is not a text encoding that Python knows; give "
-                f"e.g. utf-8, latin-1, cp1252, utf-16"
-            ) from None
+        text_encoding("data.encoding", self.encoding)
 
 
 @dataclass(frozen=True)
@@ -301,6 +296,12 @@ class Config:
     """Steps between checkpoints; the last step is saved too."""
     keep_last: int = 2
     """Newest checkpoints to keep, besides the best one."""
+    sample_tokens: int | None = 300
+    """Tokens of the sample after each evaluation, kept in samples.jsonl. None means no samples."""
+    norms_every: int | None = None
+    """Steps between norms of each layer's parameters, gradients, updates. None means no norms."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Trackers to feed, offline unless they are set up otherwise; --track alone means none."""
     stop_after_skips: int = 3
     """Stop after this many consecutive non-finite steps (each is skipped)."""
     steps_per_dispatch: int = 8
@@ -316,11 +317,10 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is out of range; give 0 <= seed < 2**32")
-        for name in (
-            *("steps", "batch_size", "eval_every", "save_every", "keep_last"),
-            *("steps_per_dispatch", "stop_after_skips", "eval_batches", "loss_chunk"),
-        ):
+        counts = "steps batch_size eval_every save_every keep_last steps_per_dispatch loss_chunk"
+        for name in (*counts.split(), *"stop_after_skips eval_batches sample_tokens".split()):
             positive(name, getattr(self, name))
+        positive("norms_every", self.norms_every)
         if self.loss_chunk is not None:
             block = self.model.block_size
             multiple("model.block_size", block, "loss_chunk", self.loss_chunk)

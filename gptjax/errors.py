@@ -188,6 +188,17 @@ def pattern(name: str, value: str | None) -> None:
         raise UserError(f"{name}={value!r} is not a regular expression: {error}") from None
 
 
+def text_encoding(name: str, value: str) -> None:
+    """A text encoding that Python knows."""
+    try:
+        "".encode(value)
+    except (LookupError, ValueError):  # ValueError: a NUL in it, or `undefined`
+        raise UserError(
+            f"{name}={value!r} is not a text encoding that Python knows; give e.g. utf-8, latin-1, "
+            f"cp1252, utf-16"
+        ) from None
+
+
 def within(name: str, value: float, low: float, high: float, closed: bool = False) -> None:
     """low <= value < high, or up to high too if closed."""
     if not (low <= value < high or (closed and value == high)):

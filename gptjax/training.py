@@ -35,7 +35,7 @@ from gptjax.parallel.flops import count_params
 from gptjax.parallel.switches import pinned
 from gptjax.parallel.tracing import Profile
 from gptjax.plan import room
-from gptjax.runs import environment, folders, parts
+from gptjax.runs import environment, folders, parts, samples
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import Damaged
 from gptjax.runs.folders import run_flag
@@ -46,8 +46,7 @@ from gptjax.text import special_tokens as special
 from gptjax.text.dataset import Dataset, fingerprint, named, open_dataset
 from gptjax.text.stream import first_tokens
 from gptjax.text.tokenizers import IdTokenizer, Tokenizer, UnknownCharacters
-
-SAMPLE_TOKENS = 300  # shown when a run ends
+from gptjax.track.trackers import check_installed
 
 
 @pinned()
@@ -98,10 +97,11 @@ def train(
             stays non-finite, or a full disk.
     """
     directory = Path(directory)
+    check_installed(config.track)
     report = report or Report(quiet=not distributed.is_first())
 
     # Data
-    run, params = Run(directory) if resume else None, None
+    run, params, chat = Run(directory) if resume else None, None, None
     tokenizer = run.tokenizer if run else None
     if run:
         config = replace(config, init=pretrained.pinned(config.init, run.config.init))
@@ -116,7 +116,7 @@ def train(
         loaded = distributed.first_then_all(partial(pretrained.load, config.init))
         report.say(pretrained.origin(config, loaded))
         config, params = pretrained.fit(config, loaded)
-        tokenizer = loaded.tokenizer
+        tokenizer, chat = loaded.tokenizer, loaded.chat
     dataset = None
     if batches is None:
         opened = partial(_open, config, run, tokenizer, report, special_tokens)
@@ -165,7 +165,7 @@ def train(
         """Make the folder, or check that it can be resumed; the settings that will change."""
         stack.enter_context(folders.locked(directory))
         if run is None:
-            Run.create(directory, config, tokenizer, own)
+            Run.create(directory, config, tokenizer, own, chat)
             return {}
         parts.check(run, own)
         run.use_text(data_name, text)
@@ -201,12 +201,12 @@ def train(
             source = make_source(config, dataset, setup.mesh, key)
             evaluate = evaluation(setup, dataset, source)
         trace = Profile(directory / "profile" if profile and distributed.is_first() else None)
-        job = Job(setup, run, checkpoints, dataset, source, key, evaluate, report, trace)
-        record, state = run_job(job, state, start)
+        sample = partial(_sample, setup, tokenizer) if config.sample_tokens else None
+        job = Job(setup, run, checkpoints, dataset, source, key, evaluate, report, trace, sample)
+        record, _ = run_job(job, state, start)
         if record["step"] == config.steps:
-            report.say(
-                f"a sample of step {config.steps}:\n" + _sample(setup, tokenizer, state.weights)
-            )
+            if text := samples.read(directory).get(config.steps):
+                report.say(f"a sample of step {config.steps}:\n{text}")
             _say_next(job)
         return record
 
@@ -302,7 +302,8 @@ def _sample(setup: Setup, tokenizer: Tokenizer, params: Any) -> str:
     """Some text from the trained model, without a prompt."""
     sampling = Sampling(temperature=0.8, vocab_size=tokenizer.vocab_size)
     key = jax.random.key(setup.config.seed)
-    chunks = generate(setup.applied, params, first_tokens(tokenizer), key, SAMPLE_TOKENS, sampling)
+    n = setup.config.sample_tokens or 0
+    chunks = generate(setup.applied, params, first_tokens(tokenizer), key, n, sampling)
     return tokenizer.decode(np.concatenate(list(chunks), axis=1)[0])
 
 

@@ -18,13 +18,16 @@ from hypothesis import strategies as st
 from gptjax import __version__, training
 from gptjax.assembly import make_model
 from gptjax.cli import names, streams
+from gptjax.cli import train as train_cli
 from gptjax.cli.flags import flags_of
 from gptjax.cli.main import COMMANDS, main
+from gptjax.cli.prompts import read_prompt
 from gptjax.cli.recipe import load_recipe
-from gptjax.cli.sample import SampleCommand, parse_sample, read_prompt
+from gptjax.cli.sample import SampleCommand, parse_sample
 from gptjax.cli.train import TrainCommand, parse_train
 from gptjax.config import Config
 from gptjax.errors import LONGEST, UserError, one_line_errors
+from gptjax.parallel import switches
 from gptjax.presets import PRESETS
 from gptjax.runs import folders
 from gptjax.runs.run import Run
@@ -54,6 +57,17 @@ def message_of(read: Any, value: Any) -> str:
 
 # ---------------------------------------------------------------------------------------------
 # train.py
+
+
+def test_deterministic_kernels_are_asked_for_before_the_devices_start(monkeypatch):
+    """After that XLA no longer reads its flags, and a run would vary without a word."""
+    monkeypatch.setenv("XLA_FLAGS", "--mine")
+    monkeypatch.setattr(switches.xla_bridge, "backends_are_initialized", lambda: False)
+    switches.use_deterministic_kernels()
+    assert os.environ["XLA_FLAGS"] == f"--mine {switches.DETERMINISTIC}"
+    monkeypatch.setattr(switches.xla_bridge, "backends_are_initialized", lambda: True)
+    with pytest.raises(UserError, match="--deterministic comes too late"):
+        train_cli.main(["--config", "tiny", "--deterministic"], "train.py")
 
 
 def test_no_arguments_is_the_small_preset():
@@ -400,7 +414,9 @@ def test_foreign_names_of_training(typed, flag):
     assert message_of(parse_train, [typed, "3"]) == f"{typed} is {flag} here{SEE_TRAIN}"
 
 
-@pytest.mark.parametrize("typed", ["--epochs", "--device", "--compile", "--min_lr", "--wandb_log"])
+@pytest.mark.parametrize(
+    "typed", ["--epochs", "--device", "--compile", "--min_lr", "--wandb_project"]
+)
 def test_names_without_a_flag(typed):
     assert message_of(parse_train, [typed, "3"]).startswith(f"there is no {typed}: ")
 
@@ -420,7 +436,8 @@ def test_synonyms_stand_for_flags_and_for_one_flag_of_a_command():
         words = [word for full in mine for word in names.SYNONYMS[full].split()]
         assert len(words) == len(set(words))
         own = {name[2:] for name in flags} | {name[2:].rpartition(".")[2] for name in flags}
-        assert not set(words) & own - {flag.section for flag in flags.values()}
+        # `--out` names the run where one is trained, and is a flag of its own for samples.
+        assert not set(words) & own - {flag.section for flag in flags.values()} - {"out"}
     every = {flag.name for cls in (TrainCommand, SampleCommand) for flag in flags_of(cls)}
     assert {full.partition(" ")[0] for full in names.SYNONYMS} <= every
 

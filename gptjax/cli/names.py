@@ -24,6 +24,7 @@ SYNONYMS = {
     "--eval-batches": "eval-iters",
     "--save-every": "save-steps save-interval checkpoint-every ckpt-every",
     "--keep-last": "save-total-limit",
+    "--track": "wandb-log wandb report-to tensorboard logger",
     "--special-tokens": "add-special-tokens add-bos-token add-bos bos",
     "--model.n-layer": "num-layers n-layers layers depth num-hidden-layers",
     "--model.n-head": "heads num-heads n-heads num-attention-heads",
@@ -67,6 +68,15 @@ SYNONYMS = {
     "--temperature": "temp t",
     "--top-k": "topk",
     "--top-p": "topp nucleus",
+    "--min-p": "minp",
+    "--repetition-penalty": "repeat-penalty rep-penalty",
+    "--stop": "stop-strings stop-sequences reverse-prompt",
+    "--ignore-eos": "no-eos no-stop",
+    "--interactive": "repl conversation i",
+    "--system": "system-prompt sys",
+    "--prompts": "prompts-file prompt-file",
+    "--json": "jsonl",
+    "--logprobs": "log-probs top-logprobs alternatives",
     "--checkpoint": "ckpt step",
 }
 
@@ -82,8 +92,7 @@ ABSENT = {
     "JAX_PLATFORMS=cpu in the environment for the CPU",
     "fp16 amp": "give --model.dtype bfloat16",
     "log-interval logging-steps log-every": "leave it out: every step is in metrics.jsonl",
-    "wandb-log wandb-project wandb report-to tensorboard": "metrics are in the run's "
-    "metrics.jsonl, and gptjax plot draws them",
+    "wandb-project wandb-run-name": "set WANDB_PROJECT in the environment, and give --track wandb",
     "num-workers workers dataloader-num-workers": "leave it out: batches are prefetched",
 }
 

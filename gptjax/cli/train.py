@@ -55,6 +55,9 @@ class TrainCommand:
     such as a BOS; prompts of the run get them too. The run keeps which ones."""
     profile: bool = False
     """Trace a few steps into the run's folder profile/, for XProf or TensorBoard."""
+    deterministic: bool = False
+    """On a GPU, use only kernels that give the same bits each time, so that a run repeats and
+    resumes exactly; slower. Give it again with --resume. On a CPU nothing changes."""
     distributed: str | None = None
     """Join a multi-process run: auto detects SLURM, Open MPI, Kubernetes or a TPU pod;
     RANK/WORLD@HOST:PORT gives this process's rank, the number of processes and the coordinator."""
@@ -160,6 +163,10 @@ def _say(command: TrainCommand, prog: str) -> None:
 def main(argv: list[str], prog: str) -> None:
     """Train, replay a step or plan; jax is imported once the arguments are understood."""
     command = parse_train(argv, prog)
+    if command.deterministic:
+        from gptjax.parallel.switches import use_deterministic_kernels
+
+        use_deterministic_kernels()
     if command.plan is not None and command.flops is not None:
         command = budget.for_flops(command, argv, budget.vocab_size(command, None))
     if command.flops is None:

@@ -16,7 +16,7 @@ from gptjax.runs import files
 RUNS = Path("runs")
 LONGEST = 2000  # bytes of a path, of which the files in the folder need some more
 LOCK = ".lock"
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, TOKENIZER, CHAT = "config.json", "tokenizer.json", "chat.json"
 METRICS, TEXT = "metrics.json", "text.json"  # in checkpoints: digests of the metrics and the text
 
 
@@ -156,7 +156,7 @@ def copies(directory: Path, name: str) -> Iterator[tuple[Path, str]]:
 
 def _is_vacant(directory: Path) -> bool:
     """Whether a folder contains nothing but leftovers of a process killed while creating a run."""
-    leftovers = {LOCK, TOKENIZER, f"{TOKENIZER}.tmp", f"{CONFIG}.tmp"}
+    leftovers = {LOCK, TOKENIZER, CHAT} | {f"{n}.tmp" for n in (CONFIG, TOKENIZER, CHAT)}
     return directory.is_dir() and {path.name for path in directory.iterdir()} <= leftovers
 
 

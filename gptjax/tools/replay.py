@@ -28,7 +28,7 @@ from gptjax.runs import parts
 from gptjax.runs.bad_steps import token_rows
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
-from gptjax.step import TrainState
+from gptjax.step import NORMS, TrainState
 from gptjax.text.dataset import fingerprint, named, open_dataset
 
 LEAVES = 8  # of the gradient, shown
@@ -106,7 +106,7 @@ def replay(
     rows = {
         name: f"{values[name]:.9g}, logged: {record.get(name, record.get('skipped', 'nothing'))}"
         for name in values
-        if name != "lr"
+        if name != "lr" and not name.startswith(NORMS)
     }
     report.summary(f"step {step}", rows)
     report.summary("the gradient's largest norms", _norms(gradient))
