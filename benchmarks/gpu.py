@@ -154,16 +154,17 @@ def trained(
 
 def correctness(command: GpuCommand) -> list[Row]:
     """Losses on the device against those on the CPU, and which runs are equal to the last bit."""
+    from gptjax.parallel.switches import DETERMINISTIC
+
     preset, n = ("tiny", 4) if command.toy else ("small", 20)
-    deterministic = "--xla_gpu_deterministic_ops=true"
     made = {
         "cpu": (trained, preset, (n,), "float32", "", "cpu"),
         "here": (trained, preset, (n,), "float32", "", None),
         "bfloat16": (trained, preset, (2 * n,), "bfloat16", "", None),
         "again": (trained, preset, (2 * n,), "bfloat16", "", None),
         "in two": (trained, preset, (n, n), "bfloat16", "", None),
-        "fixed": (trained, preset, (2 * n,), "bfloat16", deterministic, None),
-        "fixed again": (trained, preset, (n, n), "bfloat16", deterministic, None),
+        "fixed": (trained, preset, (2 * n,), "bfloat16", DETERMINISTIC, None),
+        "fixed again": (trained, preset, (n, n), "bfloat16", DETERMINISTIC, None),
     }
     found = {}
     for name, args in made.items():  # one after the other, so that they share no memory
@@ -176,7 +177,7 @@ def correctness(command: GpuCommand) -> list[Row]:
         Row("correctness", f"{n} losses against the CPU, bfloat16", f"{off('again', 'cpu'):.1e}"),
         Row("correctness", "another process: same bits", same("bfloat16", "again")),
         Row("correctness", "stopped halfway: same bits", same("bfloat16", "in two")),
-        Row("correctness", f"the same with {deterministic}", same("fixed", "fixed again")),
+        Row("correctness", f"the same with {DETERMINISTIC}", same("fixed", "fixed again")),
     ]
 
 

@@ -49,33 +49,42 @@ class Sampling:
     vocab_size: int | None = None
 
 
-NEUTRAL = {"top_k": ALL, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+# What each setting is where it changes nothing. Those of a group are used together or not at all,
+# so that there are few programs to compile.
+GROUPS = {"top_k": ALL, "top_p": 1.0, "min_p": 0.0}, {"repetition_penalty": 1.0, "logit_bias": None}
 
 
 def stacked(rows: Sequence[Sampling], table_size: int) -> Sampling:
-    """The settings of B streams as one, with a (B,) array for each that any of them uses.
+    """The settings of B streams as one, with (B,) arrays of those that any of them uses.
 
     Args:
         rows: of each stream; `vocab_size` is of all.
-        table_size: rows of the embedding table.
+        table_size: V, rows of the embedding table.
     """
     columns: dict[str, Any] = {
         "temperature": np.array([row.temperature for row in rows], np.float32),
         "vocab_size": rows[0].vocab_size,
     }
-    for name, neutral in NEUTRAL.items():
-        values = [getattr(row, name) for row in rows]
-        if any(value is not None for value in values):
-            filled = [neutral if value is None else value for value in values]
-            columns[name] = np.array(filled, np.int32 if name == "top_k" else np.float32)
-    biases = [row.logit_bias for row in rows]
-    if any(biases):
-        bias = np.zeros((len(rows), table_size), np.float32)
-        for out, values in zip(bias, biases, strict=True):
-            if isinstance(values, Mapping):
-                out[list(values)] = list(values.values())
-        columns["logit_bias"] = bias
+    for group in GROUPS:
+        given = {name: [getattr(row, name) for row in rows] for name in group}
+        if not any(value is not None for values in given.values() for value in values):
+            continue
+        for name, values in given.items():
+            if name == "logit_bias":
+                columns[name] = _biases(values, table_size)
+            else:
+                filled = [group[name] if value is None else value for value in values]
+                columns[name] = np.array(filled, np.int32 if name == "top_k" else np.float32)
     return Sampling(**columns)
+
+
+def _biases(rows: Sequence[Any], table_size: int) -> np.ndarray:
+    """(B, V) float32 of the biases of B streams."""
+    biases = np.zeros((len(rows), table_size), np.float32)
+    for out, values in zip(biases, rows, strict=True):
+        if values:
+            out[list(values)] = list(values.values())
+    return biases
 
 
 def draw(
@@ -151,3 +160,7 @@ def check(sampling: Sampling) -> None:
             holds, expected = ranges[field.name]
             if not holds(value):
                 raise UserError(f"{field.name} {value} is out of range; give {expected}")
+    bias = sampling.logit_bias
+    for value in bias.values() if isinstance(bias, Mapping) else ():
+        if not abs(value) < float("inf"):
+            raise UserError(f"logit_bias {value} is out of range; give a number, -100 for never")

@@ -207,10 +207,10 @@ def test_an_option_beyond_the_context_is_refused(name: str):
         jax.eval_shape(NGramGPT(SMALL, V, **option).init, jax.random.key(0), random_tokens(1, 2))
 
 
-@pytest.mark.parametrize("name", ["fast", "record"])
-def test_a_speedrun_is_trained_and_sampled(name: str, tmp_path: Path, text: str):
+@pytest.mark.parametrize(("name", "dtype"), [("fast", "float32"), ("record", "bfloat16")])
+def test_a_speedrun_is_trained_and_sampled(name: str, dtype: str, tmp_path: Path, text: str):
     config, model = measure.recipe(str(EXAMPLES / "speedrun" / f"{name}.py"))
-    small = replace(config.model, n_embd=16, n_head=2, n_layer=1, block_size=64)
+    small = replace(config.model, n_embd=16, n_head=2, n_layer=1, block_size=64, dtype=dtype)
     short = replace(SHORT, model=small, optim=replace(config.optim, warmup_steps=2))
     short = replace(short, data=replace(config.data, text=text))
     record = gptjax.train(short, tmp_path / "run", model=model)

@@ -4,6 +4,7 @@ The counts hold what was gained: each of them was higher once, and costs time on
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from gptjax.parallel.switches import DETERMINISTIC
 from gptjax.plan import aot
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +47,11 @@ print(json.dumps({
     "by": compiled.by,
     "transposes": large(program.executed("transpose")),
     "scatters": [i.shape for i, _ in program.executed("scatter")],
+    "scatters in any order": [
+        i.shape
+        for i, _ in program.executed("scatter")
+        if "unique_indices=true" not in i.attributes
+    ],
     "copies": large(program.executed("copy")),
     "attention": sum("fmha" in i.attributes for i, _ in program.executed("custom-call")),
     "float32 matmuls": [d for d in dots if all(shape.startswith("f32") for shape in d)],
@@ -56,11 +63,12 @@ print(json.dumps({
 """
 
 
-def counts(preset: str, layers: int) -> dict[str, Any]:
+def counts(preset: str, layers: int, flags: str = "") -> dict[str, Any]:
     if aot.compiler("gpu") is None:
         pytest.skip("needs a CUDA plug-in of JAX: pip install -e '.[plan]'")
     words = [sys.executable, "-c", COUNT, preset, str(layers)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    env = {**os.environ, "XLA_FLAGS": flags}
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print({name: len(x) if isinstance(x, list) else x for name, x in found.items()})
@@ -78,9 +86,18 @@ def test_a_step_on_an_h100(preset, layers, kernels, traffic, temporaries):
     assert found["attention"] == 2 * layers  # cuDNN's, forward and backward
     assert found["transposes"] == []  # the batch stays first
     assert len(found["scatters"]) == 1  # into the embedding table, and none over the logits
+    assert found["scatters in any order"] == found["scatters"]  # see --deterministic
     assert found["float32 matmuls"] == []
     assert found["copies"] == []  # of parameters or the optimizer's state
     assert found["conditionals"] == 0  # the host would wait for each
     assert found["kernels"] <= kernels
     assert found["traffic"] <= traffic
     assert found["temporaries"] <= temporaries
+
+
+@pytest.mark.slow
+def test_deterministic_kernels_add_up_the_embedding_in_order():
+    """They sort first what the scatter adds up in any order; these are its price in bytes."""
+    found = counts("shakespeare", 1, DETERMINISTIC)
+    assert found["scatters in any order"] == [] and found["attention"] == 2
+    assert found["kernels"] <= 125 and found["traffic"] <= 3.1e9

@@ -25,6 +25,7 @@ from run_helpers import (
     contents,
     message,
     records,
+    shared_programs,  # noqa: F401
     text_file,
 )
 
@@ -42,6 +43,8 @@ from gptjax.runs.run import Run
 from gptjax.tools.replay import replay
 from gptjax.tools.verify import verify
 from gptjax.training import train
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +169,10 @@ def test_metrics_of_ones_own_at_evaluations(config: Config, plain: Path, tmp_pat
     text = Path(config.data.text).read_text()
     ids = run.tokenizer.encode(text[int(0.9 * len(text)) :])
     right = 0
+    apply = jax.jit(run.model.apply)
     for start in range(0, len(ids) - 1, 8):
         window = ids[start : start + 9]
-        logits, _ = run.model.apply({"params": run.params}, window[None, :-1])
+        logits, _ = apply({"params": run.params}, window[None, :-1])
         right += int((logits[0].argmax(-1) == window[1:]).sum())
     assert found[8]["val_accuracy"] == pytest.approx(right / (len(ids) - 1), abs=1e-6)
     # Metrics are no part: they change nothing that a run computes.
@@ -309,8 +313,9 @@ def test_batches_of_ones_own_with_a_mask(config: Config, tmp_path: Path):
     assert loaded.tokenizer.vocab_size == V
     # The logged validation loss counts the targets under the mask, and no other.
     total = weight = 0.0
+    apply = jax.jit(loaded.model.apply)
     for batch in Sums().validation:
-        logits, _ = loaded.model.apply({"params": loaded.params}, batch.inputs)
+        logits, _ = apply({"params": loaded.params}, batch.inputs)
         log_probs = np.asarray(jax.nn.log_softmax(logits))
         losses = -np.take_along_axis(log_probs, batch.targets[..., None], -1)[..., 0]
         total, weight = total + (losses * batch.mask).sum(), weight + batch.mask.sum()

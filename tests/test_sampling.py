@@ -379,12 +379,13 @@ def test_a_session_compiles_once(model_class: type[nn.Module]):
     slots.warm_up()
     assert not slots.busy
     # Half a window and a whole one for one slot or both; both slots at once, from two rows or
-    # one; one slot; the loop with cuts or not, and with alternatives or not.
+    # one; one slot; the loop with and without cuts, penalties, and alternatives.
     warm = compiled()
-    assert warm == [4, 2, 1, 4]
+    assert warm == [4, 2, 1, 8]
     for length, n in itertools.product((1, 4, 5, 8, 40), (1, 7, 33)):
         prompt = list(range(length)) if length < V else [0] * length
         sampling = Sampling(1 / n, top_k=[None, 3][n % 2], top_p=[None, 0.9][length % 2])
+        sampling = replace(sampling, logit_bias=[None, {1: 2.0}][n % 2])
         run(model, params, prompt, n, sampling, 2, jax.random.key(n))
         slots.add(Stream(np.array(prompt), KEY, n, sampling, (1, 2), length > 4))
         while slots.busy:

@@ -12,8 +12,12 @@ from gptjax.errors import UserError, one_line_errors
 COMMANDS = {
     "train": "Train a GPT on a text, or resume a run.",
     "sample": "Generate text from a run.",
+    "score": "Measure how well a run, or each of two, predicts a text, token by token.",
     "import": "Make a run of a pretrained model: GPT-2, Llama, GGUF, nanoGPT.",
     "export": "Write a run as a folder that transformers loads.",
+    "runs": "List runs: how far each is, its size and its loss.",
+    "diff": "Compare two runs: settings, data, environment, losses.",
+    "track": "Write a run into TensorBoard, W&B, Trackio or MLflow.",
     "plot": "Draw loss curves of runs; of one, attention, losses of tokens, embeddings.",
     "verify": "Check that a run's files are intact and that its losses can be measured again.",
     "replay": "Recompute one step of a run and show its loss, gradient and batch.",

@@ -159,12 +159,12 @@ class Reply:
     def _cut(self, at: int, finish: Finish | None) -> Piece:
         """Return the text before `at`; what begins there or later is dropped at the end."""
         text, self._text = self._text[:at], self._text[at:]
-        ends = [end for end, _ in self._tokens]
-        begins = [0, *ends[:-1]]
-        if finish is None:
-            n = sum(end <= at for end in ends)
-        else:
-            n = sum(begin < at or end <= at for begin, end in zip(begins, ends, strict=True))
+        # A token without text begins a character, and is returned or dropped with it.
+        n = len(self._tokens) if finish and not self._text else 0
+        for i, (end, token) in enumerate(self._tokens):
+            reached = end - len(token.text) < at if finish else end <= at
+            if token.text and reached:
+                n = max(n, i + 1)
         tokens = tuple(token for _, token in self._tokens[:n])
         self._tokens = [(end - at, token) for end, token in self._tokens[n:]]
         return Piece(text, tokens, finish)

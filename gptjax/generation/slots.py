@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -155,23 +156,23 @@ class Slots:
         return {i: self._take(i, slot, drawn) for i, slot in running.items()}
 
     def warm_up(self) -> None:
-        """Compile what a step can need: every width, one slot or all of them, with and without
-        cuts and alternatives. Penalties and biases are compiled when they are first used."""
-        S, half = self._model.config.block_size, max(1, self._model.config.block_size // 2)
-        widths = {decoding.width(self._model, length): length for length in range(1, S + 1)}
-        key = jax.random.key(0)
+        """Compile what a step can need: every width, for one slot or all; the loop with and without
+        cuts, penalties and biases, and alternatives. Slots are to be free."""
+        size, key = len(self._slots), jax.random.key(0)
+        S = self._model.config.block_size
+        widths = {decoding.width(self._model, n): n for n in range(1, S + 1)}
+        text = np.zeros(1, int)
         for length in widths.values():
-            for count in {1, len(self._slots)}:
-                for i in range(count):
-                    prompt = np.full(length, i % self._table_size)
-                    prompt[0] = 0
+            text = np.zeros(length, int)
+            different = [np.append(text[1:], i % self._table_size) for i in range(size)]
+            for prompts in ([text], different, [text] * size):
+                for prompt in prompts:
                     self.add(Stream(prompt, key, 1, self._idle))
                 self.step(1)
-        for top_k in (None, 1):
-            for alternatives in (False, True):
-                how = Sampling(top_k=top_k, vocab_size=self._idle.vocab_size)
-                self.add(Stream(np.zeros(half, int), key, 1, how, (), alternatives))
-                self.step(1)
+        for top_k, penalty, alternatives in product((None, 1), (None, 1.0), (False, True)):
+            how = replace(self._idle, top_k=top_k, repetition_penalty=penalty)
+            self.add(Stream(text, key, 1, how, (), alternatives))
+            self.step(1)
 
     def _prefill(self, waiting: dict[int, _Slot]) -> None:
         """Read the texts of slots: one at a time, or of all slots at once if most of them wait. A
