@@ -95,6 +95,8 @@ def _check(command: PlotCommand, wanted: Sequence[str]) -> None:
         raise UserError(f"{flags[0]} needs --attention, --losses or --neighbours")
     if wanted != ["attention"] and (flags := given(("layer", "head"))):
         raise UserError(f"{flags[0]} needs --attention TEXT")
+    if command.terminal and command.losses is not None:
+        raise UserError("--losses has no --terminal; gptjax score --text TEXT prints them")
     if command.terminal and command.out is not None:
         raise UserError("--terminal writes no picture; leave it or --out out")
 
