@@ -199,23 +199,12 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_auto_falls_back_and_says_so(broken, caplog):
-    plain = kernels.make_kernel(replace(BF16, attention="auto"), broken)
-    assert plain == Kernel(kernels.undivided)
+    assert kernels.make_kernel(replace(BF16, attention="auto"), broken) is None
     [record] = caplog.records
     assert record.getMessage() == (
         "cudnn attention does not work here, so plain attention is used: "
         "RuntimeError: cuDNN 9.1 is too old"
     )
-
-
-def test_plain_attention_on_a_gpu_is_the_same_in_one_block_of_queries():
-    inputs = drawn(1, 128, 4, 2, 8)
-    config = replace(BF16, attention="plain")
-    plain = kernels.make_kernel(config, H100)
-    assert plain is not None and kernels.make_kernel(config, CPU) is None
-    np.testing.assert_allclose(plain(*inputs), causal_attention(*inputs), rtol=0, atol=1e-6)
-    dots = [str(jax.make_jaxpr(f)(*inputs)).count("dot_general") for f in (plain, causal_attention)]
-    assert dots == [2, 8]
 
 
 def test_a_requested_kernel_that_does_not_work_is_refused(broken):

@@ -33,8 +33,8 @@ def make_kernel(config: ModelConfig, mesh: Mesh) -> Kernel | None:
         mesh: from `sharding.make_mesh`; each device computes its own rows and heads.
 
     Returns:
-        Causal attention: q (B, T, H, D), k and v (B, T, G, D) -> (B, T, H, D). Plain attention,
-        which "auto" also selects where no kernel fits, is None, or on a GPU `undivided`.
+        Causal attention: q (B, T, H, D), k and v (B, T, G, D) -> (B, T, H, D). None: plain
+        attention, which "auto" also selects where no kernel fits.
 
     Raises:
         UserError: a kernel requested by name that these devices or this model cannot use.
@@ -42,12 +42,11 @@ def make_kernel(config: ModelConfig, mesh: Mesh) -> Kernel | None:
     device = mesh.devices.flat[0]
     by_kind = {"tpu": "splash", "gpu": "cudnn"}
     name = by_kind.get(device.platform) if config.attention == "auto" else config.attention
-    plain = Kernel(undivided) if device.platform == "gpu" else None
     if name is None or name == "plain":
-        return plain
+        return None
     if reason := _unfit(name, config, device):
         if config.attention == "auto":
-            return plain
+            return None
         raise UserError(f"model.attention={name} {reason}; give plain or auto")
     kernel = {"splash": splash, "cudnn": cudnn}[name]
     if device in jax.devices() and (reason := failure(kernel, config)):
@@ -55,7 +54,7 @@ def make_kernel(config: ModelConfig, mesh: Mesh) -> Kernel | None:
             log.warning(
                 "%s attention does not work here, so plain attention is used: %s", name, reason
             )
-            return plain
+            return None
         raise UserError(
             f"model.attention={name} does not work on this {device.device_kind}: {reason}; give "
             f"plain or auto"
@@ -119,12 +118,6 @@ def failure(kernel: Callable[..., jax.Array], config: ModelConfig) -> str | None
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None
-
-
-def undivided(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Plain causal attention in one block of queries: a GPU loses more by the kernels and
-    transposes of several blocks than it saves in scores (docs/speed.md)."""
-    return causal_attention(q, k, v, blocks=1)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
