@@ -17,7 +17,8 @@ import numpy as np
 from benchmarks import measure
 from gptjax import cli
 from gptjax.config import Config, DataConfig, ModelConfig
-from gptjax.errors import UserError, one_line_errors
+from gptjax.errors import one_line_errors
+from gptjax.pictures import figures
 
 Axis = Literal["batch", "context", "width", "layers", "corpus"]
 BASE = Config(batch_size=16, model=ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=64))
@@ -154,9 +155,7 @@ def draw(axes: dict[str, list[dict[str, Any]]], out: Path) -> None:
     Raises:
         UserError: the plot cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.6 * len(axes) + 1, 5), layout="constrained")
+    figure = figures.new_figure(2.6 * len(axes) + 1, 5)
     grid = figure.subplots(2, len(axes), squeeze=False, sharey="row")
     for column, (axis, rows) in enumerate(axes.items()):
         xs = [row["value"] for row in rows]
@@ -170,10 +169,7 @@ def draw(axes: dict[str, list[dict[str, Any]]], out: Path) -> None:
             panel.grid(alpha=0.3)
     grid[0, 0].set_ylabel("ms per step")
     grid[1, 0].set_ylabel("peak MB")
-    try:
-        figure.savefig(out, dpi=130)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; give another --out") from None
+    figures.save(figure, out)
 
 
 def main(argv: list[str]) -> None:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.progress import track
 
 from benchmarks import measure
 from gptjax import cli
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError, one_line_errors
+from gptjax.pictures import figures
 from gptjax.plan.chips import CHIPS, GIB, Chip, read_target
 from gptjax.presets import PRESETS
 
@@ -42,6 +44,15 @@ class ScalingCommand:
     out: Path | None = None
     """Results file (default: benchmarks/results/scaling.json); the plot is saved beside it as
     .png."""
+
+
+# Of each column: the field of a point, its unit's factor, the title and the axis's label.
+PANELS = (
+    ("share", 100, "MFU without overlap: % of the peak rate"),
+    ("memory", 1, "memory: GiB per device"),
+    ("sent", 1, "network traffic: GB sent per device and step"),
+)
+CROSS = {"markersize": 8, "markeredgecolor": "black", "markeredgewidth": 0.6}
 
 
 class Point(NamedTuple):
@@ -183,36 +194,51 @@ def draw(command: ScalingCommand, points: list[Point], compiled: list[Point], ou
     Raises:
         UserError: the plot cannot be written.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.2 * len(command.chips)), layout="constrained")
+    figure = figures.new_figure(13, 3.6 * len(command.chips) + 0.4)
     grid = figure.subplots(len(command.chips), 3, squeeze=False)
-    labels = ("MFU without overlap", "GiB per device", "GB sent per device")
-    for row, name in zip(grid, command.chips, strict=True):
-        for model in command.models:
-            best = []
+    ends: dict[tuple[int, int], list[figures.End]] = {}
+    for (row, column), panel in np.ndenumerate(grid):
+        name, (key, factor, title) = command.chips[row], PANELS[column]
+        for i, model in enumerate(command.models):
+            best: list[Point] = []
             for count in COUNTS:
                 here = [p for p in points if (p.model, p.chip, p.count) == (model, name, count)]
                 best += [max(here, key=lambda p: p.share)] if here else []
-            for panel, values in zip(row, ("share", "memory", "sent"), strict=True):
-                ys = [getattr(p, values) for p in best]
-                [line] = panel.plot([p.count for p in best], ys, "o-", markersize=3, label=model)
-                for p in compiled:
-                    if (p.model, p.chip) == (model, name):
-                        panel.plot(p.count, getattr(p, values), "x", color=line.get_color())
-        for panel, label in zip(row, labels, strict=True):
-            panel.set(xscale="log", xlabel=f"number of {CHIPS[name].title}", ylabel=label)
-            panel.set_xticks(COUNTS, [str(n) for n in COUNTS], fontsize=7)
-            panel.minorticks_off()
-            panel.grid(alpha=0.3)
-        row[1].set_yscale("log")
-        row[2].set_yscale("log")
-        row[0].set_ylim(0, 1)
-    grid[0, 0].legend(fontsize=7)
-    try:
-        figure.savefig(out, dpi=110)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; give another --out") from None
+            if not best:
+                continue
+            value = lambda p, key=key, factor=factor: factor * getattr(p, key)
+            look = figures.line(i) | figures.marks(i) | {"markersize": 4}
+            panel.plot([p.count for p in best], list(map(value, best)), **look, linewidth=1.2)
+            end = figures.End(best[-1].count, value(best[-1]), model, look)
+            ends.setdefault((row, column), []).append(end)
+            for p in compiled:
+                if (p.model, p.chip) == (model, name):
+                    estimate = [value(q) for q in best if q.count == p.count]
+                    color = look["color"]
+                    panel.plot([p.count] * 2, [*estimate, value(p)][-2:], ":", color=color)
+                    panel.plot(p.count, value(p), "X", color=color, **CROSS)
+        panel.set(xscale="log", xlabel="number of chips", ylabel=title.partition(":")[2].strip())
+        panel.set_xticks(COUNTS, [str(n) for n in COUNTS], fontsize=figures.SMALL)
+        panel.minorticks_off()
+        panel.grid(alpha=0.25)
+        panel.set_title(f"{CHIPS[name].title}: {title.partition(':')[0]}", fontsize="medium")
+        if key == "share":
+            panel.set_ylim(0, 100)
+        else:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+    crosses = (
+        "Crosses: the same step as compiled ahead of time for these chips, joined to its estimate "
+        "by a dotted line. "
+    )
+    figures.note(
+        figure,
+        f"Lines: estimates for the fastest mesh that fits. {crosses if compiled else ''}Nothing "
+        f"was run on these chips.",
+    )
+    for place, labels in ends.items():
+        figures.label_ends(grid[place], labels)
+    figures.save(figure, out)
 
 
 def confirm(texts: tuple[str, ...]) -> list[Point]:

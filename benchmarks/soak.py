@@ -21,8 +21,10 @@ import numpy as np
 from benchmarks import measure
 from gptjax import cli
 from gptjax.errors import UserError, one_line_errors
+from gptjax.pictures import figures
 from gptjax.runs import records
 
+SAMPLE = {"markersize": 2.5, "alpha": 0.5, "markeredgewidth": 0, "color": "C0"}
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 5.0  # seconds between samples
 WARM = 0.2  # fraction of a session in which memory may still grow
@@ -112,37 +114,45 @@ def summary(life: list[dict[str, float]]) -> dict[str, Any]:
 def draw(
     lives: list[list[dict[str, float]]], times: tuple[list[float], list[float]], out: Path
 ) -> None:
-    """Plot memory, step time, open files and threads over the steps.
+    """Plot memory, open files, threads and step time over the steps.
 
     Raises:
         UserError: the plot cannot be written.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True).ravel()
-    titles = ("resident MB", "open files", "threads")
-    for panel, title, name, unit in zip(
-        panels, titles, ("rss", "files", "threads"), (1e6, 1, 1), strict=False
-    ):
+    figure = figures.new_figure(8, 8)
+    panels = figure.subplots(4, 1, sharex=True)
+    names = (
+        ("rss", 1e6, "resident memory (MB)"),
+        ("files", 1, "open files"),
+        ("threads", 1, "threads"),
+    )
+    for panel, (name, unit, title) in zip(panels, names, strict=False):
         for life in lives:
-            panel.plot([x["step"] for x in life], [x[name] / unit for x in life], linewidth=1)
-        panel.set_ylim(bottom=0)
-        panel.set_title(title, fontsize="medium")
-    panels[3].plot(*times, linewidth=1, color="gray")
-    panels[3].set_ylim(bottom=0)
-    panels[3].set_title("ms per step", fontsize="medium")
+            # Single points: a line between samples would cross the whole panel at each save.
+            panel.plot([x["step"] for x in life], [x[name] / unit for x in life], "o", **SAMPLE)
+        panel.set_ylabel(title)
+    panels[3].plot(*times, linewidth=1, color="C0")
+    panels[3].set(ylabel="ms per step", xlabel="training step")
     for panel in panels:
-        panel.grid(alpha=0.3)
-    for panel in panels[2:]:
-        panel.set_xlabel("step (one colour per session)")
-        panel.xaxis.set_major_locator(MaxNLocator(5))
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    try:
-        figure.savefig(out, dpi=110)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; give another --out") from None
+        panel.set_ylim(0, 1.15 * panel.get_ylim()[1])
+        panel.grid(alpha=0.25)
+        for number, life in enumerate(lives, 1):
+            panel.axvline(life[0]["step"], color="0.4", linewidth=0.8, linestyle="--")
+            at = life[0]["step"], 0.97
+            where = {"transform": panel.get_xaxis_transform(), "va": "top"}
+            if panel is panels[0]:
+                panel.text(*at, f" session {number}", **where, fontsize=figures.SMALL)
+    panels[3].xaxis.set_major_formatter("{x:,.0f}")
+    sampled = sum(life[-1]["seconds"] for life in lives) / 60
+    figure.suptitle(f"tiny, stopped and resumed: {sampled:.0f} minutes", fontsize="medium")
+    figures.note(
+        figure,
+        "Points: samples every few seconds. A save opens files and starts threads, and closes and "
+        "ends them again; so what must not rise is the lower edge. Dashed: the run starts or "
+        "resumes, in a new process. Step time: mean of a hundredth of the run, saves and "
+        "evaluations not counted.",
+    )
+    figures.save(figure, out)
 
 
 def main(argv: list[str]) -> None:

@@ -46,6 +46,7 @@ from gptjax.parallel.kernels import make_kernel
 from gptjax.step import (
     TrainState,
     init_state,
+    layer_norms,
     repeat,
     skip_nonfinite,
     train_step,
@@ -142,13 +143,9 @@ def assemble(
         return jax.jit(init, out_shardings=placed)(make_key(config.seed), params=params)
 
     # The step
-    step = partial(
-        train_step,
-        model=applied,
-        optimizer=optimizer,
-        loss_fn=loss_fn,
-        accumulate=o.accumulate,
-    )
+    observe = partial(layer_norms, every=config.norms_every) if config.norms_every else None
+    step = partial(train_step, model=applied, optimizer=optimizer, loss_fn=loss_fn)
+    step = partial(step, accumulate=o.accumulate, observe=observe)
     step = with_learning_rate(step, schedule)
     if o.ema is not None:
         step = with_ema(step, o.ema)

@@ -15,6 +15,7 @@ from gptjax.errors import (
     pattern,
     positive,
     stretch,
+    text_encoding,
     within,
 )
 
@@ -94,12 +95,10 @@ class ModelConfig:
     """What remat keeps of a block: nothing but its input, or its linear layers' outputs too."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        sizes = "n_layer n_head n_embd block_size vocab_size n_kv_head head_dim n_inner window"
+        for name in (*sizes.split(), "nope_every"):
             positive(f"model.{name}", getattr(self, name))
         within("model.dropout", self.dropout, 0.0, 1.0)
-        for name in ("vocab_size", "n_kv_head", "head_dim", "n_inner", "window", "nope_every"):
-            if getattr(self, name) is not None:
-                positive(f"model.{name}", getattr(self, name))
         within("model.attn_dropout", self.dropped_attention, 0.0, 1.0)
         if self.softcap is not None:
             above_zero("model.softcap", self.softcap)
@@ -155,6 +154,9 @@ class DataConfig:
     """Share held out for validation: the end of a text, or whole documents of several."""
     val_limit: int | None = None
     """Most characters held out (tokens, for token files). None means no limit."""
+    val: str | None = None
+    """Validation text of your own, read in full; then all of data.text trains, and val_fraction and
+    val_limit have no effect. None means that a part of data.text is held out."""
     order: Literal["random", "shuffled"] = "random"
     """Order of the windows: random draws their starts uniformly; shuffled reads consecutive windows
     in a new order every epoch (needs grain; several texts need it)."""
@@ -164,8 +166,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         within("data.val_fraction", self.val_fraction, 0.0, 1.0)
-        if self.val_limit is not None:
-            positive("data.val_limit", self.val_limit)
+        positive("data.val_limit", self.val_limit)
         not_negative("data.resident_tokens", self.resident_tokens)
         if self.bpe_vocab_size < 257:
             raise UserError(
@@ -177,13 +178,7 @@ class DataConfig:
                 f"data.bpe_vocab_size={self.bpe_vocab_size} is too large; give {LARGEST_BPE} or "
                 f"less"
             )
-        try:
-            "".encode(self.encoding)
-        except (LookupError, ValueError):  # ValueError: a NUL in it, or `undefined`
-            raise UserError(
-                f"data.encoding={self.encoding!r} is not a text encoding that Python knows; give "
-                f"e.g. utf-8, latin-1, cp1252, utf-16"
-            ) from None
+        text_encoding("data.encoding", self.encoding)
 
 
 @dataclass(frozen=True)
@@ -203,6 +198,9 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Learning rate after the warm-up: cosine decay to the last step; wsd is constant, then decays
     linearly over the last decay_share of the steps; or constant."""
+    schedule_steps: int | None = None
+    """Length of the schedule; a run may end before it, or continue at its last learning rate. None
+    means the steps of the run."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     decay_share: float = 0.5
@@ -231,6 +229,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         above_zero("optim.learning_rate", self.learning_rate)
+        positive("optim.schedule_steps", self.schedule_steps)
         not_negative("optim.warmup_steps", self.warmup_steps)
         not_negative("optim.weight_decay", self.weight_decay)
         above_zero("optim.muon_learning_rate", self.muon_learning_rate)
@@ -247,13 +246,12 @@ class OptimConfig:
         positive("optim.accumulate", self.accumulate)
         for name in ("freeze", "lora_targets"):
             pattern(f"optim.{name}", getattr(self, name))
-        if self.lora_rank is not None:
-            positive("optim.lora_rank", self.lora_rank)
-            if self.freeze is not None:
-                raise UserError(
-                    f"optim.freeze={self.freeze!r} and optim.lora_rank={self.lora_rank} exclude "
-                    f"each other (LoRA freezes everything but its updates); leave one of them out"
-                )
+        positive("optim.lora_rank", self.lora_rank)
+        if self.lora_rank is not None and self.freeze is not None:
+            raise UserError(
+                f"optim.freeze={self.freeze!r} and optim.lora_rank={self.lora_rank} exclude each "
+                f"other (LoRA freezes everything but its updates); leave one of them out"
+            )
 
 
 @dataclass(frozen=True)
@@ -271,8 +269,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor"):
-            if getattr(self, name) is not None:
-                positive(f"mesh.{name}", getattr(self, name))
+            positive(f"mesh.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -299,6 +296,12 @@ class Config:
     """Steps between checkpoints; the last step is saved too."""
     keep_last: int = 2
     """Newest checkpoints to keep, besides the best one."""
+    sample_tokens: int | None = 300
+    """Tokens of the sample after each evaluation, kept in samples.jsonl. None means no samples."""
+    norms_every: int | None = None
+    """Steps between norms of each layer's parameters, gradients, updates. None means no norms."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Trackers to feed, offline unless they are set up otherwise; --track alone means none."""
     stop_after_skips: int = 3
     """Stop after this many consecutive non-finite steps (each is skipped)."""
     steps_per_dispatch: int = 8
@@ -314,22 +317,19 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is out of range; give 0 <= seed < 2**32")
-        for name in (
-            *("steps", "batch_size", "eval_every", "save_every", "keep_last"),
-            *("steps_per_dispatch", "stop_after_skips"),
-        ):
+        counts = "steps batch_size eval_every save_every keep_last steps_per_dispatch loss_chunk"
+        for name in (*counts.split(), *"stop_after_skips eval_batches sample_tokens".split()):
             positive(name, getattr(self, name))
-        if self.eval_batches is not None:
-            positive("eval_batches", self.eval_batches)
+        positive("norms_every", self.norms_every)
         if self.loss_chunk is not None:
-            positive("loss_chunk", self.loss_chunk)
             block = self.model.block_size
             multiple("model.block_size", block, "loss_chunk", self.loss_chunk)
         multiple("batch_size", self.batch_size, "optim.accumulate", self.optim.accumulate)
-        if self.optim.warmup_steps > self.steps:
+        if self.optim.warmup_steps > (length := self.optim.schedule_steps or self.steps):
+            name = "optim.schedule_steps" if self.optim.schedule_steps else "steps"
             raise UserError(
-                f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}; "
-                f"lower --optim.warmup-steps"
+                f"optim.warmup_steps={self.optim.warmup_steps} is more than {name}={length}; lower "
+                f"--optim.warmup-steps"
             )
 
     @property

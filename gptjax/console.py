@@ -324,11 +324,21 @@ def after(setup: Setup, run: Run, record: Record) -> dict[str, str]:
         key = "val_loss" if config.eval_batches is None else "val_sampled_loss"
         rows["kept"] += f"; sample.py uses the checkpoint of step {best}, of the lowest {key}"
     if "model" not in run.parts:
-        params = optim.unite(setup.layout.params, setup.layout.frozen)
-        rate = flops_per_token(config.model, params) * tokens_per_second
+        rate = _flops_per_token(setup) * tokens_per_second
         peak = matmul_peak(config.model.dtype) * setup.mesh.size
         rows["arithmetic"] = (
             f"{rate / 1e9:,.0f} GFLOP/s, an MFU of {rate / peak:.0%} of the {peak / 1e9:,.0f} that "
             f"a large matmul reaches here"
         )
     return rows
+
+
+def peak_tokens_per_second(setup: Setup, run: Run) -> float | None:
+    """Tokens per second at an MFU of 1, by a measured matmul; None if the model is no `GPT`."""
+    flops = 0 if "model" in run.parts else _flops_per_token(setup)
+    return matmul_peak(setup.config.model.dtype) * setup.mesh.size / flops if flops else None
+
+
+def _flops_per_token(setup: Setup) -> int:
+    params = optim.unite(setup.layout.params, setup.layout.frozen)
+    return flops_per_token(setup.config.model, params)

@@ -66,8 +66,8 @@ def one_line_errors(command: str) -> Iterator[None]:
         _end(f"{command}: interrupted", 130)
     except UserError as error:
         _end(f"{command}: error: {error}", 2)
-    except RuntimeError as error:  # JAX's, which is not imported here
-        if (reason := _of_the_device(str(error))) is None:
+    except (RuntimeError, AssertionError) as error:  # JAX's, which is not imported here
+        if (reason := _of_the_device(error)) is None:
             raise
         _end(f"{command}: error: {UserError(reason)}", 2)
     except OSError as error:
@@ -77,9 +77,20 @@ def one_line_errors(command: str) -> Iterator[None]:
         _end(f"{command}: error: {reason}; free disk space, or send it elsewhere", 2)
 
 
-def _of_the_device(message: str) -> str | None:
+def _of_the_device(error: Exception) -> str | None:
     """What to say of an error of JAX's that lies with the device, not with gptjax, if it does."""
+    message, place = str(error), error.__traceback__
     what = message.partition("\n")[0]
+    while place and place.tb_next:
+        place = place.tb_next
+    if isinstance(error, AssertionError):  # JAX has skipped the one platform that it may use
+        wanted = os.environ.get("JAX_PLATFORMS")
+        if not (place and wanted and place.tb_frame.f_code.co_filename.endswith("xla_bridge.py")):
+            return None
+        return (
+            f"JAX finds no device of JAX_PLATFORMS={wanted}; install its plug-in "
+            f"(pip install 'gptjax[cuda12]', [cuda13] or [tpu]), or unset JAX_PLATFORMS"
+        )
     if message.startswith("RESOURCE_EXHAUSTED"):
         return (
             f"the device has too little memory ({what}); lower --batch-size or the model's sizes, "
@@ -139,8 +150,10 @@ def _discard(stream: TextIO) -> None:
 # Checks of a setting; each raises a `UserError` that names it
 
 
-def positive(name: str, value: int) -> None:
-    """1 or more."""
+def positive(name: str, value: int | None) -> None:
+    """1 or more, or None."""
+    if value is None:
+        return
     if value < 1:
         raise UserError(f"{name}={value} is too small; give 1 or more")
     if value > LARGEST:
@@ -173,6 +186,17 @@ def pattern(name: str, value: str | None) -> None:
         re.compile(value or "")
     except re.error as error:
         raise UserError(f"{name}={value!r} is not a regular expression: {error}") from None
+
+
+def text_encoding(name: str, value: str) -> None:
+    """A text encoding that Python knows."""
+    try:
+        "".encode(value)
+    except (LookupError, ValueError):  # ValueError: a NUL in it, or `undefined`
+        raise UserError(
+            f"{name}={value!r} is not a text encoding that Python knows; give e.g. utf-8, latin-1, "
+            f"cp1252, utf-16"
+        ) from None
 
 
 def within(name: str, value: float, low: float, high: float, closed: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +18,16 @@ from gptjax.errors import UserError
 from gptjax.parallel import distributed, sharding
 from gptjax.parallel.signals import Stop, until_signal
 from gptjax.parallel.tracing import Profile
-from gptjax.runs import bad_steps
+from gptjax.runs import bad_steps, samples
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.folders import run_flag
 from gptjax.runs.records import Record
 from gptjax.runs.run import Run
-from gptjax.step import TrainState
+from gptjax.step import NORMS, TrainState
 from gptjax.text.dataset import Dataset
+from gptjax.track.diagnose import Facts, Watch
+from gptjax.track.process import tracking
+from gptjax.track.state import begin as begin_tracking
 
 FIRST = ("loss", "grad_norm", "lr")  # the order of a record's metrics
 
@@ -40,6 +44,7 @@ class Job(NamedTuple):
     evaluate: Callable[[Any, int, bool], dict[str, float]]
     report: Report
     trace: Profile
+    sample: Callable[[Any], str] | None = None
 
 
 def run_job(job: Job, state: TrainState, start: int) -> tuple[Record, TrainState]:
@@ -50,6 +55,7 @@ def run_job(job: Job, state: TrainState, start: int) -> tuple[Record, TrainState
     if warning := console.warning(setup, job.dataset):
         report.say(warning)
     record, logged, skips = _last_record(job, start)
+    watch = Watch(_facts(job), report.say, run.metrics_path)
     clock = Clock(record.get("seconds") or 0.0)
     step, stopped = start, False
     with (
@@ -57,10 +63,12 @@ def run_job(job: Job, state: TrainState, start: int) -> tuple[Record, TrainState
         report.progress(start, config),
         checkpoints.sealing(),
         job.trace.ending(),
+        _tracking(job, start) as check_trackers,
     ):
         stop = Stop(lambda: asked() or report.lost is not None, setup.mesh)
         if not logged:
             record = _finish(job, state, record, stopped=False)
+            watch.see([record])
         clock.start()
         while step < config.steps and not stopped:
             state, records, bad = _advance(job, state, step, clock, stop)
@@ -82,6 +90,8 @@ def run_job(job: Job, state: TrainState, start: int) -> tuple[Record, TrainState
             with clock.stopped():
                 stopped = stop.now()
                 record = _finish(job, state, records[-1], stopped)
+                watch.see([*records[:-1], record])
+                check_trackers()
     if step < config.steps:
         again = f"to continue: python train.py {run_flag(run.directory)} --resume"
         report.say(f"stopped after step {step}; {again}")
@@ -118,30 +128,33 @@ def _advance(
         with job.trace.call(step):
             state, log = job.setup.steps(state, data, job.key, step, n)
         if pending:
-            bad = _read(*pending, records, clock, job.report)
+            bad = _read(job, *pending, records, clock)
         pending, step = (step, n, log), step + n
         job.checkpoints.finish_save(wait=False)
     if pending and bad is None:  # else the last call was a no-op
-        bad = _read(*pending, records, clock, job.report)
+        bad = _read(job, *pending, records, clock)
     return state, records, bad
 
 
 def _read(
-    first: int, n: int, log: Any, records: list[Record], clock: Clock, report: Report
+    job: Job, first: int, n: int, log: Any, records: list[Record], clock: Clock
 ) -> str | None:
     """Append the records of the n steps after step `first`, up to one that is not finite; says
     what was not. Waits for the device."""
     host = jax.device_get(log)
     names = [name for name in FIRST if name in host] + sorted(host.keys() - set(FIRST))
+    without_norms = [name for name in names if not name.startswith(NORMS)]
+    every = job.setup.config.norms_every
     for i in range(n):
-        values = {name: float(host[name][i]) for name in names}
+        due = names if every and (first + i + 1) % every == 0 else without_norms
+        values = {name: float(host[name][i]) for name in due}
         record = {"step": first + i + 1, **values, "seconds": round(clock.read(), 3)}
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
             bad = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
             records.append({"step": record["step"], "skipped": bad, "seconds": record["seconds"]})
             return bad
         records.append(record)
-    report.step(first + n, records[-1]["loss"], clock.read())
+    job.report.step(first + n, records[-1]["loss"], clock.read())
     return None
 
 
@@ -173,8 +186,34 @@ def _finish(job: Job, state: TrainState, record: Record, stopped: bool) -> Recor
             return record  # evaluated and logged on resume, from the record in the checkpoint
         record = {**record, **job.evaluate(state.weights, step, last)}
         job.report.evaluation(step, config.steps, record)
+        _keep_sample(job, state, step)
     _log(job.run, [record])
     return record
+
+
+def _keep_sample(job: Job, state: TrainState, step: int) -> None:
+    """Before the record of the step is logged, so that a resumed run lacks no sample."""
+    if job.sample is not None:
+        text = job.sample(state.weights)
+        if distributed.is_first():
+            samples.append(job.run.directory, step, text)
+
+
+def _tracking(job: Job, start: int) -> AbstractContextManager[Callable[[], None]]:
+    """Feed the run's trackers; the first process does."""
+    names = job.setup.config.track if distributed.is_first() else ()
+    if names:
+        peak = console.peak_tokens_per_second(job.setup, job.run)
+        begin_tracking(job.run.directory, start, peak)
+    return tracking(job.run.directory, names, job.report.say)
+
+
+def _facts(job: Job) -> Facts:
+    """What `diagnose` must know of the run."""
+    config, own = job.setup.config, job.run.parts.keys() & {"loss_fn", "batches", "optimizer"}
+    chance = None if config.init or own else math.log(job.run.tokenizer.vocab_size)
+    clip = None if "optimizer" in own else config.optim.grad_clip
+    return Facts(chance, clip, config.optim.warmup_steps)
 
 
 @jax.jit
@@ -203,10 +242,12 @@ def _last_record(job: Job, start: int) -> tuple[Record, bool, int]:
     """
     run, steps = job.run, job.setup.config.steps
     logged, damage = distributed.first_does(lambda: run.rewind_metrics(start))
+    at_start = bool(logged) and logged[-1]["step"] == start
+    distributed.first_does(lambda: samples.rewind(run.directory, start if at_start else start - 1))
     if damage and start:
         job.report.say(f"continuing with the metrics that are left: {damage}")
     record: Record = logged[-1] if logged else {"step": 0, "seconds": 0.0}
-    complete = bool(logged) and record["step"] == start
+    complete = at_start
     if start and record["step"] < start:
         record = job.checkpoints.record(start)
     # It was stopped at a step that was not yet to be the last one, and is now.

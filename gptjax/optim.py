@@ -45,12 +45,12 @@ def make_schedule(o: OptimConfig, steps: int, peak: float | None = None) -> opta
 
     Args:
         o: the schedule's settings.
-        steps: updates in the whole run.
+        steps: updates in the whole run, which `o.schedule_steps` overrides.
         peak: learning rate after the warm-up; None: `o.learning_rate`.
 
     Source: cosine, Loshchilov and Hutter 2017; warm-up, stable, decay, Hu et al. 2024 (MiniCPM).
     """
-    peak = o.learning_rate if peak is None else peak
+    peak, steps = o.learning_rate if peak is None else peak, o.schedule_steps or steps
     after = optax.constant_schedule(peak)
     rest = max(1, steps - o.warmup_steps)
     if o.schedule == "cosine":

@@ -234,3 +234,28 @@ PRESETS = {
     name: replace(config, data=replace(config.data, val_limit=VAL_LIMIT))
     for name, config in _PRESETS.items()
 }
+
+# Parameters (with the 65 characters of Tiny Shakespeare, or GPT-2's or Llama's vocabulary), and
+# what a preset is for. Times are on 2 CPU cores; the comments above name the machine.
+PURPOSES = {
+    "bigram": (4_225, "the lecture's first model; 1 s"),
+    "tiny": (28_064, "tests and first looks; 10 s"),
+    "small": (809_856, "a character model on a laptop; 1.5 minutes, val 1.740"),
+    "lecture": (10_788_929, "the lecture's last model; hours"),
+    "shakespeare": (10_745_088, "nanoGPT's character model, on one GPU"),
+    "gpt2": (124_475_904, "GPT-2 by nanoGPT's recipe, on GPUs; a text as --data.text"),
+    "gpt2-medium": (354_871_296, "the same, medium"),
+    "gpt2-large": (774_090_240, "the same, large"),
+    "gpt2-xl": (1_557_686_400, "the same, XL"),
+    "7b": (6_738_415_616, "Llama 2's 7B shape and recipe, on many accelerators"),
+    "finetune": (124_439_808, "where --init starts: pretrained weights on a text of your own"),
+    "finetune-shakespeare": (124_439_808, "GPT-2 fine-tuned on Tiny Shakespeare"),
+    "lecture/1-bigram": (4_225, "a table of the next character; 1 s, val 2.489"),
+    "lecture/2-averaging": (4_481, "embeddings, and the mean of the past; 2 s, val 2.826"),
+    "lecture/3-head": (7_553, "one head of attention; 3 s, val 2.402"),
+    "lecture/4-heads": (7_553, "four heads; 4 s, val 2.279"),
+    "lecture/5-feedforward": (8_609, "an MLP after them; 5 s, val 2.261"),
+    "lecture/6-residual": (41_921, "three residual blocks; 14 s, val 2.084"),
+    "lecture/7-layernorm": (42_369, "with layer norms: a transformer; 16 s, val 2.064"),
+    "lecture/8-scale": (10_788_929, "the same, scaled up, with dropout; hours"),
+}

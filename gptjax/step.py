@@ -56,6 +56,8 @@ class TrainState(NamedTuple):
 
 
 Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
+Observe = Callable[[TrainState, Any, Any], Metrics]
+NORMS = "param_norms/", "grad_norms/", "update_norms/"  # begin the names of `layer_norms`
 
 
 def init_state(
@@ -96,6 +98,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     loss_fn: LossFn = next_token_loss,
     accumulate: int = 1,
+    observe: Observe | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update.
 
@@ -107,9 +110,11 @@ def train_step(
         optimizer: an optax transformation; one that wants them gets `value`, `grad`, `value_fn`.
         loss_fn: `loss_fn(model, params, batch, key)` gives the loss and a dict of more metrics.
         accumulate: micro-batches that the rows are cut into, one after the other, to fit memory.
+        observe: `observe(state, grads, updates)`, of the state before the update, gives a dict of
+            more metrics, such as `layer_norms`.
 
     Returns:
-        The state after it, and its metrics: "loss", "grad_norm" and those of `loss_fn`.
+        The state after it, and its metrics: "loss", "grad_norm", those of `loss_fn` and `observe`.
 
     Raises:
         UserError: `loss_fn` returns something else.
@@ -131,9 +136,48 @@ def train_step(
         grad=grads,
         value_fn=lambda params: loss(params, batch, key)[0],
     )
+    if observe is not None:
+        metrics = {**metrics, **observe(state, grads, updates)}
     params = optax.apply_updates(state.params, updates)
     state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
     return state, {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
+
+
+def layer_norms(state: TrainState, grads: Any, updates: Any, *, every: int) -> Metrics:
+    """Norms of each layer's parameters, gradients and updates, for `observe`.
+
+    Args:
+        state: before the update.
+        grads, updates: trees of the shapes of `state.params`.
+        every: steps between norms; nothing is computed in the steps between, whose norms are 0.
+
+    Returns:
+        () float32 Euclidean norms: "param_norms/h/0" of block 0 before the update, and alike
+        "grad_norms/wte", "update_norms/ln_f", ...; the gradients are those before clipping.
+    """
+    trees = dict(zip(NORMS, (state.params, grads, updates), strict=True))
+
+    def norms() -> Metrics:
+        return {start + layer: x for start in NORMS for layer, x in _norms(trees[start]).items()}
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(norms))
+    return jax.lax.cond((state.step + 1) % every == 0, norms, lambda: zeros)
+
+
+def _norms(tree: Any) -> Metrics:
+    """The norm of each top-level module; of blocks stacked on a leading axis, of each block."""
+    found: Metrics = {}
+    for name, module in tree.items():
+        leaves = jax.tree.leaves(module)
+        stacked = name == "h" and len({x.shape[:1] for x in leaves} - {()}) == 1
+        squares = [
+            jnp.square(x.astype(jnp.float32)).sum(tuple(range(stacked, x.ndim))) for x in leaves
+        ]
+        if squares:
+            norm = jnp.sqrt(sum(squares[1:], squares[0]))
+            layers = {f"{name}/{i}": norm[i] for i in range(norm.size)} if stacked else {name: norm}
+            found |= layers
+    return found
 
 
 def accumulated(gradient: Callable[..., Any], n: int) -> Callable[..., Any]:

@@ -31,10 +31,11 @@ from gptjax.loop import Job, run_job
 from gptjax.loss import LossFn, MetricsFn
 from gptjax.model import GPT, Model
 from gptjax.parallel import distributed
+from gptjax.parallel.flops import count_params
 from gptjax.parallel.switches import pinned
 from gptjax.parallel.tracing import Profile
 from gptjax.plan import room
-from gptjax.runs import folders, parts
+from gptjax.runs import environment, folders, parts, samples
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import Damaged
 from gptjax.runs.folders import run_flag
@@ -42,11 +43,10 @@ from gptjax.runs.records import Record
 from gptjax.runs.run import Run
 from gptjax.sampling import Sampling
 from gptjax.text import special_tokens as special
-from gptjax.text.dataset import Dataset, fingerprint, open_dataset
+from gptjax.text.dataset import Dataset, fingerprint, named, open_dataset
 from gptjax.text.stream import first_tokens
 from gptjax.text.tokenizers import IdTokenizer, Tokenizer, UnknownCharacters
-
-SAMPLE_TOKENS = 300  # shown when a run ends
+from gptjax.track.trackers import check_installed
 
 
 @pinned()
@@ -97,10 +97,11 @@ def train(
             stays non-finite, or a full disk.
     """
     directory = Path(directory)
+    check_installed(config.track)
     report = report or Report(quiet=not distributed.is_first())
 
     # Data
-    run, params = Run(directory) if resume else None, None
+    run, params, chat = Run(directory) if resume else None, None, None
     tokenizer = run.tokenizer if run else None
     if run:
         config = replace(config, init=pretrained.pinned(config.init, run.config.init))
@@ -115,7 +116,7 @@ def train(
         loaded = distributed.first_then_all(partial(pretrained.load, config.init))
         report.say(pretrained.origin(config, loaded))
         config, params = pretrained.fit(config, loaded)
-        tokenizer = loaded.tokenizer
+        tokenizer, chat = loaded.tokenizer, loaded.chat
     dataset = None
     if batches is None:
         opened = partial(_open, config, run, tokenizer, report, special_tokens)
@@ -124,7 +125,7 @@ def train(
     else:
         _check_rows(batches, config)
         tokenizer, text = _own_tokenizer(batches, config), batches_module.fingerprint(batches)
-    data_name = config.data.text if batches is None else "of batches="
+    data_name = named(config.data) if batches is None else "of batches="
     if run is None and config.init is not None:
         pretrained.check_tokenizer(loaded, tokenizer)
 
@@ -164,7 +165,7 @@ def train(
         """Make the folder, or check that it can be resumed; the settings that will change."""
         stack.enter_context(folders.locked(directory))
         if run is None:
-            Run.create(directory, config, tokenizer, own)
+            Run.create(directory, config, tokenizer, own, chat)
             return {}
         parts.check(run, own)
         run.use_text(data_name, text)
@@ -187,6 +188,7 @@ def train(
             state = setup.start(pretrained.initial(config) if params is None else params)
         # Nothing refuses to resume from here on, so the folder may change.
         distributed.first_does(lambda: _tidy(run, config, checkpoints, start, report))
+        distributed.first_does(lambda: _record_environment(run, setup, recipe, start, report))
         run.config = config
         for name, (old, new) in changed.items():
             report.say(f"changed: {name} was {old}, is {new}")
@@ -199,12 +201,12 @@ def train(
             source = make_source(config, dataset, setup.mesh, key)
             evaluate = evaluation(setup, dataset, source)
         trace = Profile(directory / "profile" if profile and distributed.is_first() else None)
-        job = Job(setup, run, checkpoints, dataset, source, key, evaluate, report, trace)
-        record, state = run_job(job, state, start)
+        sample = partial(_sample, setup, tokenizer) if config.sample_tokens else None
+        job = Job(setup, run, checkpoints, dataset, source, key, evaluate, report, trace, sample)
+        record, _ = run_job(job, state, start)
         if record["step"] == config.steps:
-            report.say(
-                f"a sample of step {config.steps}:\n" + _sample(setup, tokenizer, state.weights)
-            )
+            if text := samples.read(directory).get(config.steps):
+                report.say(f"a sample of step {config.steps}:\n{text}")
             _say_next(job)
         return record
 
@@ -266,6 +268,18 @@ def _tidy(run: Run, config: Config, checkpoints: Checkpoints, start: int, report
             checkpoints.set_aside(step)
 
 
+def _record_environment(
+    run: Run, setup: Setup, recipe: str | None, start: int, report: Report
+) -> None:
+    """Add this start to the run's list of them."""
+    kind, processes = setup.mesh.devices.flat[0].device_kind, jax.process_count()
+    devices = {"kind": kind, "count": setup.mesh.size, "processes": processes}
+    parameters = count_params((setup.layout.params, setup.layout.frozen))
+    entry = environment.describe(recipe, devices, parameters, start)
+    if problem := environment.append(run.directory, entry):
+        report.say(problem)
+
+
 def _check_rows(batches: Batches, config: Config) -> None:
     """See that the caller's batches have the rows that the mesh and the micro-batches divide."""
     for leaf in jax.tree.leaves(batches.batch(0)):
@@ -288,7 +302,8 @@ def _sample(setup: Setup, tokenizer: Tokenizer, params: Any) -> str:
     """Some text from the trained model, without a prompt."""
     sampling = Sampling(temperature=0.8, vocab_size=tokenizer.vocab_size)
     key = jax.random.key(setup.config.seed)
-    chunks = generate(setup.applied, params, first_tokens(tokenizer), key, SAMPLE_TOKENS, sampling)
+    n = setup.config.sample_tokens or 0
+    chunks = generate(setup.applied, params, first_tokens(tokenizer), key, n, sampling)
     return tokenizer.decode(np.concatenate(list(chunks), axis=1)[0])
 
 

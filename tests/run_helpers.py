@@ -1,9 +1,12 @@
 """Helpers of the tests that train: run folders, signals, refusals, a model of one's own."""
 
 import functools
+import io
 import json
 import os
+import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,11 @@ import pytest
 from helpers import by_path
 
 from gptjax import training
+from gptjax.cli.main import main
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
+from gptjax.runs import samples
 from gptjax.tools import replay, verify
 
 QUIET = Report(quiet=True)
@@ -28,6 +33,7 @@ CONFIG = Config(
     eval_every=4,
     save_every=4,
     steps_per_dispatch=3,
+    sample_tokens=8,
     model=ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, dropout=0.1),
     optim=OptimConfig(learning_rate=1e-2),
     mesh=MeshConfig(data=1),
@@ -105,12 +111,29 @@ def arrays(directory: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def assert_same_run(a: Path, b: Path, step: int) -> None:
-    """Metrics but for the seconds, and all arrays of a checkpoint, bit for bit."""
+    """Metrics but for the seconds, samples, and all arrays of a checkpoint, bit for bit."""
     assert records(a) == records(b)
+    assert samples.read(a) == samples.read(b)
     first, second = arrays(a, step), arrays(b, step)
     assert first.keys() == second.keys()
     for name, x in first.items():
         assert x.tobytes() == second[name].tobytes(), name
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def on_terminal(width: int, *argv: str) -> list[str]:
+    """The lines that a command prints on a terminal of that width, without its colours."""
+    output = Terminal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        patch.setattr(sys, "stdout", output)
+        main(list(argv))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", output.getvalue())
+    return [line.rstrip() for line in text.splitlines()]
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -1,5 +1,6 @@
 """Tests of the command lines: what they understand, and one exact line for what they do not."""
 
+import io
 import os
 import re
 import shlex
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 
 from gptjax import __version__, training
 from gptjax.assembly import make_model
-from gptjax.cli import names
+from gptjax.cli import names, streams
 from gptjax.cli import train as train_cli
 from gptjax.cli.flags import flags_of
 from gptjax.cli.main import COMMANDS, main
+from gptjax.cli.prompts import read_prompt
 from gptjax.cli.recipe import load_recipe
-from gptjax.cli.sample import SampleCommand, parse_sample, read_prompt
+from gptjax.cli.sample import SampleCommand, parse_sample
 from gptjax.cli.train import TrainCommand, parse_train
 from gptjax.config import Config
 from gptjax.errors import LONGEST, UserError, one_line_errors
@@ -125,9 +127,138 @@ def test_resume_starts_from_the_runs_own_config(elsewhere):
     assert parse_train(["--resume"]).settings == config
 
 
+@pytest.fixture
+def made(elsewhere) -> Config:
+    """The config of runs/mine."""
+    config = replace(PRESETS["small"], steps=70)
+    Run.create(Path("runs/mine"), config, CharTokenizer("ab"))
+    return config
+
+
+@pytest.mark.parametrize("name", ["mine", "runs/mine", "./runs/mine/", "runs/mine/config.json"])
+def test_a_run_is_a_config_for_a_new_one(made, name):
+    command = parse_train(["--config", name, "--seed", "3"])
+    assert command.settings == replace(made, seed=3) and not command.resume
+    assert command.directory() == Path("runs/mine-2")
+
+
+def test_a_preset_comes_before_a_run_of_its_name(made):
+    Run.create(Path("runs/tiny"), made, CharTokenizer("ab"))
+    assert settings_of("--config", "tiny") == PRESETS["tiny"]
+    assert settings_of("--config", "runs/tiny") == made
+
+
+def test_runs_that_are_no_configs(made, monkeypatch):
+    own = {"model": "Mine", "config": "mine.py"}
+    Run.create(Path("runs/own"), made, CharTokenizer("ab"), own)
+    assert message_of(parse_train, ["--config", "own"]) == (
+        "own was trained with parts that its config does not hold (model Mine); give the file that "
+        "defines them, --config mine.py"
+    )
+    Path("runs/mine/config.json").write_text('{"n_layer": 3}')
+    assert message_of(parse_train, ["--config", "runs/mine/config.json"]) == (
+        "runs/mine/config.json is not the config.json of a run: format None is not the format 2 "
+        "this gptjax reads; update gptjax"
+    )
+    assert message_of(parse_train, ["--config", "mine"]).startswith("runs/mine/config.json is dama")
+    assert message_of(parse_train, ["--config", "own", "--resume"])
+
+
+def test_a_run_of_the_lecture_as_a_config_trains_that_model(made, monkeypatch):
+    bigram = PRESETS["bigram"]
+    Run.create(Path("runs/first"), bigram, CharTokenizer("ab"), {"model": "Bigram"})
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(training, "train", lambda *args, **kwargs: seen.update(kwargs, args=args))
+    main(["train", "--config", "first"])
+    assert seen["args"] == (bigram, Path("runs/first-2")) and seen["model"].__name__ == "Bigram"
+    assert "no effect on the lecture's models" in message_of(
+        parse_train, ["--config", "first", "--model.norm", "rms"]
+    )
+
+
+def test_a_run_to_resume_is_named_by_run(made):
+    assert message_of(parse_train, ["--config", "mine", "--resume"]).startswith(
+        "--config mine is a run; to continue it give --run mine --resume"
+    )
+
+
+def test_resume_or_start(made, monkeypatch):
+    """The same command starts a run and continues it; its exit code says whether it is done."""
+    argv = list("--config tiny --steps 9 --resume-or-start --run".split())
+    new, old = parse_train([*argv, "new"]), parse_train([*argv, "mine", "--warmup-steps", "1"])
+    assert (new.resume, new.settings.model, new.directory()) == (
+        *(False, PRESETS["tiny"].model),
+        Path("runs/new"),
+    )
+    assert (old.resume, old.settings.model, old.settings.steps) == (True, made.model, 9)
+    assert old.directory() == Path("runs/mine")
+    Path("runs/half").mkdir()
+    Path("runs/half/tokenizer.json").touch()  # killed while it was made
+    assert not parse_train([*argv, "half"]).resume
+    for step, code in ((8, 75), (9, None)):
+        monkeypatch.setattr(training, "train", lambda *_, step=step, **__: {"step": step})
+        if code is None:
+            main(["train", *argv, "new"])
+        else:
+            with pytest.raises(SystemExit) as caught:
+                main(["train", *argv, "new"])
+            assert caught.value.code == code
+    main(["train", "--config", "tiny", "--steps", "10"])  # 0 after a signal, as ever
+
+
+def test_a_warm_up_that_resuming_would_not_end(made):
+    for length in ("--steps 20", "--tokens 40960"):
+        assert message_of(parse_train, ["--run", "mine", "--resume", *length.split()]) == (
+            "20 steps would end runs/mine within its warm-up of 50; give --steps 50 or more, or "
+            "keep its learning rates with --optim.schedule-steps 70"
+        )
+    kept = parse_train(["--run", "mine", "--resume", "--steps=20", "--schedule-steps=70"])
+    assert kept.settings == replace(made, steps=20, optim=replace(made.optim, schedule_steps=70))
+
+
+def test_a_budget_of_tokens():
+    command = parse_train(["--tokens", "1e6"])
+    assert command.settings == replace(PRESETS["small"], steps=488)
+    assert command.budget == "1,000,000 tokens are 488 steps of 2,048 tokens (32 x 64)"
+    short = parse_train(["--tokens", "10240", "--batch-size", "4"])
+    assert short.settings.steps == 40 and short.fitted == "optim.warmup_steps=2, not 50"
+
+
+def test_a_budget_of_flops(made, monkeypatch, capsys):
+    """Of a model of 1 layer, width 2 and 3 tokens, by hand."""
+    size = "--n-layer 1 --n-head 1 --n-embd 2 --block-size 4 --batch-size 5 --vocab-size 3"
+    per_token = 6 * ((2 * 6 + 6) + (4 + 2) + (2 * 8 + 8) + (8 * 2 + 2) + 2 * 4 + 6) + 12 * 2 * 4
+    seen: list[Any] = []
+    monkeypatch.setattr(training, "train", lambda *args, **kwargs: seen.append(args[0].steps))
+    main(f"train --config tiny {size} --flops {per_token * 20 * 8 - 1}".split())
+    assert seen == [7]
+    assert "FLOPs are 7 steps of 1.15e+04 FLOPs (20 tokens)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(f"train --config tiny {size} --flops 3".split())
+    assert "--flops 3 is less than one step of 1.15e+04 FLOPs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main("train --config bigram --flops 1e9".split())
+    assert "--flops is for the config's own GPT" in capsys.readouterr().err
+
+
 TRAIN_MESSAGES = [
     ("--config smal", "unknown preset 'smal'; did you mean small? give the path of a Python file"),
-    ("--config zzz", f"unknown preset 'zzz'; give the path of a Python file, or one of {NAMES}"),
+    (
+        "--config zzz",
+        "unknown preset 'zzz'; give the path of a Python file, a run or its config.json, or one of "
+        f"{NAMES}",
+    ),
+    ("--config no.json", "cannot read no.json: No such file or directory"),
+    ("--resume-or-start", "--resume-or-start needs --run NAME, for a repeated command must find"),
+    ("--run x --resume-or-start=true", "give --resume-or-start alone, without a value"),
+    ("--tokens 1000 --steps 2", "--steps and --tokens exclude each other; give one of them"),
+    ("--tokens 1e6 --flops 1e9", "--tokens and --flops exclude each other; give one of them"),
+    ("--tokens 2047", "--tokens 2,047 is less than one step of 2,048 tokens (32 x 64); give more"),
+    ("--flops nan", "--flops=nan is out of range; give a number above 0"),
+    (
+        "--val x --val-limit 3",
+        "--data.val-limit has no effect with --data.val, all of which is read",
+    ),
     ("--model.n_layr 3", f"unknown flag --model.n_layr (did you mean --model.n-layer?){SEE_TRAIN}"),
     ("--n_layr 3", f"unknown flag --n_layr (did you mean --model.n-layer?){SEE_TRAIN}"),
     ("--stepz 4", f"unknown flag --stepz (did you mean --steps?){SEE_TRAIN}"),
@@ -270,7 +401,9 @@ def test_other_spellings(typed, same):
         ("--dataset", "--data.text"),
         ("--data", "--data.text"),
         ("--model", "--init"),
+        ("--validation_file", "--data.val"),
         ("--optim", "--optim.kind"),
+        ("--lr_decay_iters", "--optim.schedule-steps"),
         ("--per_device_train_batch_size", "--batch-size"),
         ("--gradient_accumulation_steps", "--optim.accumulate"),
         ("--eval_interval", "--eval-every"),
@@ -281,7 +414,9 @@ def test_foreign_names_of_training(typed, flag):
     assert message_of(parse_train, [typed, "3"]) == f"{typed} is {flag} here{SEE_TRAIN}"
 
 
-@pytest.mark.parametrize("typed", ["--epochs", "--device", "--compile", "--min_lr", "--wandb_log"])
+@pytest.mark.parametrize(
+    "typed", ["--epochs", "--device", "--compile", "--min_lr", "--wandb_project"]
+)
 def test_names_without_a_flag(typed):
     assert message_of(parse_train, [typed, "3"]).startswith(f"there is no {typed}: ")
 
@@ -301,7 +436,8 @@ def test_synonyms_stand_for_flags_and_for_one_flag_of_a_command():
         words = [word for full in mine for word in names.SYNONYMS[full].split()]
         assert len(words) == len(set(words))
         own = {name[2:] for name in flags} | {name[2:].rpartition(".")[2] for name in flags}
-        assert not set(words) & own - {flag.section for flag in flags.values()}
+        # `--out` names the run where one is trained, and is a flag of its own for samples.
+        assert not set(words) & own - {flag.section for flag in flags.values()} - {"out"}
     every = {flag.name for cls in (TrainCommand, SampleCommand) for flag in flags_of(cls)}
     assert {full.partition(" ")[0] for full in names.SYNONYMS} <= every
 
@@ -470,7 +606,8 @@ print({"jax", "flax", "optax", "orbax", "matplotlib"} & {*sys.modules}, file=sys
 def test_presets_are_listed(capsys):
     main(["presets"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert lines[0].split("\t") == ["preset", "parameters", "tokens/step", "steps", "for"]
+    assert [line.split()[0] for line in lines[1:]] == list(PRESETS)
 
 
 def test_prompts(elsewhere):
@@ -640,6 +777,17 @@ def test_any_standard_streams(arguments, code, line, unbuffered):
     assert len(done.stderr.splitlines()) == bool(line)
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_streams_escape_what_their_encoding_lacks(monkeypatch, errors):
+    written = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, raw in written.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(raw, "ascii", errors, write_through=True))
+    streams.prepare()
+    for name, raw in written.items():
+        getattr(sys, name).write("é日\udcff")
+        assert raw.getvalue() == rb"\xe9\u65e5\udcff"
+
+
 def test_closed_streams_are_opened_before_any_file():
     """Or the next file, such as a run's lock, would get their descriptors and what is written."""
     code = (
@@ -697,6 +845,23 @@ def test_what_lies_with_the_device_is_one_line(capsys, error, expected):
     assert printed.startswith(f"train.py: error: {expected}")
     with pytest.raises(RuntimeError, match="INTERNAL"), one_line_errors("train.py"):
         raise RuntimeError("INTERNAL: a bug")
+
+
+def test_a_platform_without_its_plug_in_is_one_line(monkeypatch, capsys):
+    """JAX asserts that it has found a device."""
+    fails = compile("assert False", "jax/_src/xla_bridge.py", "exec")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(SystemExit) as caught, one_line_errors("train.py"):
+        exec(fails)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "train.py: error: JAX finds no device of JAX_PLATFORMS=cuda; install its plug-in ("
+    )
+    with pytest.raises(AssertionError), one_line_errors("train.py"):
+        raise AssertionError("a bug")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(AssertionError), one_line_errors("train.py"):
+        exec(fails)
 
 
 def test_a_message_is_one_line_that_ends_and_paints_nothing():
@@ -780,6 +945,9 @@ def test_init_starts_from_the_preset_for_it():
         ("--init x --batch_size=48", "optim.accumulate=16, not 32"),
         ("--config small --steps 2 --warmup-steps 1", ""),
         ("--config small --steps 60", ""),
+        ("--config small --steps 20 --schedule-steps 1000", ""),
+        ("--config small --schedule-steps 100", ""),
+        ("--config small --schedule-steps 20", "optim.warmup_steps=1, not 50"),
     ],
 )
 def test_a_preset_gives_way_to_what_is_given(argv, fitted):

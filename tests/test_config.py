@@ -16,7 +16,7 @@ from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConf
 from gptjax.errors import UserError
 from gptjax.lecture.models import STAGES
 from gptjax.optim import make_optimizer
-from gptjax.presets import LECTURE_MODELS, PRESETS
+from gptjax.presets import LECTURE_MODELS, PRESETS, PURPOSES
 from gptjax.runs.config_json import FORMAT, REMOVED, Stored, from_json, to_json
 
 pytestmark = pytest.mark.core
@@ -376,6 +376,10 @@ CHECKS = [
         lambda: Config(steps=5, optim=OptimConfig(warmup_steps=6)),
         "optim.warmup_steps=6 is more than steps=5; lower --optim.warmup-steps",
     ),
+    (
+        lambda: Config(optim=OptimConfig(warmup_steps=6, schedule_steps=5)),
+        "optim.warmup_steps=6 is more than optim.schedule_steps=5; lower --optim.warmup-steps",
+    ),
 ]
 
 
@@ -421,7 +425,7 @@ def _other(config: Any) -> Any:
 
 def test_field_cap():
     """Each field is a promise to keep; before adding one, look for one to drop."""
-    assert len(leaves(Config())) <= 70
+    assert len(leaves(Config())) <= 75
 
 
 # ---------------------------------------------------------------------------------------------
@@ -437,6 +441,7 @@ def test_every_preset_builds(name):
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     jax.eval_shape(make_optimizer(config.optim, config.steps).init, params)
     assert {leaf.dtype for leaf in by_path(params).values()} == {jnp.dtype("float32")}
+    assert PURPOSES[name][0] == sum(leaf.size for leaf in by_path(params).values())
     logits, _ = jax.eval_shape(model.apply, {"params": params}, tokens)
     assert logits.shape == (2, config.model.block_size, config.model.vocab_size or VOCAB)
     assert logits.dtype == jnp.float32

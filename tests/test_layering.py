@@ -19,6 +19,7 @@ LAYERS = {
     "errors": "every module reports bad input in one form",
     "config presets": "a run is described by plain data",
     "text runs": "texts and a run's files need no jax, so that a command answers at once",
+    "track": "trackers and warnings know a run by its files alone",
     "attention layers model lecture.models": "a network knows nothing of training or devices",
     "parallel": "meshes, kernels and processes serve training and sampling alike",
     "plan.chips plan.hlo plan.estimate plan.room": "what a run takes, known before it is made",
@@ -28,13 +29,13 @@ LAYERS = {
     "runs.arrays runs.checkpoint runs.parts runs.bad_steps runs.loaded": "a train state on disk",
     "interop": "weights of other tools, which a run can start from",
     "console loop training": "the training run",
-    "tools plan lecture": "commands' work: nothing of the core needs them",
+    "tools plan lecture score pictures": "commands' work: nothing of the core needs them",
     "cli": "command lines; no library function takes one",
     "__init__ __main__": "the public API names everything",
 }
 # What `--help` needs is imported without these, each of which takes a second or more.
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
-WITHOUT_JAX = "errors config presets text runs cli __init__ __main__".split()
+WITHOUT_JAX = "errors config presets text runs track cli __init__ __main__".split()
 MAX_LINES = 350
 MAX_ROOT_MODULES = 15
 

@@ -61,6 +61,16 @@ def test_warm_up_stable_decay():
 
 
 @core
+def test_a_schedule_of_its_own_length():
+    """A run that ends early or is extended has the rates of the schedule, whatever its steps."""
+    own = replace(OPTIM, schedule_steps=STEPS)
+    assert rates(own, steps=STEPS + 20)[: STEPS + 3] == pytest.approx(rates(OPTIM))
+    assert rates(own, steps=8)[:9] == pytest.approx(rates(OPTIM)[:9])
+    wsd = replace(own, schedule="wsd")
+    assert rates(wsd, steps=8)[:9] == pytest.approx(rates(replace(OPTIM, schedule="wsd"))[:9])
+
+
+@core
 def test_the_decay_never_overlaps_the_warm_up():
     rate = rates(replace(OPTIM, schedule="wsd", decay_share=1.0))
     assert rate[[4, 12, 20]] == pytest.approx([0.01, 0.0055, 0.001])

@@ -34,6 +34,7 @@ from gptjax.step import (
     TrainState,
     accumulated,
     init_state,
+    layer_norms,
     repeat,
     skip_nonfinite,
     train_step,
@@ -713,3 +714,28 @@ def test_the_logged_rate_is_the_one_of_updates_made():
         state = state._replace(step=jnp.int32(i + 1))
         rates.append(float(metrics["lr"]))
     assert rates == pytest.approx([0.01, 0.02, 0.02, 0.03])
+
+
+# ---------------------------------------------------------------------------------------------
+# Norms of layers
+
+
+@core
+def test_norms_of_layers_equal_numpy():
+    """Of blocks stacked on an axis, of leaves without a layer's axis, and of what is frozen."""
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    tree = lambda: {"h": {"a": draw(2, 3, 4), "b": draw(2)}, "wte": {"x": draw(5, 2)}, "ln_f": None}
+    params, grads, updates = tree(), tree(), tree()
+    norms = quick_jit(functools.partial(layer_norms, every=3))
+    state = TrainState(jnp.int32(2), params, ())
+    found = norms(state, grads, updates)
+    for start, of in (("param_norms/", params), ("grad_norms/", grads), ("update_norms/", updates)):
+        for i in range(2):
+            both = np.concatenate([of["h"]["a"][i].ravel(), of["h"]["b"][i : i + 1]])
+            np.testing.assert_allclose(found.pop(f"{start}h/{i}"), np.linalg.norm(both), rtol=1e-6)
+        expected = np.linalg.norm(of["wte"]["x"])
+        np.testing.assert_allclose(found.pop(f"{start}wte"), expected, rtol=1e-6)
+    assert not found
+    between = norms(state._replace(step=jnp.int32(3)), grads, updates)
+    assert set(map(float, between.values())) == {0.0}

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import os
 import re
 import shutil
 import signal
@@ -31,15 +32,19 @@ from run_helpers import (
 )
 
 from gptjax import assembly, training
-from gptjax.cli.sample import SampleCommand, parse_sample, print_samples, stream
+from gptjax.cli.draw import print_samples
+from gptjax.cli.sample import SampleCommand, parse_sample
 from gptjax.config import Config, DataConfig, MeshConfig, OptimConfig
 from gptjax.console import Report, duration, rounded
 from gptjax.errors import UserError
 from gptjax.parallel import flops
+from gptjax.parallel.signals import until_signal
 from gptjax.presets import PRESETS
+from gptjax.runs import environment, samples
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.loaded import load
 from gptjax.runs.run import Run
+from gptjax.step import NORMS
 from gptjax.text import corpora
 from gptjax.text.tokenizers import IdTokenizer
 from gptjax.training import train
@@ -51,6 +56,8 @@ TINY = replace(
     PRESETS["tiny"],
     steps=24,
     eval_every=8,
+    norms_every=8,
+    sample_tokens=40,
     save_every=8,
     steps_per_dispatch=3,
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=5, accumulate=2),
@@ -75,32 +82,65 @@ def test_the_files_of_a_run(finished):
         ".lock",
         "checkpoints",
         "config.json",
+        "environment.json",
         "metrics.jsonl",
+        "samples.jsonl",
         "tokenizer.json",
     ]
+    texts = samples.read(directory)
+    assert list(texts) == [0, 8, 16, 24] and len(set(texts.values())) == 4
     lines = records(directory)
     assert [r["step"] for r in lines] == list(range(25))
     assert set(lines[0]) == {"step", "train_sampled_loss", "val_sampled_loss"}
     assert set(lines[1]) == {"step", "loss", "grad_norm", "lr"}
-    assert set(lines[8]) == {*lines[1], "train_sampled_loss", "val_sampled_loss"}
+    norms = {name for name in lines[8] if name.startswith(NORMS)}
+    assert set(lines[8]) == {*lines[1], "train_sampled_loss", "val_sampled_loss", *norms}
+    layers = ["h/0", "h/1", "ln_f", "wpe", "wte"]
+    assert sorted(norms) == sorted(start + layer for start in NORMS for layer in layers)
     assert set(lines[24]) == {*lines[8], "val_loss", "val_bits_per_byte"}
     assert lines[24]["loss"] < lines[1]["loss"]
     assert Checkpoints(directory / "checkpoints").steps()[-2:] == [16, 24]
     assert not list(directory.rglob("*.tmp")) and not list(directory.rglob("*.pkl"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("at", [4, 8, 17])
+@pytest.mark.parametrize(
+    ("at", "number"),
+    [
+        (4, signal.SIGTERM),
+        (8, signal.SIGINT),
+        (17, signal.SIGTERM),
+        (17, signal.SIGHUP),
+        (4, signal.SIGUSR1),
+    ],
+)
 def test_a_stopped_and_resumed_run_is_as_never_stopped(finished, tmp_path, at, number):
     """Dropout and accumulation on; in the middle, on a boundary, and past one."""
     whole, config = finished
     directory = tmp_path / "cut"
+    if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("hang-ups are ignored here, as under nohup")
+    before = signal.getsignal(number)
     stopped = train(config, directory, report=SignalAt(at, number))
     assert at <= stopped["step"] < config.steps
     assert Checkpoints(directory / "checkpoints").steps()[-1] == stopped["step"]
-    assert signal.getsignal(number) is not None  # the handler of before is back
+    assert signal.getsignal(number) is before
     train(config, directory, resume=True, report=QUIET)
     assert_same_run(whole, directory, 24)
+    entries = environment.read(directory)
+    assert [entry["step"] for entry in entries] == [0, stopped["step"]]
+    assert entries[0]["parameters"] == sum(x.size for x in jax.tree.leaves(load(whole).params))
+    assert entries[0]["devices"] == {"kind": "cpu", "count": 1, "processes": 1}
+
+
+def test_a_use_of_ones_own_for_a_signal_stays():
+    """Of SIGUSR1, which programs use for themselves."""
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        with until_signal() as asked:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert not asked()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_jax_switches_change_neither_a_run_nor_its_samples(finished, tmp_path, monkeypatch):
@@ -326,15 +366,13 @@ def test_the_run_folder_is_all_the_sampler_needs(finished, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(corpora, "DESCRIPTIONS", tmp_path / "gone")
     command = SampleCommand(run="elsewhere/copy", max_new_tokens=40, num_samples=2)
-    once = ["".join(parts) for parts in zip(*stream(command), strict=True)]
-    assert [len(text) for text in once] == [40, 40]
-    assert once == ["".join(parts) for parts in zip(*stream(command), strict=True)]
-    other = replace(command, seed=2)
-    assert once != ["".join(parts) for parts in zip(*stream(other), strict=True)]
-    print_samples(command)
-    printed = capsys.readouterr()
-    assert printed.out == "\n---\n".join(once) + "\n"
-    assert printed.err.endswith("tokens/s, compilation not counted\n")
+    printed = []
+    for again in (command, command, replace(command, seed=2)):
+        print_samples(again)
+        printed.append(capsys.readouterr())
+    once, twice, other = (re.split(r"--- \d of 2\n", one.out) for one in printed)
+    assert [len(text) for text in once] == [0, 41, 41] and once == twice != other
+    assert all(one.err.endswith("tokens/s, compilation not counted\n") for one in printed)
 
 
 def test_a_text_without_a_newline(tmp_path, monkeypatch, capsys):
@@ -410,18 +448,22 @@ def test_the_loss_of_the_validation_split_is_the_one_that_was_logged(finished):
     assert run.loss(val) == pytest.approx(run.metrics[-1]["val_loss"], abs=1e-4)
 
 
-def test_prompts(finished, tmp_path):
+def test_prompts(finished, tmp_path, capsys):
     whole, _ = finished
     command = SampleCommand(run=str(whole), prompt="\u2603!", max_new_tokens=5)
     with pytest.raises(UserError, match=r"unknown characters \('\u2603' at 0"):
-        list(stream(command))
+        print_samples(command)
     for unknown in ("replace", "skip"):
-        assert list(stream(replace(command, unknown=unknown)))
+        print_samples(replace(command, unknown=unknown))
+        assert len(capsys.readouterr().out) == 6
     (tmp_path / "p.txt").write_text("the ")
-    from_file = list(stream(replace(command, prompt=f"file:{tmp_path / 'p.txt'}")))
-    assert from_file == list(stream(replace(command, prompt="the ")))
+    texts = []
+    for prompt in (f"file:{tmp_path / 'p.txt'}", "the "):
+        print_samples(replace(command, prompt=prompt))
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
     with pytest.raises(UserError, match="the prompt has no characters"):
-        list(stream(replace(command, prompt="")))
+        print_samples(replace(command, prompt=""))
 
 
 def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -70,7 +70,7 @@ def candidates(words: list[str]) -> list[str]:
 
 def values(flag: Flag) -> list[str]:
     """Values that are known beforehand; none: the shell offers files."""
-    if flag.path[-1] == "run":
+    if flag.path[-1] in ("run", "other"):
         return sorted(path.parent.name for path in folders.RUNS.glob("*/config.json"))
     if flag.name == "--config":
         return [*PRESETS, *sorted(str(path) for path in Path().glob("*.py"))]

@@ -24,6 +24,7 @@ SYNONYMS = {
     "--eval-batches": "eval-iters",
     "--save-every": "save-steps save-interval checkpoint-every ckpt-every",
     "--keep-last": "save-total-limit",
+    "--track": "wandb-log wandb report-to tensorboard logger",
     "--special-tokens": "add-special-tokens add-bos-token add-bos bos",
     "--model.n-layer": "num-layers n-layers layers depth num-hidden-layers",
     "--model.n-head": "heads num-heads n-heads num-attention-heads",
@@ -42,11 +43,13 @@ SYNONYMS = {
     "--model.remat": "gradient-checkpointing activation-checkpointing",
     "--data.text": "data dataset dataset-name data-path data-dir train-file input input-file file "
     "corpus",
+    "--data.val": "validation-file val-file eval-file val-data val-text",
     "--data.tokenizer": "tok tokenizer-name",
     "--optim.kind": "optim optimizer",
     "--optim.learning-rate": "lr max-lr peak-lr embedding-lr",
     "--optim.muon-learning-rate": "matrix-lr muon-lr",
     "--optim.schedule": "lr-scheduler-type lr-scheduler scheduler lr-schedule",
+    "--optim.schedule-steps": "lr-decay-iters lr-decay-steps",
     "--optim.warmup-steps": "warmup-iters warmup num-warmup-steps",
     "--optim.decay-share": "warmdown-ratio",
     "--optim.final-lr-ratio": "final-lr-frac min-lr-ratio",
@@ -65,6 +68,15 @@ SYNONYMS = {
     "--temperature": "temp t",
     "--top-k": "topk",
     "--top-p": "topp nucleus",
+    "--min-p": "minp",
+    "--repetition-penalty": "repeat-penalty rep-penalty",
+    "--stop": "stop-strings stop-sequences reverse-prompt",
+    "--ignore-eos": "no-eos no-stop",
+    "--interactive": "repl conversation i",
+    "--system": "system-prompt sys",
+    "--prompts": "prompts-file prompt-file",
+    "--json": "jsonl",
+    "--logprobs": "log-probs top-logprobs alternatives",
     "--checkpoint": "ckpt step",
 }
 
@@ -72,7 +84,6 @@ SYNONYMS = {
 ABSENT = {
     "epochs num-epochs num-train-epochs max-epochs": "training length is --steps, in optimizer "
     "updates",
-    "lr-decay-iters": "the decay ends at --steps",
     "decay-lr": "--optim.schedule constant switches the decay off",
     "min-lr final-lr": "give --optim.final-lr-ratio, a share of the peak",
     "warmup-ratio": "give --optim.warmup-steps, a number of steps",
@@ -81,8 +92,7 @@ ABSENT = {
     "JAX_PLATFORMS=cpu in the environment for the CPU",
     "fp16 amp": "give --model.dtype bfloat16",
     "log-interval logging-steps log-every": "leave it out: every step is in metrics.jsonl",
-    "wandb-log wandb-project wandb report-to tensorboard": "metrics are in the run's "
-    "metrics.jsonl, and gptjax plot draws them",
+    "wandb-project wandb-run-name": "set WANDB_PROJECT in the environment, and give --track wandb",
     "num-workers workers dataloader-num-workers": "leave it out: batches are prefetched",
 }
 

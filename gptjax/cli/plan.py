@@ -4,10 +4,9 @@ import os
 from dataclasses import dataclass, field
 
 from gptjax.cli.flags import INLINE, POSITIONAL, given, parse, peek
-from gptjax.cli.recipe import Recipe, fitted, starting_point
+from gptjax.cli.recipe import Recipe, fitted, lecture_model, starting_point
 from gptjax.config import Config
 from gptjax.errors import UserError
-from gptjax.presets import LECTURE_MODELS
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class PlanCommand:
     devices: str = field(default="here", metadata=POSITIONAL)
     """v5e:4x4, h100:8, ... or here."""
     config: str = "small"
-    """Preset to start from, or a Python file that defines `config`."""
+    """Preset to start from, a Python file that defines `config`, or a run."""
     settings: Config = field(default_factory=Config, metadata=INLINE)
 
 
@@ -28,8 +27,8 @@ def show(name: str, settings: Config, devices: str, recipe: Recipe | None) -> No
     Raises:
         UserError: see `gptjax.plan.plan.plan`; or a preset or file with a model of its own.
     """
-    if name in LECTURE_MODELS:
-        raise UserError(f"only a GPT can be planned, and the preset {name} trains none")
+    if lecture_model(name):
+        raise UserError(f"only a GPT can be planned, and {name} trains none")
     if recipe and recipe.model:
         raise UserError(
             f"only the config's own GPT can be planned, and {recipe.path} defines a model; give a "

@@ -3,28 +3,30 @@
 from dataclasses import dataclass
 
 from gptjax.cli.flags import parse
-from gptjax.config import Config
-from gptjax.presets import PRESETS
+from gptjax.cli.table import Column, compact, print_rows
+from gptjax.presets import PRESETS, PURPOSES
+
+COLUMNS = (
+    Column("preset", fold=24),
+    Column("parameters", 2, show=compact),
+    Column("tokens/step", 3, show="{:,}".format),
+    Column("steps", 4, show="{:,}".format),
+    Column("for", 1, fold=16),
+)
 
 
 @dataclass(frozen=True)
 class PresetsCommand:
-    """List the presets, one a line. All settings of one: gptjax train --config NAME --help."""
-
-
-def described(config: Config) -> str:
-    """A config in one line."""
-    model = config.model
-    start = f"from {config.init}, " if config.init else ""
-    return (
-        f"{start}{model.n_layer} layers, width {model.n_embd:,}, context {model.block_size:,}; "
-        f"{config.steps:,} steps of {config.batch_size:,} windows; {config.data.text}"
-    )
+    """List the presets: size, length, and what each is for. All settings of one: gptjax train
+    --config NAME --help."""
 
 
 def main(argv: list[str], prog: str) -> None:
-    """Print the list."""
+    """Print the table."""
     parse(PresetsCommand, PresetsCommand(), argv, prog)
-    width = max(map(len, PRESETS))
+    rows = []
     for name, config in PRESETS.items():
-        print(f"{name:<{width}}  {described(config)}")
+        parameters, purpose = PURPOSES[name]
+        tokens = config.batch_size * config.model.block_size
+        rows.append([name, parameters, tokens, config.steps, purpose])
+    print_rows(COLUMNS, rows)

@@ -21,12 +21,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gptjax.config import Config
+from gptjax.config import Config, differences
 from gptjax.errors import UserError
-from gptjax.presets import PRESETS
+from gptjax.presets import LECTURE_MODELS, PRESETS
+from gptjax.runs import config_json, files, folders
+from gptjax.runs.config_json import Stored
 
 SPEEDRUN = "fast", "record"  # once presets, now config files in examples/speedrun/
 PARTS = "model", "optimizer", "loss_fn", "batches", "metrics"
+_LECTURE = set(LECTURE_MODELS.values())  # models that come with gptjax
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,11 @@ def load_recipe(path: str) -> Recipe:
 
 
 def starting_point(config: str) -> tuple[Config, Recipe | None]:
-    """The config that a `--config` names, and the file's other parts if it names a file.
+    """The config that a `--config` names, and the file's other parts if it names a Python file.
 
     Raises:
-        UserError: an unknown preset, or a file that cannot be used.
+        UserError: an unknown preset or run, a file that cannot be used, or a run with parts that
+            are not gptjax's.
     """
     if is_file(config):
         recipe = load_recipe(config)
@@ -101,12 +105,60 @@ def starting_point(config: str) -> tuple[Config, Recipe | None]:
             f"{config!r} is now a config file; from a checkout give "
             f"--config examples/speedrun/{config}.py"
         )
+    if (run := stored(config)) is not None:
+        own = {name: part for name, part in run.parts.items() if part not in _LECTURE}
+        if own:
+            what = ", ".join(f"{name} {part}" for name, part in own.items() if name != "config")
+            raise UserError(
+                f"{config} was trained with parts that its config does not hold ({what}); give the "
+                f"file that defines them, --config {own.get('config', 'FILE.py')}"
+            )
+        return run.config, None
     close = difflib.get_close_matches(config, PRESETS, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise UserError(
-        f"unknown preset {config!r}; {hint}give the path of a Python file, or one of "
-        f"{', '.join(PRESETS)}"
+        f"unknown preset {config!r}; {hint}give the path of a Python file, a run or its "
+        f"config.json, or one of {', '.join(PRESETS)}"
     )
+
+
+def stored(config: str) -> Stored | None:
+    """What a `--config` says that names a run, or the `config.json` of one; None: it names neither,
+    or a preset, which has precedence.
+
+    Raises:
+        UserError: it is damaged, or another program's.
+    """
+    if config in PRESETS or is_file(config):
+        return None
+    if config.endswith(".json") and not os.path.isdir(config):
+        text = files.read_file(Path(config), str)
+        try:
+            return config_json.from_json(text)
+        except UserError as error:
+            raise UserError(f"{config} is not the config.json of a run: {error}") from None
+    if not folders.is_run(config):
+        return None
+    directory = folders.find(config)
+    return files.read_file(directory / folders.CONFIG, config_json.from_json)
+
+
+def lecture_model(config: str) -> str | None:
+    """The lecture's model that a preset, or a run of one, trains; None: a GPT, or one's own."""
+    if config in LECTURE_MODELS:
+        return LECTURE_MODELS[config]
+    run = stored(config)
+    return run and run.parts.get("model")
+
+
+def base_name(config: str) -> str:
+    """The name of a run that `--config` starts, before a number is added to it."""
+    path = Path(config)
+    if config in PRESETS:
+        return config
+    if path.name == folders.CONFIG and path.resolve().parent.name:
+        return path.resolve().parent.name
+    return path.stem if path.suffix in (".py", ".json") else path.name
 
 
 def fitted(config: Config, given: Mapping[str, Any]) -> Config:
@@ -117,13 +169,21 @@ def fitted(config: Config, given: Mapping[str, Any]) -> Config:
         config: the preset's or file's.
         given: values of settings by their names, such as {"steps": 2, "optim.accumulate": 4}.
     """
-    optim, steps = config.optim, given.get("steps", config.steps)
-    rows = given.get("batch_size", config.batch_size)
-    if "optim.warmup_steps" not in given and 0 < steps < optim.warmup_steps:
-        optim = replace(optim, warmup_steps=optim.warmup_steps * steps // config.steps)
+    optim, rows = config.optim, given.get("batch_size", config.batch_size)
+    length = given.get("optim.schedule_steps", optim.schedule_steps)
+    length = length or given.get("steps", config.steps)
+    if "optim.warmup_steps" not in given and 0 < length < optim.warmup_steps:
+        whole = optim.schedule_steps or config.steps
+        optim = replace(optim, warmup_steps=optim.warmup_steps * length // whole)
     if "optim.accumulate" not in given and rows > 0:  # the update is the same, whatever it is
         optim = replace(optim, accumulate=math.gcd(optim.accumulate, rows))
     return replace(config, optim=optim)
+
+
+def changes(old: Config, new: Config) -> str:
+    """The settings that `fitted` changed, for a note."""
+    changed = differences(old, new).items()
+    return " and ".join(f"{name}={after}, not {before}" for name, (before, after) in changed)
 
 
 def recipe_of_run(config: str | None) -> Recipe | None:

@@ -1,18 +1,15 @@
 """`gptjax sample` and `sample.py`."""
 
-import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gptjax.cli.draw import print_samples
 from gptjax.cli.flags import parse
-from gptjax.cli.recipe import parts_for_run, recipe_of_run
 from gptjax.config import MeshConfig
-from gptjax.errors import UserError, note, visible
-from gptjax.runs import folders
-from gptjax.runs.files import read_bytes
+from gptjax.errors import UserError
 from gptjax.text.tokenizers import Unknown
+
+MOST_ALTERNATIVES = 20
 
 
 @dataclass(frozen=True)
@@ -26,119 +23,119 @@ class SampleCommand:
     config: str | None = None
     """Python file that the run's own model comes from; None: the model of its config."""
     prompt: str | None = None
-    """Text to continue, or file:PATH; None: begin a text, after a newline if the tokenizer has
-    one."""
+    """Text to continue, file:PATH, or - for standard input; None: what a pipe brings, or else
+    begin a text."""
+    prompts: str | None = None
+    """File with a prompt in each line, or - for standard input; *.jsonl has JSON in each line:
+    {"prompt": "Once", "temperature": 0.5, ...}."""
+    interactive: bool = False
+    """Converse in the terminal: a chat if the model has a chat template, or else a text that you
+    and the model write by turns."""
+    chat: bool | None = None
+    """Send a prompt as a user's message through the model's chat template; None: only in a
+    conversation, if there is a template."""
+    system: str | None = None
+    """System message of a chat."""
     unknown: Unknown = "error"
     """What to do with characters of the prompt that the tokenizer lacks."""
     special_tokens: bool = True
     """Put around the prompt the tokens that the run's tokenizer puts around a text, such as a
     BOS."""
     max_new_tokens: int = 500
-    """Tokens to generate in each sample."""
+    """Tokens to generate in each sample, at most."""
     num_samples: int = 1
-    """Samples, generated as one batch."""
+    """Samples of each prompt, drawn together."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a sample, and are left out of it."""
+    ignore_eos: bool = False
+    """Continue after the end of a text (the model's end-of-text token)."""
     temperature: float = 0.8
     """Below 1 is safer, above 1 wilder; 0 takes the most likely token each time."""
     top_k: int | None = None
     """Sample from the k most likely tokens only."""
     top_p: float | None = None
     """Sample from the fewest tokens that hold this much probability."""
+    min_p: float | None = None
+    """Sample from tokens that have this share of the most likely one's probability."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens that have occurred less likely, as in transformers."""
+    logit_bias: tuple[str, ...] = ()
+    """Added to the logits of single tokens, as ID=BIAS: 50256=-100 never draws that one."""
     seed: int = 1337
     """Random seed; the same seed, prompt and settings give the same text."""
+    out: str | None = None
+    """New file that gets the samples once they are done, or when Ctrl-C ends them; None: standard
+    output, as they are drawn."""
+    json: bool = False
+    """Write a line of JSON for each sample: prompt, seed, text, tokens, and finish (stop, length,
+    or null if Ctrl-C ended it)."""
+    logprobs: int | None = None
+    """Add to the JSON the log-probability of each token, and this many alternatives (0 to 20)."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} is too small; give 1 or more")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature} is out of range; give 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"--top-k {self.top_k} is too small; give 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p} is out of range; give 0 < top-p <= 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"--min-p {self.min_p} is out of range; give 0 <= min-p <= 1")
+        penalty = self.repetition_penalty
+        if penalty is not None and not 0 < penalty < float("inf"):
+            raise UserError(
+                f"--repetition-penalty {penalty} is out of range; give a number above 0"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} is out of range; give 0 <= seed < 2**32")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_ALTERNATIVES:
+            raise UserError(
+                f"--logprobs {self.logprobs} is out of range; give 0 to {MOST_ALTERNATIVES}"
+            )
+        if "" in self.stop:
+            raise UserError("--stop has an empty text, which would end every sample; leave it out")
+        _ = self.biases
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """The logit biases, by token id."""
+        found = {}
+        for word in self.logit_bias:
+            id_, _, bias = word.partition("=")
+            try:
+                found[int(id_)] = float(bias)
+                fine = int(id_) >= 0 and abs(float(bias)) < float("inf")
+            except ValueError:
+                fine = False
+            if not fine:
+                raise UserError(f"--logit-bias {word[:40]!r}: expected ID=BIAS, as in 50256=-100")
+        return found
 
 
 def parse_sample(argv: list[str], prog: str = "sample.py") -> SampleCommand:
     """Read the arguments.
 
     Raises:
-        UserError: an unknown flag or a bad value.
+        UserError: an unknown flag, a bad value, or flags that exclude one another.
     """
     command = parse(SampleCommand, SampleCommand(), argv, prog)
-    for name in ("max_new_tokens", "num_samples"):
-        if (value := getattr(command, name)) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is too small; give 1 or more")
-    if not 0 <= command.temperature < float("inf"):
-        raise UserError(f"--temperature {command.temperature} is out of range; give 0 or more")
-    if command.top_k is not None and command.top_k < 1:
-        raise UserError(f"--top-k {command.top_k} is too small; give 1 or more")
-    if command.top_p is not None and not 0 < command.top_p <= 1:
-        raise UserError(f"--top-p {command.top_p} is out of range; give 0 < top-p <= 1")
-    if not 0 <= command.seed < 2**32:
-        raise UserError(f"--seed {command.seed} is out of range; give 0 <= seed < 2**32")
+    alone = [("interactive", name) for name in ("prompt", "prompts", "out", "json")]
+    for first, second in [*alone, ("prompts", "prompt")]:
+        if getattr(command, first) and getattr(command, second):
+            raise UserError(f"--{first} and --{second} exclude one another; give one of them")
+    if command.interactive and command.num_samples > 1:
+        raise UserError("--interactive draws one answer at a time; leave --num-samples out")
+    if command.logprobs is not None and not command.json:
+        raise UserError("--logprobs is written with --json; add that")
+    if command.system is not None and not (command.interactive or command.chat):
+        raise UserError("--system belongs to a chat; add --chat or --interactive")
+    if command.out is not None and Path(command.out).exists():
+        raise UserError(f"--out {command.out} exists already; give a new name, or remove it")
     return command
-
-
-def read_prompt(prompt: str | None) -> str | None:
-    """The prompt itself, or the text of `file:PATH` without its byte order mark.
-
-    Raises:
-        UserError: no such file, not UTF-8, or an empty prompt.
-    """
-    if prompt is None:
-        return None
-    if prompt.startswith("file:"):
-        path = Path(prompt.removeprefix("file:"))
-        try:
-            prompt = read_bytes(path).decode("utf-8").removeprefix("\ufeff")
-        except OSError as error:
-            raise UserError(f"prompt file {path}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"prompt file {path} is not UTF-8 (byte {error.start})") from None
-        if "\0" in prompt:
-            raise UserError(f"prompt file {path} has NULs, as in UTF-16; store it as UTF-8")
-    if not prompt:
-        raise UserError("the prompt has no characters; give one or more, or leave --prompt out")
-    return prompt
-
-
-def stream(command: SampleCommand) -> Iterator[list[str]]:
-    """Pieces of text as they are generated, one for each sample; see `LoadedRun.stream`.
-
-    Raises:
-        UserError: a run, checkpoint, config file, prompt or mesh that cannot be used.
-    """
-    from gptjax.runs.loaded import load  # jax, once the arguments are understood
-    from gptjax.sampling import Sampling
-
-    prompt, recipe = read_prompt(command.prompt), recipe_of_run(command.config)
-    directory = folders.find(command.run)
-    own = parts_for_run(recipe, directory, "model")
-    run = load(directory, command.checkpoint, mesh=command.mesh, **own)
-    requests = [
-        run.request(
-            prompt,
-            command.max_new_tokens,
-            sampling=Sampling(command.temperature, command.top_k, command.top_p),
-            seed=command.seed,
-            sample=i,
-            unknown=command.unknown,
-            special_tokens=command.special_tokens,
-        )
-        for i in range(command.num_samples)
-    ]
-    for pieces in run.stream(requests, slots=len(requests)):
-        yield [pieces[i].text if i in pieces else "" for i in range(len(requests))]
-
-
-def print_samples(command: SampleCommand) -> None:
-    """Print the samples: one as it comes, several one after the other; the rate on stderr."""
-    from gptjax.generation.decoding import CHUNK
-
-    one = command.num_samples == 1
-    shown = visible if sys.stdout.isatty() else str  # a file gets the text as it is
-    texts = [""] * command.num_samples
-    times: list[float] = []
-    for pieces in stream(command):
-        if one:
-            print(shown(pieces[0]), end="", flush=True)
-        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
-        times.append(time.perf_counter())
-    print("" if one else "\n---\n".join(map(shown, texts)))
-    # The first two pieces, of 1 and CHUNK tokens, wait for their programs to be compiled.
-    if (made := command.max_new_tokens - 1 - CHUNK) > 0:
-        rate = made * command.num_samples / (times[-2] - times[1])
-        note(f"{rate:,.0f} tokens/s, compilation not counted")
 
 
 def main(argv: list[str], prog: str) -> None:
@@ -147,4 +144,9 @@ def main(argv: list[str], prog: str) -> None:
     from gptjax.cli.compilation_cache import use_compilation_cache
 
     use_compilation_cache()
-    print_samples(command)
+    if command.interactive:
+        from gptjax.cli.conversation import converse
+
+        converse(command)
+    else:
+        print_samples(command)

@@ -15,7 +15,8 @@ import numpy as np
 import safetensors.numpy
 
 from gptjax.errors import UserError
-from gptjax.interop import hf_tokenizer
+from gptjax.generation.chat import ChatFormat
+from gptjax.interop import hf_chat, hf_tokenizer
 from gptjax.interop.hf import to_tensors
 from gptjax.interop.hf_config import write_config
 from gptjax.model import GPT, Model
@@ -52,6 +53,10 @@ def export(
     if bos := special_tokens.of(run.tokenizer)[0].tolist():
         about["bos_token_id"] = bos[-1]
     files = hf_tokenizer.write(run.tokenizer, config.block_size)
+    if run.chat is not None:
+        form = ChatFormat.from_json(run.chat)
+        files = hf_chat.write(form, files)
+        about["eos_token_id"] = list(form.stop_tokens) or about["eos_token_id"]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; give a folder that is new or empty")
     made = parts.run_model(run, model)

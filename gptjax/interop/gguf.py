@@ -88,7 +88,7 @@ def read(path: Path) -> Source:
                 f"rope.dimension_count={rotated!r} is not supported; expected the head size "
                 f"{config.head_size}"
             )
-        tokenizer = gguf_tokenizer.read(values)
+        tokenizer, chat = gguf_tokenizer.read(values), gguf_tokenizer.read_chat(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -109,7 +109,7 @@ def read(path: Path) -> Source:
         return x
 
     shapes = {name: tuple(map(int, x.shape[::-1])) for name, x in tensors.items()}
-    return Source(config, shapes, read_one, path.stat().st_size, tokenizer)
+    return Source(config, shapes, read_one, path.stat().st_size, tokenizer, chat)
 
 
 def _open(gguf: Any, path: Path) -> Any:

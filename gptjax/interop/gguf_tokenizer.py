@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptjax.errors import UserError, optional_import
+from gptjax.generation.chat import ChatFormat
 from gptjax.text import special_tokens
 from gptjax.text.subwords import HFTokenizer
 
@@ -22,6 +23,8 @@ WITHOUT_EFFECT = {  # values of other keys that change nothing
     "remove_extra_whitespaces": False,
     "precompiled_charsmap": [],
 }
+# transformers' names of special tokens, for chat templates.
+ROLES = dict(bos_token="bos", eos_token="eos", unk_token="unknown", pad_token="padding")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # token types
 
 BYTE_LEVEL = {
@@ -133,6 +136,26 @@ def read(values: Mapping[str, Any]) -> HFTokenizer:
     if kind == "gpt2" and pre == "default":
         _check_words(tokenizer, [i for i in vocabulary.values() if not types or types[i] == NORMAL])
     return tokenizer
+
+
+def read_chat(values: Mapping[str, Any]) -> ChatFormat | None:
+    """What the file says of conversations; None: nothing.
+
+    Args:
+        values: the file's metadata by key, which `read` has accepted.
+
+    Raises:
+        UserError: a chat template that is no text.
+    """
+    found = {key.removeprefix(PREFIX): x for key, x in values.items() if key.startswith(PREFIX)}
+    tokens, template = found["tokens"], values.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise UserError("tokenizer.chat_template is not text")
+    ids = {role: _token_id(found, key, len(tokens)) for role, key in ROLES.items()}
+    names = {role: tokens[id_] for role, id_ in ids.items() if id_ is not None}
+    ends = (_token_id(found, key, len(tokens)) for key in ("eos", "eot", "eom"))
+    stop = tuple(dict.fromkeys(id_ for id_ in ends if id_ is not None))
+    return ChatFormat(template, names, stop) if stop or template is not None else None
 
 
 def _check_words(tokenizer: HFTokenizer, ids: list[int]) -> None:

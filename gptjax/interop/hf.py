@@ -14,6 +14,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.generation.chat import ChatFormat
 from gptjax.interop.hf_config import family, kv_heads
 from gptjax.layers import rotary_rates
 from gptjax.text.tokenizers import Tokenizer
@@ -90,6 +91,7 @@ class Source(NamedTuple):
         read: reads one tensor, in any dtype.
         size: of the file or files that hold the tensors, in bytes.
         tokenizer: None: the format has none.
+        chat: chat template and stop tokens; None: there are none.
     """
 
     config: ModelConfig
@@ -97,6 +99,7 @@ class Source(NamedTuple):
     read: Callable[[str], np.ndarray]
     size: int
     tokenizer: Tokenizer | None
+    chat: ChatFormat | None = None
 
 
 def to_params(source: Source) -> dict[str, Any]:

@@ -46,9 +46,13 @@ def import_model(
     tokenizer = model.tokenizer
     if tokenizer is None:
         if text is None:
+            lacks, add = "comes without a tokenizer", ""
+            if Path(source).is_dir():
+                lacks = "has neither a tokenizer.json nor a tokenizer.model"
+                add = "add the model's own, or if its tokens are characters "
             raise UserError(
-                f"{source} comes without a tokenizer; give the text that it was trained "
-                f"on as --text, for its characters"
+                f"{source} {lacks}; {add}give the text that it was trained on as --text, for its "
+                f"characters"
             )
         tokenizer = CharTokenizer.fit(read_text(text))
         pretrained.check_tokenizer(model, tokenizer)
@@ -62,7 +66,7 @@ def import_model(
     config, params = pretrained.fit(asked, model)
     state = assemble(config, tokenizer.vocab_size).start(params)
     with folders.locked(directory):
-        run = Run.create(directory, config, tokenizer)
+        run = Run.create(directory, config, tokenizer, chat=model.chat)
         checkpoints = Checkpoints(run.checkpoints_path)
         checkpoints.save(0, state, FIRST, run.texts)
         checkpoints.finish_save()

@@ -17,7 +17,7 @@ import safetensors
 
 from gptjax.config import OF_A_LOADED_MODEL, Config, ModelConfig
 from gptjax.errors import UserError, optional_import
-from gptjax.interop import gguf, hf_tokenizer, nanogpt
+from gptjax.interop import gguf, hf_chat, hf_tokenizer, nanogpt
 from gptjax.interop.hf import Source, add, to_params
 from gptjax.interop.hf_config import read_config
 from gptjax.runs import folders, parts
@@ -33,6 +33,7 @@ HUB = "hf:"  # prefix of OWNER/NAME
 FILES = (
     *("config.json", "model*.safetensors*"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("chat_template.jinja", "generation_config.json", "special_tokens_map.json"),
 )
 COMMIT = re.compile(r"[0-9a-f]{40}")
 DTYPES = ("F64", "F32", "F16", "BF16")  # supported dtypes, in safetensors' spelling
@@ -48,12 +49,14 @@ class Pretrained(NamedTuple):
         config: the model's config, with vocab_size.
         params: the parameter tree of `model.py`, numpy float32.
         tokenizer: None: it has none (nanoGPT).
+        chat: the text of a run's chat.json; None: there is nothing to say in it.
     """
 
     name: str
     config: ModelConfig
     params: Any
     tokenizer: Tokenizer | None
+    chat: str | None = None
 
 
 def load(name: str) -> Pretrained:
@@ -98,7 +101,8 @@ def load(name: str) -> Pretrained:
                 f"its tokenizer has {tokenizer.vocab_size} tokens, more than the model's "
                 f"vocabulary size {vocab_size}"
             )
-        return Pretrained(name, source.config, to_params(source), tokenizer)
+        chat = source.chat and source.chat.to_json()
+        return Pretrained(name, source.config, to_params(source), tokenizer, chat)
 
 
 def on_hub(name: str) -> tuple[str, ...]:
@@ -218,7 +222,8 @@ def read_folder(folder: Path) -> Source:
     shapes = {name: tuple(file.get_slice(x).get_shape()) for name, (file, x) in where.items()}
     read = lambda name: where[name][0].get_tensor(where[name][1])
     size = sum((folder / name).stat().st_size for name in names)
-    return Source(config, shapes, read, size, hf_tokenizer.read(folder))
+    tokenizer = hf_tokenizer.read(folder)
+    return Source(config, shapes, read, size, tokenizer, hf_chat.read(folder, tokenizer))
 
 
 def _safetensors(path: Path) -> Any:
@@ -275,7 +280,8 @@ def _load_run(name: str) -> Pretrained:
     params = checkpoints.read(choose, lambda step: checkpoints.load_params(step, model))
     params = jax.tree.map(np.asarray, params)
     vocab_size = run.config.model.vocab_size or run.tokenizer.vocab_size
-    return Pretrained(name, replace(run.config.model, vocab_size=vocab_size), params, run.tokenizer)
+    config = replace(run.config.model, vocab_size=vocab_size)
+    return Pretrained(name, config, params, run.tokenizer, run.chat)
 
 
 def _is_run(folder: Path) -> bool:

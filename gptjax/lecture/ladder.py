@@ -21,9 +21,10 @@ from rich.table import Table
 
 from gptjax.config import Config, differences
 from gptjax.console import Report
-from gptjax.errors import UserError, optional_import
+from gptjax.errors import UserError
 from gptjax.lecture.models import STAGES, CountedBigram, counted_bigram
 from gptjax.parallel.flops import count_params, processor
+from gptjax.pictures import figures
 from gptjax.presets import LECTURE_MODELS, PRESETS
 from gptjax.runs import files, folders
 from gptjax.runs.records import Record
@@ -253,29 +254,38 @@ def draw(stages: Sequence[Stage], counted: CountedBigram, out: Path) -> None:
     Raises:
         UserError: the plot cannot be written.
     """
-    # Not pyplot, which would change the state of a notebook's own figures.
-    figure = optional_import("matplotlib.figure", "plot").Figure(
-        figsize=(8, 4.5), layout="constrained"
-    )
+    figure = figures.new_figure(8.5, 4.8)
     axes = figure.subplots()
-    ends = []
-    for stage in filter(lambda stage: stage.histories, stages):
+    ends, last = [], 0
+    for i, stage in enumerate(stage for stage in stages if stage.histories):
         steps = [record["step"] for record in stage.histories[0]]
         losses = np.array([[r["val_sampled_loss"] for r in history] for history in stage.histories])
-        label = f"{stage.name}, {np.mean(stage.losses):.3f}"
-        [line] = axes.plot(steps, losses.mean(axis=0), label=label)
-        span = losses.min(axis=0), losses.max(axis=0)
-        axes.fill_between(steps, *span, color=line.get_color(), alpha=0.3)
-        ends.append(losses[:, -1].mean())
-    axes.axhline(counted.val, color="black", linestyle=":", label=f"counted, {counted.val:.3f}")
-    axes.set(xlabel="step", ylabel="validation loss (nats per character)")
-    axes.set_ylim(min(ends) - 0.1, max(ends) + 0.6)  # clips the first steps
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right center")
-    try:
-        figure.savefig(out, dpi=130)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+        look = figures.line(i) | figures.marks(i)
+        axes.fill_between(
+            steps, losses.min(axis=0), losses.max(axis=0), color=look["color"], alpha=0.25
+        )
+        middle = losses.mean(axis=0)
+        axes.plot(steps, middle, **look, linewidth=1)
+        name = f"{stage.name}  {np.mean(stage.losses):.3f}"
+        ends.append(figures.End(steps[-1], middle[-1], name, look))
+        last = max(last, steps[-1])
+    axes.axhline(counted.val, color="black", linestyle=":", linewidth=1)
+    look = {"color": "black", "linestyle": ":"}
+    ends.append(figures.End(last, counted.val, f"counted bigrams  {counted.val:.3f}", look))
+    values = [end.y for end in ends]
+    top = max(values) + 0.4
+    axes.set(xlabel="training step", ylabel="validation loss (nats per character)")
+    axes.set(xlim=(0, last * 1.02), ylim=(min(values) - 0.08, top))
+    axes.set_title("The lecture's stages: each adds one part to the one before", fontsize="medium")
+    axes.grid(alpha=0.25)
+    figures.note(
+        figure,
+        "Markers: evaluations on random windows of the validation split, mean of the seeds; bands: "
+        "lowest to highest seed. Numbers: the last loss, over the whole split. Dotted: the best "
+        f"bigram table, counted. The axis ends at {top:.1f}; untrained models lie above it.",
+    )
+    figures.label_ends(axes, ends)
+    figures.save(figure, out)
 
 
 def write_page(text: str, page: Path = PAGE) -> None:

@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 @contextmanager
 def until_signal() -> Iterator[Callable[[], bool]]:
-    """Record the first Ctrl-C, SIGTERM or hang-up of the terminal, so that the loop can stop after
-    a step; a second one acts at once. Under nohup, a hang-up stays ignored."""
+    """Record the first Ctrl-C, SIGTERM, SIGUSR1 (a scheduler's warning) or hang-up of the terminal,
+    so that the loop can stop after a step; a second one acts at once. Under nohup, a hang-up stays
+    ignored, and SIGUSR1 is left to a program that has its own use for it."""
     asked: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -35,6 +36,9 @@ def until_signal() -> Iterator[Callable[[], bool]]:
         hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
         if hang_up and signal.getsignal(hang_up) is not signal.SIG_IGN:
             numbers.append(hang_up)
+        user = getattr(signal, "SIGUSR1", None)
+        if user and signal.getsignal(user) is signal.SIG_DFL:
+            numbers.append(user)
         before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(asked)

@@ -208,15 +208,17 @@ def seal(folder: Path) -> None:
     )
 
 
-def locks(descriptor: int) -> bool:
-    """Lock an open file or folder until it is closed; False if another process has it.
+def locks(descriptor: int, shared: bool = False) -> bool:
+    """Lock an open file or folder until it is closed, or share it with others that do; False if
+    another process has it.
 
     True also where there are no locks: on Windows, and on some network file systems.
     """
     with suppress(OSError):
         if fcntl:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(descriptor, how | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
     return True

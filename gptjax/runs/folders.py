@@ -3,8 +3,9 @@
 import os
 import re
 import shlex
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -15,7 +16,7 @@ from gptjax.runs import files
 RUNS = Path("runs")
 LONGEST = 2000  # bytes of a path, of which the files in the folder need some more
 LOCK = ".lock"
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, TOKENIZER, CHAT = "config.json", "tokenizer.json", "chat.json"
 METRICS, TEXT = "metrics.json", "text.json"  # in checkpoints: digests of the metrics and the text
 
 
@@ -30,10 +31,8 @@ def find(name: str | None, like: str | None = None) -> Path:
         UserError: no such run.
     """
     if name is not None:
-        _check_name(name)
-        places = (Path(name), RUNS / name) if os.sep in name else (RUNS / name, Path(name))
-        directory = next((place for place in places if place.exists()), RUNS / name)
-        if not (directory / CONFIG).is_file() and not any(copies(directory, CONFIG)):
+        directory = _place(name)
+        if not is_run(name):
             raise UserError(
                 f"{directory} is not a run's folder (it has no config.json); available runs: "
                 f"{', '.join(_names()) or 'none'}"
@@ -46,6 +45,21 @@ def find(name: str | None, like: str | None = None) -> Path:
         raise UserError(f"there is no {kind} in {RUNS}/; train one with python train.py")
     changing = lambda run: [p for p in (run / CONFIG, run / "metrics.jsonl") if p.exists()]
     return max(found, key=lambda run: max(p.stat().st_mtime_ns for p in changing(run)))
+
+
+def is_run(name: str) -> bool:
+    """Whether a run has that name or path."""
+    try:
+        directory = _place(name)
+    except UserError:
+        return False
+    return (directory / CONFIG).is_file() or any(copies(directory, CONFIG))
+
+
+def _place(name: str) -> Path:
+    _check_name(name)
+    places = (Path(name), RUNS / name) if os.sep in name else (RUNS / name, Path(name))
+    return next((place for place in places if place.exists()), RUNS / name)
 
 
 def new_directory(name: str | None, preset: str) -> Path:
@@ -85,13 +99,25 @@ def locked(directory: Path) -> Iterator[None]:
             if os.name != "nt":
                 descriptor = os.open(directory, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
-                if not files.locks(descriptor):
+                # Who asks `is_locked` has it for a moment.
+                if not any(files.locks(descriptor) or time.sleep(0.05) for _ in range(20)):
                     raise busy
         except filelock.Timeout:
             raise busy from None
         except OSError as error:
             raise unwritable(directory, error) from None
         yield
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a process is training the run; False where there are no locks."""
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            return not files.locks(descriptor, shared=True)
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def taken(directory: Path) -> UserError:
@@ -130,7 +156,7 @@ def copies(directory: Path, name: str) -> Iterator[tuple[Path, str]]:
 
 def _is_vacant(directory: Path) -> bool:
     """Whether a folder contains nothing but leftovers of a process killed while creating a run."""
-    leftovers = {LOCK, TOKENIZER, f"{TOKENIZER}.tmp", f"{CONFIG}.tmp"}
+    leftovers = {LOCK, TOKENIZER, CHAT} | {f"{n}.tmp" for n in (CONFIG, TOKENIZER, CHAT)}
     return directory.is_dir() and {path.name for path in directory.iterdir()} <= leftovers
 
 

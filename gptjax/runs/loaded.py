@@ -14,6 +14,7 @@ import numpy as np
 from gptjax.batches import Batch, whole_split_starts, windows
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import UserError
+from gptjax.generation import chat
 from gptjax.generation.engine import SLOTS, Engine
 from gptjax.generation.requests import Completion, Piece, Request, check
 from gptjax.loss import evaluate_batch
@@ -64,6 +65,7 @@ class LoadedRun:
         params: its parameters.
         step: of the checkpoint.
         tokenizer: of the run.
+        chat: the text of the run's chat.json, see generation/chat.py; None: it has none.
     """
 
     @pinned()
@@ -75,6 +77,7 @@ class LoadedRun:
         self.directory: Path = run.directory
         self.config: Config = run.config
         self.tokenizer: Tokenizer = run.tokenizer
+        self.chat: str | None = run.chat
         self.model: nn.Module = parts.run_model(run, model)
         checkpoints = Checkpoints(run.checkpoints_path)
         self.step: int
@@ -192,7 +195,8 @@ class LoadedRun:
         Args:
             prompt: text to continue, or its (N,) ids; None: begin a text, see `generate`.
             sampling: None: at temperature 0.8.
-            stop_tokens: None: the end-of-text token, where the tokenizer has one.
+            stop_tokens: None: the end-of-text token, where the tokenizer has one, and those that
+                a pretrained model's files name.
             unknown, special_tokens: see `generate`.
             max_new_tokens, seed, sample, stop, alternatives: see `Request`.
 
@@ -200,8 +204,7 @@ class LoadedRun:
             UserError: a prompt that cannot be encoded, or has no tokens; a setting out of range.
         """
         if stop_tokens is None:
-            end = self.tokenizer.end_of_text
-            stop_tokens = () if end is None else (end,)
+            stop_tokens = chat.stop_tokens(self)
         request = Request(
             self._prompt(prompt, special_tokens, unknown),
             max_new_tokens,
@@ -264,7 +267,7 @@ class LoadedRun:
             return prompt.astype(np.int32)
         tokenizer = self.tokenizer if special else special_tokens.without(self.tokenizer)
         if prompt is None:
-            return first_tokens(tokenizer)
+            return chat.first_tokens(self) if special else first_tokens(tokenizer)
         if not len(ids := tokenizer.encode(prompt, unknown)):
             raise UserError(
                 f"the prompt {prompt!r} has no tokens: to this run's tokenizer it is blank, or its "

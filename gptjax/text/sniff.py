@@ -2,8 +2,10 @@
 
 import codecs
 import re
+from collections.abc import Iterator
 
 from gptjax.errors import UserError, optional_import
+from gptjax.text.tokenizers import INCOMPLETE
 
 # First bytes of files that are no text in any encoding, though latin-1 decodes them all.
 MAGIC = {
@@ -102,3 +104,15 @@ def _decoded(raw: bytes, encoding: str) -> str:
     except UnicodeError:
         return ""
     return "" if has_many_controls(text) or "\0" in text else text
+
+
+def remarks(alphabet: str) -> Iterator[str]:
+    """What is odd about a text with these characters, and what to do."""
+    if odd := CONTROLS.findall(alphabet):
+        shown = ", ".join(f"U+{ord(c):04X}" for c in odd[:5]) + ", ..." * (len(odd) > 5)
+        yield f"has control characters ({shown}); the model learns them: remove what is not meant"
+    if INCOMPLETE in alphabet:
+        yield (
+            "has U+FFFD, which stands for what an earlier program could not decode; if it is not "
+            "meant, decode the original again"
+        )

@@ -145,6 +145,17 @@ def split(found: Survey, val_fraction: float, val_limit: int | None) -> Split:
     return Split(cuts, (), f"by document (validation: {', '.join(held_out)})")
 
 
+def undivided(found: Survey, side: int) -> Split:
+    """Put all documents on one side, TRAIN or VAL."""
+    cuts = found.lengths if side == TRAIN else np.zeros_like(found.lengths)
+    return Split(cuts, (), whole(side))
+
+
+def whole(side: int) -> str:
+    """A phrase about a text that is all on one side."""
+    return "all of the text trains" if side == TRAIN else "all of the validation text validates"
+
+
 def _cut(lengths: np.ndarray, wanted: int) -> np.ndarray:
     """(D,) where to cut documents of these lengths, all at the same place, so that at least
     `wanted` characters lie behind it."""

@@ -100,6 +100,10 @@ class HFTokenizer:
         """A token's name."""
         return self._library.id_to_token(id_)
 
+    def token_id(self, name: str) -> int | None:
+        """A token's id by its name; None: there is none of that name."""
+        return self._library.token_to_id(name)
+
     @property
     def cuttable(self) -> bool:
         """Tested on examples: some tokenizers prepend a space, and some merge across words."""

@@ -1,1 +1,1 @@
-"""Look at runs: check, replay and plot them."""
+"""Look at runs: check and replay them."""

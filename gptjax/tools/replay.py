@@ -28,8 +28,8 @@ from gptjax.runs import parts
 from gptjax.runs.bad_steps import token_rows
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
-from gptjax.step import TrainState
-from gptjax.text.dataset import fingerprint, open_dataset
+from gptjax.step import NORMS, TrainState
+from gptjax.text.dataset import fingerprint, named, open_dataset
 
 LEAVES = 8  # of the gradient, shown
 ROWS = 4  # of the batch, shown
@@ -77,7 +77,7 @@ def replay(
     parts.check(run, parts.describe(batches=batches), ("batches",))
     if batches is None:
         dataset = open_dataset(config.data, config.model.block_size, run.tokenizer)
-        run.use_text(config.data.text, fingerprint(dataset))
+        run.use_text(named(config.data), fingerprint(dataset))
         setup = setup_of(Prefetched.at if streams(config, dataset) else None)
         source = make_source(config, dataset, setup.mesh, setup.seed_key())
     else:
@@ -106,7 +106,7 @@ def replay(
     rows = {
         name: f"{values[name]:.9g}, logged: {record.get(name, record.get('skipped', 'nothing'))}"
         for name in values
-        if name != "lr"
+        if name != "lr" and not name.startswith(NORMS)
     }
     report.summary(f"step {step}", rows)
     report.summary("the gradient's largest norms", _norms(gradient))

@@ -23,7 +23,7 @@ from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.records import read as read_records
 from gptjax.runs.run import Run, read_config
-from gptjax.text.dataset import fingerprint, open_dataset
+from gptjax.text.dataset import fingerprint, named, open_dataset
 
 TOLERANCE = 1e-4  # nats: another machine or device count rounds otherwise
 
@@ -167,7 +167,7 @@ def _loss(
         return Check("loss", None, "not measured again: the batches are not gptjax's")
     try:
         dataset = open_dataset(run.config.data, run.config.model.block_size, run.tokenizer)
-        run.use_text(run.config.data.text, fingerprint(dataset))
+        run.use_text(named(run.config.data), fingerprint(dataset))
         made = parts.run_model(run, model)
     except UserError as error:
         return Check("loss", None, f"not measured again: {error}")

@@ -1,0 +1,1 @@
+"""Pictures of runs: loss curves, attention maps, losses of a text's tokens, embeddings."""

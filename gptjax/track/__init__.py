@@ -1,0 +1,1 @@
+"""Watch a training: trackers fed from a run's files, and warnings."""
