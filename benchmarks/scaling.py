@@ -252,8 +252,9 @@ def confirm(texts: tuple[str, ...]) -> list[Point]:
     found, body = [], []
     for text in texts:
         model, _, where = text.partition("@")
-        target, config, state = read_target(where), config_of(model), shapes(model)
-        devices = aot.topology(target)
+        target, config = read_target(where), config_of(model)
+        devices = aot.topology(target)  # before JAX starts its devices, without which CUDA is lost
+        state = shapes(model)
         if devices is None:
             raise UserError("--confirm needs compilers: pip install -e '.[plan]'")
         every = [mesh for group in meshes(target.count, target.chip).values() for mesh in group]

@@ -64,14 +64,12 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     return weighted_values(attention_weights(q, k, mask), v)
 
 
-def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, blocks: int = QUERY_BLOCKS
-) -> jax.Array:
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Causal `attention` of T queries to T keys and values. Long contexts go block by block of
-    queries; 4 blocks skip 3/8 of the score matrix.
+    queries, which skips 3/8 of the score matrix.
     """
     T = q.shape[1]
-    n = blocks if T >= BLOCKS_FROM and T % blocks == 0 else 1
+    n = QUERY_BLOCKS if T >= BLOCKS_FROM and T % QUERY_BLOCKS == 0 else 1
     size = T // n
     blocks = []
     for end in range(size, T + 1, size):
