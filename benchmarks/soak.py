@@ -144,13 +144,15 @@ def draw(
                 panel.text(*at, f" session {number}", **where, fontsize=figures.SMALL)
     panels[3].xaxis.set_major_formatter("{x:,.0f}")
     sampled = sum(life[-1]["seconds"] for life in lives) / 60
-    figure.suptitle(f"tiny, stopped and resumed: {sampled:.0f} minutes", fontsize="medium")
+    figure.suptitle(
+        f"The preset tiny for {sampled:.0f} minutes, saving every 100 steps", fontsize="medium"
+    )
     figures.note(
         figure,
         "Points: samples every few seconds. A save opens files and starts threads, and closes and "
         "ends them again; so what must not rise is the lower edge. Dashed: the run starts or "
-        "resumes, in a new process. Step time: mean of a hundredth of the run, saves and "
-        "evaluations not counted.",
+        "resumes, in a new process. Step time: mean of a hundredth of the run, without saves and "
+        "evaluations; its peaks are compilation.",
     )
     figures.save(figure, out)
 

@@ -242,18 +242,18 @@ def _last_record(job: Job, start: int) -> tuple[Record, bool, int]:
     """
     run, steps = job.run, job.setup.config.steps
     logged, damage = distributed.first_does(lambda: run.rewind_metrics(start))
-    at_start = bool(logged) and logged[-1]["step"] == start
-    distributed.first_does(lambda: samples.rewind(run.directory, start if at_start else start - 1))
     if damage and start:
         job.report.say(f"continuing with the metrics that are left: {damage}")
     record: Record = logged[-1] if logged else {"step": 0, "seconds": 0.0}
-    complete = at_start
+    complete = bool(logged) and record["step"] == start
     if start and record["step"] < start:
         record = job.checkpoints.record(start)
     # It was stopped at a step that was not yet to be the last one, and is now.
     if complete and start == steps and job.dataset and "val_loss" not in record:
         distributed.first_does(lambda: run.rewind_metrics(start - 1))
         complete = False
+    last = start if complete else start - 1  # the sample of a step is written before its record
+    distributed.first_does(lambda: samples.rewind(run.directory, last))
     skips = 0
     while skips < len(logged) and "skipped" in logged[-1 - skips]:
         skips += 1

@@ -14,6 +14,7 @@ from gptjax.config import Config, ModelConfig
 from gptjax.generation import chat
 from gptjax.generation.chat import ChatFormat, ChatTemplate
 from gptjax.interop import gguf_tokenizer, hf_chat, hf_tokenizer
+from gptjax.runs import files
 from gptjax.runs.run import Run
 from gptjax.text.subwords import HFTokenizer
 from gptjax.text.tokenizers import CharTokenizer
@@ -220,7 +221,17 @@ def test_a_run_keeps_it_with_its_checkpoints(tokenizer: HFTokenizer, tmp_path: P
     assert (found := chat.template_of(opened)) and found.source == CHATML
     plain: Any = Loaded(Run.create(tmp_path / "plain", config, tokenizer))
     assert chat.template_of(plain) is None and chat.stop_tokens(plain) == (1,)
-    (tmp_path / "run" / "chat.json").write_text('{"template": 3}')
+    (path := tmp_path / "run" / "chat.json").write_text('{"template": 3}')
     damaged: Any = Loaded(Run(tmp_path / "run"))
     assert "chat.json is damaged" in message(chat.stop_tokens, damaged)
     assert "chat.json is damaged" in message(chat.template_of, damaged)
+    # Each checkpoint has a copy, so that none is lost or changed unseen.
+    (copy := tmp_path / "run" / "checkpoints" / "0" / "chat.json").parent.mkdir(parents=True)
+    assert run.texts["chat.json"] == form.to_json()
+    copy.write_text(form.to_json())
+    files.seal(copy.parent)
+    assert f"an intact copy is {copy}" in message(Run, tmp_path / "run")
+    path.unlink()
+    assert f"an intact copy is {copy}" in message(Run, tmp_path / "run")
+    path.write_text(form.to_json())
+    assert Run(tmp_path / "run").chat == form.to_json()

@@ -385,7 +385,7 @@ def test_without_a_folder_for_texts_the_text_stays_in_memory(
     local.parent.write_text("a file in the way", encoding="utf-8")
     assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert capsys.readouterr().err.splitlines()[1:] == [
-        f"tiny: going on without a local copy: {local}: File exists"
+        f"tiny: no local copy is kept: {local}: File exists"
     ]
 
 
@@ -398,7 +398,7 @@ def test_an_unfinished_copy_is_removed(data_dir, local, calls, monkeypatch, caps
     assert corpora.read_bytes("tiny", data_dir, data_dir / "texts" / "tiny.txt") == TEXT
     assert list(local.parent.iterdir()) == []
     assert capsys.readouterr().err.splitlines()[1:] == [
-        f"tiny: going on without a local copy: {local}: Permission denied"
+        f"tiny: no local copy is kept: {local}: Permission denied"
     ]
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_params
@@ -92,9 +93,9 @@ def test_logprobs_are_the_models_own(gpt: tuple[Any, Any]):
 @core
 def test_penalty_and_bias_are_those_of_transformers_formula():
     """Bias first, then the penalty for tokens that were there; greedy draws show the order."""
-    logits = np.array([[2.0, 1.9, -1.0, -1.1]], np.float32)
+    logits = jnp.array([[2.0, 1.9, -1.0, -1.1]])
     keys = jax.random.split(jax.random.key(0), 1)
-    seen = np.array([[True, False, True, False]])
+    seen = jnp.array([[True, False, True, False]])
     greedy = lambda **how: int(draw(logits, keys, Sampling(0.0, **how), seen)[0])
     assert greedy() == 0
     assert greedy(repetition_penalty=1.1) == 1  # 2.0 / 1.1 = 1.82
@@ -108,9 +109,9 @@ def test_penalty_and_bias_are_those_of_transformers_formula():
 def test_settings_of_one_stream_do_not_reach_another():
     rows = [GREEDY, Sampling(1.0, top_k=1), Sampling(2.0), Sampling(1.0, min_p=1.0)]
     rows[2] = replace(rows[2], logit_bias={4: 100.0})
-    logits = np.tile(np.array([1.0, 3.0, 2.0, 0.0, 0.0], np.float32), (4, 1))
+    logits = jnp.tile(jnp.array([1.0, 3.0, 2.0, 0.0, 0.0])[None], (4, 1))
     keys = jax.random.split(jax.random.key(1), 4)
-    seen = np.zeros((4, 5), bool)
+    seen = jnp.zeros((4, 5), bool)
     assert draw(logits, keys, stacked(rows, 5), seen).tolist() == [1, 1, 4, 1]
 
 
@@ -118,7 +119,7 @@ def test_settings_of_one_stream_do_not_reach_another():
 def test_min_p_keeps_tokens_by_their_share_of_the_most_likely_one():
     probs = np.array([0.5, 0.3, 0.15, 0.05], np.float32)
     keys = jax.random.split(jax.random.key(0), 500)
-    logits = np.tile(np.log(probs), (500, 1))
+    logits = jnp.tile(jnp.log(probs)[None], (500, 1))
     for min_p, kept in ((0.0, {0, 1, 2, 3}), (0.2, {0, 1, 2}), (0.5, {0, 1}), (0.7, {0})):
         assert set(draw(logits, keys, Sampling(1.0, min_p=min_p)).tolist()) == kept
 

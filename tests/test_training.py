@@ -132,6 +132,15 @@ def test_a_stopped_and_resumed_run_is_as_never_stopped(finished, tmp_path, at, n
     assert entries[0]["devices"] == {"kind": "cpu", "count": 1, "processes": 1}
 
 
+def test_a_schedule_of_its_own_length_makes_an_extended_run_the_whole_one(finished, tmp_path):
+    whole, config = finished
+    short = replace(config, steps=10, optim=replace(config.optim, schedule_steps=config.steps))
+    train(short, tmp_path / "run", report=QUIET)
+    train(replace(short, steps=config.steps), tmp_path / "run", resume=True, report=QUIET)
+    rates = lambda run: [(r.get("loss"), r.get("lr")) for r in records(run)]
+    assert rates(tmp_path / "run") == rates(whole)
+
+
 def test_a_use_of_ones_own_for_a_signal_stays():
     """Of SIGUSR1, which programs use for themselves."""
     before = signal.signal(signal.SIGUSR1, lambda number, frame: None)

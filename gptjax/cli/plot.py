@@ -95,6 +95,8 @@ def _check(command: PlotCommand, wanted: Sequence[str]) -> None:
         raise UserError(f"{flags[0]} needs --attention, --losses or --neighbours")
     if wanted != ["attention"] and (flags := given(("layer", "head"))):
         raise UserError(f"{flags[0]} needs --attention TEXT")
+    if command.terminal and command.losses is not None:
+        raise UserError("--losses has no --terminal; gptjax score --text TEXT prints them")
     if command.terminal and command.out is not None:
         raise UserError("--terminal writes no picture; leave it or --out out")
 
@@ -134,11 +136,7 @@ def _model(command: PlotCommand, wanted: str, directory: Path) -> Any:
             return terminal.print_attention(names, weights, layers, heads)
         return tokens.attention_maps(names, weights, f"Attention weights: {of_run}", layers, heads)
     if wanted == "losses":
-        names, losses = inside.losses_of_tokens(
-            run, text, None if command.terminal else tokens.MOST
-        )
-        if command.terminal:
-            return terminal.print_losses(names, losses)
+        names, losses = inside.losses_of_tokens(run, text, tokens.MOST)
         title = f"Loss of each token: {of_run}; mean {np.nanmean(losses):.3f} nats"
         return tokens.loss_map(names, losses, title)
     found = inside.neighbours(run, text)

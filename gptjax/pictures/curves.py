@@ -235,7 +235,7 @@ def _last_mean(curve: Curve, unit: float) -> tuple[float, float]:
     """The last point of the mean, or of the losses where there is none."""
     x, y = (curve.mean_x, curve.mean) if np.isfinite(curve.mean).any() else (curve.x, curve.loss)
     last = np.flatnonzero(np.isfinite(y))[-1]
-    return x[last] / unit, y[last]
+    return float(x[last] / unit), float(y[last])
 
 
 def _evaluations(axes: Any, curve: Curve, unit: float, i: int, joined: bool) -> None:

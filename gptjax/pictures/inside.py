@@ -1,21 +1,15 @@
 """What a run's model does with a text, as numbers: attention, losses of tokens, near embeddings."""
 
-from typing import Any
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.batches import Batch, windows
 from gptjax.errors import UserError
-from gptjax.loss import token_losses
 from gptjax.parallel.switches import pinned
 from gptjax.runs.loaded import LoadedRun
+from gptjax.score.score import score_text
 from gptjax.text import special_tokens
 from gptjax.text.tokenizers import INCOMPLETE, Tokenizer, UnknownCharacters
-
-ROWS = 16  # windows of a text whose losses are computed at once
 
 
 def token_names(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
@@ -78,12 +72,10 @@ def attention_weights(run: LoadedRun, text: str) -> tuple[list[str], np.ndarray]
     )
 
 
-@pinned()
 def losses_of_tokens(
     run: LoadedRun, text: str, most: int | None = None
 ) -> tuple[list[str], np.ndarray]:
-    """The loss of each token of a text, after as much of the text before it as the context holds,
-    and never after less than half of that.
+    """The loss of each token of a text, after half a context of the text before it or more.
 
     Args:
         run: of any model.
@@ -100,28 +92,9 @@ def losses_of_tokens(
     if most is not None and len(ids) > most:
         raise UserError(
             f"the text has {len(ids):,} tokens, and a picture holds {most:,}; give a shorter one, "
-            f"or --terminal"
+            f"or see gptjax score"
         )
-    T = min(run.config.model.block_size, len(ids) - 1)
-    fresh = max(1, T // 2)  # tokens of a window that the one before has not predicted
-    starts = np.arange(0, max(1, len(ids) - 1 - T + fresh), fresh)
-    padded = np.pad(ids, (0, T + 1))
-    found = np.full(len(ids) + T + 1, np.nan, np.float32)
-    rows = min(ROWS, len(starts))
-    for first in range(0, len(starts), rows):
-        some = starts[first : first + rows]
-        some = np.pad(some, (0, rows - len(some)))  # so that there is one program to compile
-        batch = Batch.of_windows(windows(padded, some, T))
-        losses = np.asarray(_losses(run.model, run.params, batch))
-        for start, row in list(zip(some, losses, strict=True))[: len(starts) - first]:
-            known = 0 if start == 0 else T - fresh
-            found[start + 1 + known : start + 1 + T] = row[known:]
-    return token_names(run.tokenizer, ids), found[: len(ids)]
-
-
-@jax.jit(static_argnames="model")
-def _losses(model: nn.Module, params: Any, batch: Batch) -> jax.Array:
-    return token_losses(model, params, batch)
+    return token_names(run.tokenizer, ids), -score_text(run, text).logprobs
 
 
 def neighbours(

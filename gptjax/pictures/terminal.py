@@ -4,10 +4,9 @@ import shutil
 import string
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +18,6 @@ from gptjax.pictures.tokens import label
 FRAME, PLAIN = "┌┐└┘─│", str.maketrans("┌┐└┘─│", "++++-|")
 SHADES = " .:-=+*#%@"
 LETTERS = string.ascii_letters + string.digits
-GROUNDS = "default", "color(230)", "color(222)", "color(214)", "color(202)", "color(160)"
 MARGIN = 10  # columns that the numbers beside the axis may take
 
 
@@ -131,38 +129,6 @@ def _shade(weight: float) -> int:
 
 def _shade_ends(shade: int) -> float:
     return (shade / len(SHADES)) ** 2
-
-
-def print_losses(tokens: Sequence[str], losses: np.ndarray) -> None:
-    """Print the text on grounds by the loss of each token; without colours, a line for each token:
-    its place, loss and text.
-
-    Args:
-        tokens: N of them.
-        losses: (N,) nats; NaN where there is none.
-    """
-    console = Console(highlight=False)
-    if console.is_terminal and console.color_system is not None:
-        text = Text()
-        for token, loss in zip(tokens, losses, strict=True):
-            shown = visible(token).replace("\n", f"{label(chr(10))}\n")
-            text.append(shown, f"black on {_ground(loss)}" if np.isfinite(loss) else "dim")
-        console.print(text)
-        key = [Text(f" {i - 1} to {i} ", f"black on {GROUNDS[i]}") for i in range(1, 5)]
-        console.print(Text(" ").join([*key, Text(" 4 or more nats ", f"black on {GROUNDS[5]}")]))
-        return
-    for line in _loss_lines(tokens, losses):
-        print(line)
-
-
-def _ground(loss: float) -> str:
-    return GROUNDS[1 + min(4, int(loss))]
-
-
-def _loss_lines(tokens: Sequence[str], losses: np.ndarray) -> Iterator[str]:
-    yield f"{'place':>5} {'loss':>6}  token"
-    for i, (token, loss) in enumerate(zip(tokens, losses, strict=True)):
-        yield f"{i:>5} {f'{loss:.3f}' if np.isfinite(loss) else '':>6}  {label(token)}"
 
 
 def print_neighbours(

@@ -1,6 +1,7 @@
 """Pictures of a text's tokens: attention maps, losses, nearest embeddings."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def neighbour_table(
     image = axes.imshow(
         cosines, cmap="Greens", vmin=min(0.0, cosines.min()), vmax=limit, aspect="auto"
     )
-    for i, j in np.ndindex(N, K):
+    for i, j in product(range(N), range(K)):
         color = "white" if cosines[i, j] > 0.6 * limit else "black"
         how = {"ha": "center", "va": "center", "color": color}
         token = figures.drawable(label(near[i][j]), FONT)

@@ -51,10 +51,10 @@ def writer(file: IO[str], suffix: str) -> Callable[[Row], None]:
     """
     if suffix == ".jsonl":
         return lambda row: print(json.dumps(row, allow_nan=False), file=file)
-    table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    alternatives = lambda row: json.dumps(row["alternatives"]) if row["alternatives"] else ""
-    return lambda row: table.writerow({**row, "alternatives": alternatives(row)})
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(COLUMNS)
+    lists = lambda x: (json.dumps(x) if x else "") if isinstance(x, list) else x
+    return lambda row: table.writerow([lists(row[name]) for name in COLUMNS])
 
 
 def rows(run: str, tokenizer: Tokenizer, cell: Cell) -> Iterator[Row]:

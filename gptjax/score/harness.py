@@ -145,7 +145,8 @@ class GptjaxLM(model_api.TemplateLM):
                 f"the task asks for {new} new tokens, and the run's context length is "
                 f"{self.max_length}; set max_gen_toks of the task lower"
             )
-        drawn = {"temperature": 0.0} | {name: given[name] for name in DRAWN if name in given}
+        drawn: dict[str, Any] = {name: given[name] for name in DRAWN if name in given}
+        drawn.setdefault("temperature", 0.0)
         if not drawn.get("top_k"):  # transformers' 0: all tokens
             drawn["top_k"] = None
         ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]

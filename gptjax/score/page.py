@@ -58,7 +58,9 @@ def page(title: str, summary: list[tuple[str, ...]], remark: str, sides: list[Si
     segments = align(sides[0].cells, sides[1].cells) if len(sides) == 2 else None
     if segments is not None:
         views.insert(0, _difference(segments, [side.name for side in sides]))
-    return Template(files(__package__).joinpath("page.html").read_text("utf-8")).substitute(
+    elif len(sides) == 2:
+        remark += " The tokenizers decode to different texts, so that only the sums are comparable."
+    return Template(files("gptjax.score").joinpath("page.html").read_text("utf-8")).substitute(
         title=_safe(title),
         summary=_table(summary),
         remark=_safe(remark),

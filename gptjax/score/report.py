@@ -68,8 +68,9 @@ def documents(
                 side.kept.append(cell)
             elif write is None:
                 break
-            for row in rows(side.name, side.run.tokenizer, cell) if write else ():
-                write(row)
+            if write is not None:
+                for row in rows(side.name, side.run.tokenizer, cell):
+                    write(row)
             yield from ready()
     for _ in parts:
         yield from ready()

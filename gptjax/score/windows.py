@@ -131,13 +131,12 @@ def score_windows(
 
 def _of_window(window: Window, found: list[np.ndarray] | None, K: int) -> Scored:
     """Pick a window's new tokens from what was computed for its row."""
-    n = len(window.ids)
-    nothing = np.full(1, np.nan, np.float32), np.zeros(1, np.int32)
-    nothing = *nothing, np.zeros((1, K), np.int32), np.full((1, K), np.nan, np.float32)
-    # Position i of a row belongs to token i + 1, so that the first token comes before them.
-    arrays = nothing
+    n, nan = len(window.ids), np.float32(np.nan)
+    arrays = [np.full(1, nan), np.zeros(1, int), np.zeros((1, K), int), np.full((1, K), nan)]
     if found is not None:
-        arrays = [np.concatenate([a, b[: max(0, n - 1)]]) for a, b in zip(nothing, found, strict=1)]
+        # Position i of a row belongs to token i + 1, so that the first token comes before them.
+        both = zip(arrays, found, strict=True)
+        arrays = [np.concatenate([a.astype(b.dtype), b[: max(0, n - 1)]]) for a, b in both]
     new = [x[window.covered : n] for x in arrays]
     return Scored(window.ids[window.covered :], *new, n_bytes=window.n_bytes, last=window.last)
 

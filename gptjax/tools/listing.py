@@ -93,8 +93,9 @@ def describe(folder: Path) -> Listed:
         listed = replace(listed, steps=known("steps", int), version=known("gptjax", str))
         config, parts = config_json.from_json(text)
     except (UserError, OSError) as error:
-        place = "" if folders.CONFIG in str(error) else f"{folders.CONFIG}: "
-        problems.append(f"{place}{error}")
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        place = "" if folders.CONFIG in reason else f"{folders.CONFIG}: "
+        problems.append(f"{place}{reason}")
     try:
         listed = replace(listed, **_progress(folder / "metrics.jsonl"))
     except OSError as error:
@@ -156,7 +157,11 @@ def count_parameters(m: ModelConfig, vocab_size: int) -> int:
 
 
 def _looks_like_a_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in FILES)
+    """Whether there is a file of a run in a folder, or it cannot be told."""
+    try:
+        return not set(FILES).isdisjoint(os.listdir(folder))
+    except OSError:
+        return True
 
 
 def _text(folder: Path, name: str) -> str:
