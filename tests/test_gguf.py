@@ -403,7 +403,7 @@ def test_smollm2_answers_as_in_transformers(
         ],
     ]
     model = make_model(replace(loaded.config, block_size=128), 49152)
-    engine = Engine(model, jax.device_put(loaded.params), loaded.tokenizer, len(conversations))
+    engine = Engine(model, loaded.params, loaded.tokenizer, len(conversations))
     prompts = [ours.encode(messages) for messages in conversations]
     requests = [
         Request(prompt, 12, Sampling(0.0, vocab_size=49152), stop_tokens=form.stop_tokens)
