@@ -77,7 +77,8 @@ def check_installed(names: Sequence[str]) -> None:
             if PathFinder.find_spec(package) is None:
                 raise UserError(
                     f"tracking with {name} needs the package {package}: pip install "
-                    f"'gptjax[{name}]', or from a checkout pip install -e '.[{name}]'"
+                    f"'gptjax[{name}]' (from a checkout -e '.[{name}]'), or give --track without "
+                    f"it"
                 )
 
 
