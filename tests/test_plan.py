@@ -24,6 +24,7 @@ from gptjax.cli.train import parse_train
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.errors import UserError
 from gptjax.model import GPT
+from gptjax.parallel import kernels
 from gptjax.parallel.flops import flops_per_token
 from gptjax.plan import aot, chips, estimate, room
 from gptjax.plan.chips import CHIPS, GIB, Chip, read_target
@@ -213,6 +214,15 @@ def test_flops_of_matmuls_loops_branches_and_devices():
     mesh = jax.make_mesh((4,), ("a",), **auto)
     cut = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("a"), out_specs=P("a"))
     assert flops(cut, (8, 3)) == 4 * 2 * 2 * 3 * 2
+
+
+def test_flops_of_cudnns_attention():
+    """Of the half of the scores that is not masked: two products forward, five backward."""
+    loss = lambda q, k, v: kernels.cudnn(*(x.astype(jnp.bfloat16) for x in (q, k, v))).sum()
+    shapes = (2, 128, 4, 8), (2, 128, 4, 8), (2, 128, 4, 8)
+    with aot._assumed_cudnn():
+        assert flops(loss, *shapes) == 2 * 2 * 4 * 128 * 128 * 8
+        assert flops(jax.grad(loss), *shapes) == 7 * 2 * 4 * 128 * 128 * 8
 
 
 @pytest.mark.parametrize("remat", [False, True])
