@@ -647,7 +647,7 @@ def test_prompts(elsewhere):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("gptjax tra", "train"),
+        ("gptjax trai", "train"),
         ("gptjax train --model.n-l", "--model.n-layer"),
         ("gptjax train --config ti", "tiny"),
         ("gptjax train --config mi", "mine.py"),
@@ -737,7 +737,7 @@ def test_train_help_lists_every_field_and_the_presets_value(preset):
         # From the flag to the first default after it.
         found = re.search(rf"{re.escape(flag)}[ ,].*?\(default: (.*?)\)", text)
         assert found, flag
-        assert found[1] == value, flag
+        assert value == "()" or found[1] == value, flag  # nothing is no default to show
     for name in (*PRESETS, "--config", "--run", "--resume"):
         assert name in text
 

@@ -406,7 +406,7 @@ def test_smollm2_answers_as_in_transformers(
     engine = Engine(model, jax.device_put(loaded.params), loaded.tokenizer, len(conversations))
     prompts = [ours.encode(messages) for messages in conversations]
     requests = [
-        Request(prompt, 20, Sampling(0.0, vocab_size=49152), stop_tokens=form.stop_tokens)
+        Request(prompt, 12, Sampling(0.0, vocab_size=49152), stop_tokens=form.stop_tokens)
         for prompt in prompts
     ]
     drawn: dict[int, list[int]] = {0: [], 1: []}
@@ -426,7 +426,7 @@ def test_smollm2_answers_as_in_transformers(
         assert ids[0].tolist() == prompts[i].tolist()
         with torch.no_grad():
             answer = theirs.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
             )
         print(messages[-1]["content"], "->", texts[i])
         assert [id_ for id_ in answer[0, ids.shape[1] :].tolist() if id_ != 2] == drawn[i]

@@ -110,6 +110,19 @@ def test_a_long_run_has_fewer_means_and_a_range():
     assert band.get_datalim(figure.axes[0].transData).intervaly.tolist() == [y.min(), 9]
 
 
+def test_the_last_validation_loss_is_of_the_whole_split_if_both_were_measured(run, capsys):
+    both = {"step": 2, "loss": 1.5, "val_loss": 1.6789, "val_sampled_loss": 1.7}
+    run.log([{"step": 1, "loss": 2.0, "val_sampled_loss": 1.9}])
+    [curve], _ = read_curves([run.directory])
+    assert curve.last_evaluated == (1, 1.9, False)
+    run.log([both])
+    [curve], _ = read_curves([run.directory])
+    assert curve.evaluated is curve.sampled and curve.last_evaluated == (2, 1.6789, True)
+    command.main(["--terminal"], "gptjax plot")
+    assert capsys.readouterr().out.rstrip().endswith(" 1.6789")
+    assert "validation, last 1.6789" in [text.get_text() for text in draw([curve]).axes[0].texts]
+
+
 def test_over_tokens_and_seconds(run):
     run.log(fall(4))
     tokens = Config().batch_size * Config().model.block_size

@@ -287,22 +287,12 @@ def test_out_is_a_new_file(here: Path, capsys: Any):
     assert sorted(path.name for path in here.iterdir()) == ["runs", "s.txt"]
 
 
-def test_ctrl_c_loses_nothing_of_what_was_drawn(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_loses_nothing_of_what_was_drawn(
+    number: int, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    from gptjax.runs.loaded import LoadedRun
-
-    whole = LoadedRun.stream
-
-    def interrupted(self: LoadedRun, requests: Any) -> Iterator[Any]:
-        for i, pieces in enumerate(whole(self, requests)):
-            if i == 2:
-                raise KeyboardInterrupt
-            yield pieces
-
-    monkeypatch.setattr(LoadedRun, "stream", interrupted)
+    press_at(1, number, monkeypatch)
     argv = ["--run", "it", "--prompt", "a", "--json", "--out", "s.jsonl", "--num-samples", "2"]
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its handlers
     with pytest.raises(SystemExit) as caught:
         run_command("sample", [*argv, "--ignore-eos"], "gptjax sample")
     assert caught.value.code == 130
@@ -310,6 +300,18 @@ def test_ctrl_c_loses_nothing_of_what_was_drawn(
     assert all(len(line["tokens"]) > 1 and line["finish"] is None for line in lines)
     assert len(lines) == 2
     assert "0 of 2 samples are whole, written to s.jsonl" in capsys.readouterr().err
+
+
+def press_at(at: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal at an engine's step, counted from 0."""
+    step, count = Engine.step, iter(range(1000))
+
+    def press(self: Engine, *arguments: Any) -> Any:
+        if next(count) == at:
+            os.kill(os.getpid(), number)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Engine, "step", press)
 
 
 @pytest.mark.parametrize(
@@ -380,14 +382,7 @@ def test_a_conversation_survives_what_cannot_be_said(here: Path, capsys: Any, pi
 def test_ctrl_c_ends_the_answer_only(
     here: Path, capsys: Any, pipe: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    step, count = Engine.step, iter(range(100))
-
-    def press(self: Engine) -> Any:
-        if next(count) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    monkeypatch.setattr(Engine, "step", press)
+    press_at(2, signal.SIGINT, monkeypatch)  # the first step is before any message
     argv = ["--max-new-tokens", "48", "--ignore-eos", "--logit-bias", "3=100"]
     out, _ = converse(capsys, pipe, "a\na\n", *argv)
     stopped, whole = map(len, out.splitlines())

@@ -1,15 +1,14 @@
 """`gptjax sample --interactive`: a conversation in the terminal."""
 
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gptjax.cli.draw import open_run, request_for, template_for
+from gptjax.cli.draw import interruptible, open_run, request_for, template_for
 from gptjax.errors import UserError, note, visible
 
 if TYPE_CHECKING:
@@ -144,29 +143,37 @@ def converse(command: "SampleCommand") -> None:
     template = template_for(run, command.chat)
     if command.system is not None and template is None:
         raise UserError(f"{run.directory} has no chat template, and --system belongs to a chat")
-    engine = run.engine(1)
-    engine.add(request_for(run, replace(command, max_new_tokens=1), None))
-    engine.step()  # compiles what a short message needs
-    conversation = Conversation(run, command, template, engine, command.system)
+    from gptjax.parallel.switches import pinned
+
+    with pinned():
+        engine = run.engine(1)
+        engine.add(request_for(run, replace(command, max_new_tokens=1), None))
+        engine.step()  # compiles what a short message needs
+        if is_terminal:
+            with suppress(ImportError):
+                import readline  # noqa: F401  gives `input` a history and keys for editing
+            what = "a chat" if template else "a text that you begin and the model continues"
+            note(f"{run.directory}: {what}. /help lists the commands, Ctrl-D leaves.")
+        _talk(Conversation(run, command, template, engine, command.system), is_terminal)
+
+
+def _talk(conversation: Conversation, is_terminal: bool) -> None:
+    """Answer messages until the input ends; what cannot be answered is one line."""
     shown = visible if sys.stdout.isatty() else str
-    if is_terminal:
-        with suppress(ImportError):
-            import readline  # noqa: F401  gives `input` a history and keys for editing
-        what = "a chat" if template else "a text that you begin and the model continues"
-        note(f"{run.directory}: {what}. /help lists the commands, Ctrl-D leaves.")
     while (said := _read(is_terminal)) is not None:
         try:
             if said.startswith("/") and not said.startswith("//"):
                 _obey(conversation, said)
                 continue
-            if template and not said.strip():
+            if conversation.template and not said.strip():
                 continue
-            with _interruptible() as is_stopped:
+            with interruptible() as is_stopped:
                 for piece in conversation.reply(said.removeprefix("/"), is_stopped):
                     print(shown(piece), end="", flush=True)
             print(flush=True)
             if conversation.finish == "length":
-                note(f"[{command.max_new_tokens} tokens; --max-new-tokens allows more]")
+                most = conversation.command.max_new_tokens
+                note(f"[{most} tokens; --max-new-tokens allows more]")
         except UserError as error:
             note(f"error: {error}")
 
@@ -215,15 +222,3 @@ def _read(is_terminal: bool) -> str | None:
         if not line.endswith("\\"):
             return "\n".join([*lines, line])
         lines.append(line[:-1])
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C end an answer: the function tells whether it was pressed. The engine is not
-    interrupted in the middle of a step, after which it could not be used."""
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -42,7 +42,7 @@ def main(argv: list[str], prog: str) -> None:
         for section, rows in _sections(found).items():
             _print_section(section, rows, names)
             if any(name.startswith("~") for name in rows):
-                print("~ on sampled batches of the validation split")
+                print("~ on sampled validation batches")
             print()
         print(_verdict(found))
     else:

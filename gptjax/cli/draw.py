@@ -5,7 +5,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,6 +135,25 @@ def plan_samples(run: "LoadedRun", command: "SampleCommand") -> list[Sample]:
         for i in range(one.num_samples):
             samples.append(Sample(one, i + 1, request_for(run, one, prompt, i)))
     return samples
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Note Ctrl-C and SIGTERM instead of ending at once: the function tells whether one came. JAX
+    is not interrupted in the middle of a step. A second signal ends the process."""
+    came: list[int] = []
+
+    def note_it(number: int, frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = {n: signal.signal(n, note_it) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def in_order(
@@ -265,20 +285,20 @@ def write_samples(
     samples: list[Sample],
     stream: "Iterator[Mapping[int, Piece]]",
 ) -> None:
-    """Write the samples to a file once they are done, or as far as they are at Ctrl-C.
+    """Write the samples to a file once they are done, or as far as they are at Ctrl-C or SIGTERM.
 
     Raises:
         UserError: the file cannot be written.
-        KeyboardInterrupt: again, once they are written.
+        KeyboardInterrupt: they were interrupted, and are written.
     """
     assert command.out is not None
-    interrupted = False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        for _ in in_order(samples, stream):
-            pass
-    except KeyboardInterrupt:
-        interrupted = True
+    with interruptible() as is_stopped:
+        for pieces in stream:
+            for i, piece in pieces.items():
+                samples[i].pieces.append(piece)
+            if is_stopped():
+                break
+        interrupted = is_stopped()
     begun = [sample for sample in samples if sample.pieces]
     if command.json:
         text = "".join(f"{as_json(run, sample)}\n" for sample in begun)

@@ -74,7 +74,7 @@ def main(argv: list[str], prog: str) -> None:
     now = time.time()
     print_rows(COLUMNS, [_shown(run, now) for run in runs])
     if any(run.loss_kind == SAMPLED for run in runs):
-        print("~ on sampled batches of the validation split")
+        print("~ on sampled validation batches")
     for run in runs:
         if run.problem:
             print(f"{one_line(run.name)}: {one_line(run.problem)}")

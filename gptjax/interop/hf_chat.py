@@ -44,7 +44,7 @@ def read(folder: Path, tokenizer: Tokenizer | None) -> ChatFormat | None:
     for values in (_object(folder / GENERATION), _object(folder / "config.json")):
         ids, bos = values.get("eos_token_id"), values.get("bos_token_id")
         stop += ids if isinstance(ids, list) else [ids]
-        if isinstance(tokenizer, HFTokenizer) and is_id(bos):
+        if isinstance(tokenizer, HFTokenizer) and type(bos) is int and is_id(bos):
             names.setdefault("bos_token", tokenizer.piece(bos))
     if isinstance(tokenizer, HFTokenizer) and "eos_token" in names:
         stop.append(tokenizer.token_id(names["eos_token"]))

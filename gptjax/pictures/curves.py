@@ -51,6 +51,16 @@ class Curve:
         """(n, 2) `val`, or `sampled` if that has more points."""
         return self.val if len(self.val) >= len(self.sampled) else self.sampled
 
+    @property
+    def last_evaluated(self) -> tuple[float, float, bool] | None:
+        """x and loss of the last evaluation, and whether it was over the whole split, as is
+        preferred; None: there was none."""
+        if not len(self.evaluated):
+            return None
+        whole = len(self.val) > 0 and self.val[-1, 0] == self.evaluated[-1, 0]
+        x, loss = (self.val if whole else self.evaluated)[-1].tolist()
+        return x, loss, whole
+
 
 def read_curves(
     directories: Sequence[Path], x: X = "steps", window: int | None = None
@@ -330,9 +340,8 @@ def _ends(curves: Sequence[Curve], unit: float, train: bool, val: bool) -> Itera
             x, y = _last_mean(curve, unit)
             text = f"training, last mean {shown(y, 3)}" if one else f"{curve.name} {shown(y, 3)}"
             yield figures.End(x, y, text, figures.line(i) | ({} if one else figures.marks(i)))
-        if val and len(curve.evaluated):
-            whole = len(curve.val) and curve.val[-1, 0] == curve.evaluated[-1, 0]
-            x, y = (curve.val if whole else curve.evaluated)[-1]
+        if val and (last := curve.last_evaluated):
+            x, y, whole = last
             text = f"validation, last {shown(y, 4)}" if one else f"{curve.name} {shown(y, 4)}"
             look = VALIDATION | figures.marks(1) if one else figures.line(i) | figures.marks(i)
             yield figures.End(x / unit, y, text + ("" if whole else " (sampled)"), look)

@@ -72,7 +72,7 @@ def print_curves(
         table.add_column(head, justify="right", no_wrap=True)
     order = sorted(zip(curves, letters, strict=False), key=lambda pair: -_last(pair[0].mean))
     for curve, letter in order:
-        val = shown(curve.evaluated[-1, 1], 4) if len(curve.evaluated) else ""
+        val = shown(last[1], 4) if (last := curve.last_evaluated) else ""
         table.add_row(letter, Text(visible(curve.name)), shown(_last(curve.mean), 3), val)
     print_table(table)
 
