@@ -63,10 +63,53 @@ print(json.dumps({
 """
 
 
-def counts(preset: str, layers: int, flags: str = "") -> dict[str, Any]:
+# What the loop of a call of `decode` does for each token, of one stream.
+COUNT_DECODE = """
+import json, sys
+from dataclasses import replace
+import jax, jax.numpy as jnp, numpy as np
+from gptjax.generation import decoding
+from gptjax.model import GPT
+from gptjax.plan import aot, hlo
+from gptjax.plan.chips import read_target
+from gptjax.presets import PRESETS
+from gptjax.sampling import Sampling, stacked
+
+devices = aot.topology(read_target("h100:1"))
+config = replace(PRESETS[sys.argv[1]].model, attention="plain", n_layer=int(sys.argv[2]))
+model, V = GPT(config, config.vocab_size), config.vocab_size
+place = jax.sharding.SingleDeviceSharding(devices[0])
+
+def absent(tree):
+    shaped = lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=place)
+    return jax.tree.map(shaped, tree)
+
+def start():
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return decoding.prepare(model, params), decoding.blank(model, 1, V)
+
+integers = lambda *shape: np.zeros(shape, np.int32)
+sampling = stacked([Sampling(vocab_size=50257)], V)
+streams = (np.zeros((1, 2), np.uint32), integers(1), integers(1), integers(1, 1), sampling, None)
+streams = decoding.Streams(*streams)
+given = absent((*jax.eval_shape(start), streams, integers()))
+program = hlo.Program(decoding.decode.trace(model, *given).lower().compile().as_text())
+[(loop, _)] = program.executed("while")
+once = program.traffic()
+[body] = [name for name in loop.called if program.computations[name][-1].opcode == "tuple"]
+program.times[body] += 1
+print(json.dumps({
+    "traffic": program.traffic() - once,
+    "conditionals": len(program.executed("conditional")),
+    "whiles": len(program.executed("while")),
+}))
+"""
+
+
+def counts(preset: str, layers: int, flags: str = "", code: str = COUNT) -> dict[str, Any]:
     if aot.compiler("gpu") is None:
         pytest.skip("needs a CUDA plug-in of JAX: pip install -e '.[plan]'")
-    words = [sys.executable, "-c", COUNT, preset, str(layers)]
+    words = [sys.executable, "-c", code, preset, str(layers)]
     env = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
@@ -101,3 +144,12 @@ def test_deterministic_kernels_add_up_the_embedding_in_order():
     found = counts("shakespeare", 1, DETERMINISTIC)
     assert found["scatters in any order"] == [] and found["attention"] == 2
     assert found["kernels"] <= 125 and found["traffic"] <= 3.1e9
+
+
+@pytest.mark.slow
+def test_a_token_on_an_h100_reads_the_weights_once():
+    """In bfloat16, as they were cast before the loop; the rest is the cache, logits and copies."""
+    found = counts("gpt2", 2, code=COUNT_DECODE)
+    weights = 2 * (50304 * 768 + 2 * 12 * 768**2)
+    assert weights <= found["traffic"] <= 1.35 * weights
+    assert found["whiles"] == 1 and found["conditionals"] == 0
