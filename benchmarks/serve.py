@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from benchmarks import measure
 from gptjax import cli
 from gptjax.errors import UserError, one_line_errors
@@ -231,22 +229,22 @@ def row(command: ServeBenchmark, sides: dict[str, measure.Side], clients: int) -
     }
 
 
-def print_table(rows: list[dict[str, Any]], names: tuple[str, ...]) -> None:
-    """Print rates, ratios and first tokens."""
-    cells = []
-    for found in rows:
-        rates = found["tokens_per_second"]
-        firsts = found["first_token_ms"]
-        cells.append(
-            [
-                str(found["clients"]),
-                *(str(measure.spread(rates[name])) for name in names),
-                str(measure.Spread(*np.percentile(firsts, [0, 50, 100]))) if firsts else "-",
-                f"{sum(found['requests'].values()):,}, {sum(found['failed'].values())}",
-            ]
+def print_tables(rows: list[dict[str, Any]], names: tuple[str, ...]) -> None:
+    """Print the rates; then the first tokens, and requests of all sides."""
+    rates = [
+        [str(row["clients"]), *(str(measure.spread(row["tokens_per_second"][n])) for n in names)]
+        for row in rows
+    ]
+    measure.show("tokens/s over all clients", ["clients", *names], rates)
+    others = []
+    for row in rows:
+        firsts, failed = row["first_token_ms"], sum(row["failed"].values())
+        spread = str(measure.spread(firsts)) if firsts else "-"
+        others.append(
+            [str(row["clients"]), spread, f"{sum(row['requests'].values()):,}", f"{failed}"]
         )
-    head = ["clients", *names, "first token, ms", "requests, failed"]
-    measure.show("tokens/s over all clients", head, cells)
+    head = ["clients", "ms to the first token, of all at once", "requests", "failed"]
+    measure.show("serve", head, others)
 
 
 def main(argv: list[str]) -> None:
@@ -261,7 +259,7 @@ def main(argv: list[str]) -> None:
         raise UserError("the load comes from wrk, not installed here: apt-get install wrk")
     here = measure.begin("serve")
     rows = compare(command)
-    print_table(rows, command.sides)
+    print_tables(rows, command.sides)
     measure.console.print(measure.LEGEND)
     measure.save(command.out, "serve", here, command, rows)
 
