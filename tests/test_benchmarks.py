@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from benchmarks import (
     measure,
     sampling,
     scaling,
+    serve,
     soak,
     startup,
     step,
@@ -444,3 +446,19 @@ def test_slopes_and_step_times(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps, milliseconds = soak.step_times(tmp_path, bins=4)
     assert milliseconds == [250.0] * len(steps) and steps[-1] == 8
+
+
+def test_serve_counts_what_wrk_says(monkeypatch: pytest.MonkeyPatch):
+    said = """Running 2s test @ http://127.0.0.1:1/
+  1 threads and 8 connections
+  300 requests in 2.00s, 71.02KB read
+  Socket errors: connect 0, read 2, write 0, timeout 1
+  Non-2xx or 3xx responses: 4
+Requests/sec:    150.00
+"""
+    monkeypatch.setattr(serve.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=said))
+    found = serve.wrk("http://127.0.0.1:1/", Path("ask.lua"), 8, 2.0, tokens=50)
+    assert found == {"rate": 300 * 50 / 2, "requests": 300, "failed": 7}
+    monkeypatch.setattr(serve.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="apt-get install wrk"):
+        serve.main(["--sides", "serve"])

@@ -29,7 +29,7 @@ LAYERS = {
     "runs.arrays runs.checkpoint runs.parts runs.bad_steps runs.loaded": "a train state on disk",
     "interop": "weights of other tools, which a run can start from",
     "console loop training": "the training run",
-    "tools plan lecture score pictures": "commands' work: nothing of the core needs them",
+    "tools plan lecture score serve pictures": "commands' work: nothing of the core needs them",
     "cli": "command lines; no library function takes one",
     "__init__ __main__": "the public API names everything",
 }

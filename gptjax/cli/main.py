@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "Train a GPT on a text, or resume a run.",
     "sample": "Generate text from a run.",
     "score": "Measure how well a run, or each of two, predicts a text, token by token.",
+    "serve": "Serve runs over HTTP: OpenAI's completions, and a page in the browser.",
     "import": "Make a run of a pretrained model: GPT-2, Llama, GGUF, nanoGPT.",
     "export": "Write a run as a folder that transformers loads.",
     "runs": "List runs: how far each is, its size and its loss.",

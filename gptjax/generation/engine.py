@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from gptjax.generation.decoding import CHUNK
 from gptjax.generation.requests import Piece, Reply, Request
@@ -39,6 +40,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile what serving needs."""
+        _key(np.uint32(0), np.uint32(0))
         self._slots.warm_up()
 
     def add(self, request: Request) -> int:
@@ -47,7 +49,7 @@ class Engine:
         Raises:
             ValueError: no slot is free.
         """
-        key = _key(request.seed, request.sample)
+        key = _key(np.uint32(request.seed), np.uint32(request.sample))
         stream = Stream(
             request.prompt,
             key,

@@ -1,0 +1,1 @@
+"""A server of runs: OpenAI's completions over HTTP, decoded together, and a local page."""
