@@ -416,7 +416,7 @@ def test_smollm2_answers_as_in_transformers(
             drawn[i] += [token.id for token in piece.tokens]
             texts[i] += piece.text
     for i, messages in enumerate(conversations):
-        ids = tokenizer.apply_chat_template(
+        ids: Any = tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=True,
             sanitize_control_tokens=True,
