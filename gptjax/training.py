@@ -205,8 +205,8 @@ def train(
         job = Job(setup, run, checkpoints, dataset, source, key, evaluate, report, trace, sample)
         record, _ = run_job(job, state, start)
         if record["step"] == config.steps:
-            if sample := samples.read(directory).get(config.steps):
-                report.say(f"a sample of step {config.steps}:\n{sample}")
+            if drawn := samples.read(directory).get(config.steps):
+                report.say(f"a sample of step {config.steps}:\n{drawn}")
             _say_next(job)
         return record
 
