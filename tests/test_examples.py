@@ -130,6 +130,16 @@ def test_cached_logits_are_those_of_the_full_pass(model: NGramGPT, sizes: list[i
     close(np.concatenate(logits, axis=1), apply(model, params, tokens)[0])
 
 
+@each_model
+def test_rows_at_positions_of_their_own(model: NGramGPT):
+    params, tokens = random_params(model), random_tokens(2, 8)
+    _, cache = apply(model, params, tokens, model.init_cache(2))
+    cache = cache._replace(length=jnp.array([3, 5]))
+    logits, _ = apply(model, params, np.array([tokens[0, 3:4], tokens[1, 5:6]]), cache)
+    full = np.asarray(apply(model, params, tokens)[0])
+    close(logits[:, 0], np.array([full[0, 3], full[1, 5]]))
+
+
 def test_pairs_have_rows_of_their_own_where_there_is_room():
     model = NGramGPT(replace(SMALL, n_layer=1, position="none"), 3, pair_rows=9)
     params = random_params(model)
@@ -252,6 +262,10 @@ def test_alibi(tmp_path: Path, text: str):
         out, cache = apply(model, run.params, ids[:, t : t + 1], cache)
         logits.append(out)
     close(np.concatenate(logits, axis=1), full)
+    requests = [run.request(prompt, 12, seed=1) for prompt in ("the king", "a", "lord and")]
+    together = run.complete(requests)
+    assert together == run.complete(requests)
+    assert [r.text for r in together] == [run.complete([r])[0].text for r in requests]
     plain = gptjax.GPT(model.config, run.tokenizer.vocab_size)
     assert np.abs(np.asarray(apply(plain, run.params, ids)[0]) - full).max() > 1e-4
     with pytest.raises(UserError, match="ALiBi"):

@@ -191,6 +191,25 @@ def test_cached_decoding_equals_the_full_pass(config: ModelConfig, sizes: list[i
     assert not np.asarray(cache.v[:, :, :, sum(sizes) :]).any()
 
 
+@pytest.mark.parametrize(
+    "config", [pytest.param("gpt2", marks=core), "llama", "llama_narrow", "own attention"]
+)
+def test_rows_at_positions_of_their_own(config: str):
+    """Each row's next logits are those of the full pass, whatever lies beyond its length."""
+    own = config == "own attention"
+    model = GPT(ALIBI, V, attention=ALiBi) if own else GPT(CONFIGS[config], V)
+    params, tokens = random_params(model), random_tokens(3, 8, V)
+    lengths = np.array([2, 6, 4], np.int32)
+    _, cache = apply(model, params, tokens, model.init_cache(3))
+    cache = cache._replace(length=jnp.asarray(lengths))
+    full = np.asarray(apply(model, params, tokens)[0])
+    for n in range(2):
+        at = (lengths + n)[:, None]
+        logits, cache = apply(model, params, np.take_along_axis(tokens, at, axis=1), cache)
+        close(logits, np.take_along_axis(full, at[:, :, None], axis=1))
+    assert cache.length.tolist() == [4, 8, 6]
+
+
 @core
 def test_cache_entries_beyond_its_length_are_masked():
     """The sampler reads padded prompts and then resets the length."""
@@ -222,8 +241,9 @@ class ALiBi(CausalSelfAttention):
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, start: Any) -> jax.Array:
         H = q.shape[2]
         slopes = 2.0 ** (-8 * (1 + jnp.arange(H)) / H)
-        distance = start + jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])[None, :]
-        return self.weigh(q, k, v, start, bias=-slopes[:, None, None] * distance[None])
+        back = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])[None, :]
+        distance = start + back[None, None]
+        return self.weigh(q, k, v, start, bias=-slopes[None, :, None, None] * distance)
 
 
 def alibi_bias(H: int, T: int) -> np.ndarray:

@@ -73,6 +73,7 @@ class LoadedRun:
         self, run: Run, checkpoint: str | int, model: Model | None, mesh: MeshConfig | None
     ):
         self._run = run
+        self._kept: tuple[int, Any, Engine] | None = None  # slots, parameters, for `stream`
         self._mesh = sharding.mesh_of(mesh or MeshConfig(data=1))
         self.directory: Path = run.directory
         self.config: Config = run.config
@@ -230,7 +231,16 @@ class LoadedRun:
         """
 
         def pieces() -> Iterator[dict[int, Piece]]:
-            yield from self.engine(min(slots, len(requests))).stream(requests)
+            if not requests:
+                return
+            # An engine whose streams have all ended serves the next call of its size; one that
+            # is left in the middle does not come back.
+            size, params, kept = min(slots, len(requests)), self.params, self._kept
+            self._kept = None
+            fits = kept is not None and kept[0] == size and kept[1] is params
+            engine = kept[2] if kept is not None and fits else self.engine(size)
+            yield from engine.stream(requests)
+            self._kept = size, params, engine
 
         return pinned_pieces(pieces())
 
