@@ -303,7 +303,7 @@ def test_a_failing_side_raises_its_error(kind: str, error: type, message: str):
 
 
 def test_user_errors(tmp_path: Path):
-    unknown = "unknown preset 'x'; give the path of a Python file, or one of bigram, tiny"
+    unknown = "unknown preset 'x'; give the path of a Python file, a run or its config.json, or"
     for command, message in {
         lambda: step.main(["--rounds", "0"]): "--rounds 0 is too small; give 1 or more",
         lambda: step.main(["--seconds", "-1"]): "--seconds -1.0 is too small; give 0 or more",

@@ -280,6 +280,7 @@ OTHER_OPTIM: dict[str, Any] = {
     "decay_share": 0.3,
     "schedule": "constant",
     "warmup_steps": 2,
+    "schedule_steps": 77,
     "final_lr_ratio": 0.2,
     "weight_decay": 0.2,
     "beta1": 0.8,
