@@ -1,5 +1,6 @@
 """A batch of streams of token ids that come and leave (continuous batching)."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -106,10 +107,7 @@ class Slots:
     def __init__(self, model: nn.Module, params: Any, size: int, vocab_size: int | None = None):
         self._model, self._params = model, decoding.prepare(model, params)
         self._slots: list[_Slot | None] = [None] * size
-        logits = jax.eval_shape(
-            lambda p: model.apply({"params": p}, np.zeros((1, 1), int))[0], params
-        )
-        self._table_size = logits.shape[-1]
+        self._table_size = _logits.eval_shape(model, params).shape[-1]  # traced once
         self._idle = Sampling(vocab_size=vocab_size)
         self._state = decoding.blank(model, size, self._table_size)
         self._streams: Streams | None = None  # as the device gets them; None: to be made
@@ -259,3 +257,8 @@ class Slots:
             None if drawn.id_logprobs is None else drawn.id_logprobs[i, :count],
             ended,
         )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(model: nn.Module, params: Any) -> jax.Array:
+    return model.apply({"params": params}, np.zeros((1, 1), np.int32))[0]
