@@ -112,21 +112,21 @@ def draw(
         penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
         logits = jnp.where(seen, penalized, logits)
     logits = logits[:, : sampling.vocab_size]
-    most_likely = logits.argmax(axis=-1).astype(jnp.int32)
+    greedy = logits.argmax(axis=-1).astype(jnp.int32)
     # With 0 as the largest logit no temperature, however small, overflows it.
     logits = logits - logits.max(axis=-1, keepdims=True)
     logits = logits / jnp.maximum(column(sampling.temperature), 1e-30)
     if sampling.top_k is not None or sampling.top_p is not None:
         top_k = column(ALL if sampling.top_k is None else sampling.top_k)
         top_p = column(1.0 if sampling.top_p is None else sampling.top_p)
-        logits = jnp.where(_most_likely(logits, top_k, top_p), logits, -jnp.inf)
+        logits = jnp.where(most_likely(logits, top_k, top_p), logits, -jnp.inf)
     if sampling.min_p is not None:  # the largest logit is 0, so that its likelihood counts as 1
         logits = jnp.where(jnp.exp(logits) >= column(sampling.min_p), logits, -jnp.inf)
     drawn = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-    return jnp.where(jnp.ravel(jnp.asarray(sampling.temperature)) == 0, most_likely, drawn)
+    return jnp.where(jnp.ravel(jnp.asarray(sampling.temperature)) == 0, greedy, drawn)
 
 
-def _most_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def most_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """(B, V) mask of the tokens that both cuts keep, by rank: of equal logits the first count."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     inside = jnp.arange(logits.shape[-1])[None] < top_k

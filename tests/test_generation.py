@@ -15,7 +15,7 @@ from gptjax.generation.engine import Engine
 from gptjax.generation.requests import Completion, Piece, Reply, Request, check
 from gptjax.generation.slots import NewTokens, Slots, Stream
 from gptjax.model import GPT
-from gptjax.sampling import Sampling, draw, stacked
+from gptjax.sampling import ALL, Sampling, draw, most_likely, stacked
 from gptjax.text.tokenizers import ByteTokenizer, CharTokenizer
 
 core = pytest.mark.core
@@ -122,6 +122,14 @@ def test_min_p_keeps_tokens_by_their_share_of_the_most_likely_one():
     logits = jnp.tile(jnp.log(probs)[None], (500, 1))
     for min_p, kept in ((0.0, {0, 1, 2, 3}), (0.2, {0, 1, 2}), (0.5, {0, 1}), (0.7, {0})):
         assert set(draw(logits, keys, Sampling(1.0, min_p=min_p)).tolist()) == kept
+
+
+@core
+def test_a_top_p_of_one_keeps_every_token():
+    """Beside another stream's cut; the rounded sum of the likely ones is 1 already."""
+    logits = jnp.array([[0.0, -30.0, -40.0]])
+    columns = jnp.array([[ALL]]), jnp.array([[1.0]])
+    assert most_likely(logits, *columns).all()
 
 
 @core
