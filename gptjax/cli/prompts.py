@@ -87,12 +87,12 @@ def _of_json(command: C, line: str) -> C:
         if name == "logit_bias" and isinstance(value, dict):
             value = [f"{token}={bias}" for token, bias in value.items()]
         found = value if flag.many and isinstance(value, list) else [value]
-        kinds = (int, float) if flag.type is float else getattr(flag, "type", str)
-        kinds = str if flag.choices else kinds
+        types = (int, float) if flag.type is float else getattr(flag, "type", str)
+        types = str if flag.choices else types
         for x in found:
             if x is None and flag.optional:
                 continue
-            if not isinstance(x, kinds) or (isinstance(x, bool) and flag.type is not bool):
+            if not isinstance(x, types) or (isinstance(x, bool) and flag.type is not bool):
                 raise UserError(f"{name}={json.dumps(value)[:40]}: expected {flag.metavar}")
             if flag.choices and x not in flag.choices:
                 raise UserError(f"{name}={x!r}: expected one of {', '.join(flag.choices)}")

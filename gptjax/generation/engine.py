@@ -93,7 +93,8 @@ class Engine:
         return pieces
 
     def stream(self, requests: Sequence[Request]) -> Iterator[dict[int, Piece]]:
-        """Serve all of the requests: at each step the new piece of each one, by its index."""
+        """Serve all of the requests, while nothing else runs: at each step the new piece of each
+        one, by its index."""
         waiting, index = list(enumerate(requests))[::-1], {}
         first: float | None = 0.0  # one token, so that something is shown at once
         while waiting or self._running:

@@ -1,7 +1,7 @@
 """Where a run was trained: `environment.json`, a list with one entry for each start and resume.
 
 An entry says what was typed, which code and packages ran, and on what. It holds neither the whole
-environment nor changes of the code, for a run's folder is handed on. What cannot be told is null.
+environment nor changes of the code, for a run's folder is handed on. What is unknown is null.
 """
 
 import functools

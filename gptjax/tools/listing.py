@@ -22,12 +22,12 @@ from gptjax.text import tokenizers
 FILES = (folders.CONFIG, folders.TOKENIZER, "metrics.jsonl", "checkpoints", folders.LOCK)
 FAR = 12  # settings in which a run differs from every preset, to be called a run of none
 WHOLE, SAMPLED, TRAINING = "whole validation split", "sampled validation batches", "training batch"
-KINDS = {"val_loss": WHOLE, "val_sampled_loss": SAMPLED, "loss": TRAINING}
+SOURCES = {"val_loss": WHOLE, "val_sampled_loss": SAMPLED, "loss": TRAINING}
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A run in the list; None: it cannot be told."""
+    """A run in the list; None: unknown."""
 
     name: str
     """Of the folder."""
@@ -47,7 +47,7 @@ class Listed:
     loss: float | None = None
     """The lowest validation loss, in nats per token; without any, the last training loss."""
     loss_kind: str | None = None
-    """What it was measured on: one of `KINDS`."""
+    """What it was measured on: one of `SOURCES`."""
     loss_step: int | None = None
     """The step it was measured after."""
     changed: float | None = None
@@ -157,7 +157,7 @@ def count_parameters(m: ModelConfig, vocab_size: int) -> int:
 
 
 def _looks_like_a_run(folder: Path) -> bool:
-    """Whether there is a file of a run in a folder, or it cannot be told."""
+    """Whether a folder has a file of a run, or cannot be read."""
     try:
         return not set(FILES).isdisjoint(os.listdir(folder))
     except OSError:
@@ -211,7 +211,7 @@ def _progress(metrics: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"step": record["step"]}
     if not lowest and isinstance(record.get("loss"), float) and math.isfinite(record["loss"]):
         lowest = {"loss": (record["loss"], record["step"])}
-    for key, kind in KINDS.items():
+    for key, kind in SOURCES.items():
         if key in lowest:
             loss, step = lowest[key]
             return {**found, "loss": loss, "loss_kind": kind, "loss_step": step}
