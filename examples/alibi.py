@@ -22,8 +22,7 @@ class ALiBi(gptjax.CausalSelfAttention):
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int) -> jax.Array:
         T, S, H = q.shape[1], k.shape[1], q.shape[2]
         slopes = 2.0 ** (-8.0 * jnp.arange(1, H + 1) / H)
-        back = jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
-        distance = start + back[None, None]  # of each row, where they are at positions of their own
+        distance = start + (jnp.arange(T)[:, None] - jnp.arange(S)[None])[None, None]
         bias = -slopes[None, :, None, None] * distance  # (1 or B, H, T, S)
         return self.weigh(q, k, v, start, bias)
 

@@ -46,7 +46,7 @@ def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lo
     run.tokenizer = special_tokens.hf(json.dumps(source))
     run.model = make_model(config, V)
     run.params, run.config, run.step = random_params(run.model), replace(CONFIG, model=config), 1
-    run._mesh = sharding.mesh_of(MeshConfig(data=1))
+    run._mesh, run._kept = sharding.mesh_of(MeshConfig(data=1)), None
     about = hf_config.write_config(config, END)
     if config is LLAMA:
         about["bos_token_id"] = 257

@@ -114,8 +114,8 @@ def test_edit_in_the_middle_and_continue_from_there(fresh: tuple[Browser, Live])
     opened.wait("running || tokens.length === 30")
     after = generated(opened)
     assert after.startswith(before[:12] + "XY") and len(after) == 14 + 20
-    opened.keys(LEFT)  # the cursor's token is shown
-    assert opened.run("return document.querySelector('#colours .on') !== null")
+    opened.keys(LEFT)  # the cursor's token is shown, when the browser says that the cursor moved
+    opened.wait("document.querySelector('#colours .on') !== null")
 
 
 def test_stop(fresh: tuple[Browser, Live]):
