@@ -48,6 +48,12 @@ def served(engine: Engine, requests: list[Request]) -> list[Completion]:
     return [Completion.of(parts) for parts in pieces]
 
 
+def same(ours: Completion, theirs: Completion) -> None:
+    assert ours.text == theirs.text and ours.finish == theirs.finish
+    for a, b in zip(ours.tokens, theirs.tokens, strict=True):
+        assert a.id == b.id and a.logprob == pytest.approx(b.logprob, abs=1e-5)
+
+
 REQUESTS = [
     Request(np.array([1, 2, 3]), 20, GREEDY),
     Request(np.array([4]), 7, HOT, seed=1, alternatives=4),
@@ -65,12 +71,18 @@ def test_each_reply_is_what_it_is_alone(gpt: tuple[Any, Any]):
     together = served(engine(gpt), REQUESTS)
     for request, reply in zip(REQUESTS, together, strict=True):
         (alone,) = served(engine(gpt, 1), [request])
-        assert [token.id for token in reply.tokens] == [token.id for token in alone.tokens]
-        assert reply.text == alone.text and reply.finish == alone.finish == "length"
-        assert len(reply.tokens) == request.max_new_tokens
-        for ours, theirs in zip(reply.tokens, alone.tokens, strict=True):
-            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
-            assert len(ours.alternatives) == request.alternatives
+        same(reply, alone)
+        assert reply.finish == "length" and len(reply.tokens) == request.max_new_tokens
+        assert {len(token.alternatives) for token in reply.tokens} == {request.alternatives}
+
+
+@core
+def test_a_loop_of_fixed_length_draws_the_same(gpt: tuple[Any, Any]):
+    """As on a GPU: streams end in the middle of it, and find their window full."""
+    expected, fixed = served(engine(gpt), REQUESTS), engine(gpt)
+    fixed._slots._on_gpu = True
+    for ours, theirs in zip(served(fixed, REQUESTS), expected, strict=True):
+        same(ours, theirs)
 
 
 @core

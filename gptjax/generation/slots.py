@@ -110,6 +110,8 @@ class Slots:
         self._table_size = _logits.eval_shape(model, params).shape[-1]  # traced once
         self._idle = Sampling(vocab_size=vocab_size)
         self._state = decoding.blank(model, size, self._table_size)
+        device = next(iter(jax.tree.leaves(self._params)[0].devices()))
+        self._on_gpu = device.platform == "gpu"
         self._streams: Streams | None = None  # as the device gets them; None: to be made
 
     @property
@@ -141,14 +143,20 @@ class Slots:
         self._streams = None
 
     def step(self, n: int = CHUNK) -> dict[int, NewTokens]:
-        """Draw up to n <= CHUNK tokens of each stream; 1 or more of each. Streams that have ended
-        leave their slots."""
+        """Draw up to n <= CHUNK tokens of each stream, or on a GPU up to CHUNK; 1 or more of each.
+        Streams that have ended leave their slots."""
         self._prefill({i: s for i, s in enumerate(self._slots) if s is not None and s.waits})
         running = {i: s for i, s in enumerate(self._slots) if s is not None}
         alternatives = any(slot.stream.alternatives for slot in running.values())
         n = min(n, max(slot.stream.max_new_tokens - slot.drawn for slot in running.values()))
         self._state, drawn = decoding.decode(
-            self._model, self._params, self._state, self._settings(running), n, alternatives
+            self._model,
+            self._params,
+            self._state,
+            self._settings(running),
+            n,
+            alternatives,
+            fixed=self._on_gpu,
         )
         drawn = jax.device_get(drawn)
         return {i: self._take(i, slot, drawn) for i, slot in running.items()}
