@@ -132,6 +132,7 @@ def assemble(
         split=split if o.freeze or o.lora_rank else None,
         ema=o.ema is not None,
     )
+    init = jax.jit(init, inline=True)  # traced once, for its shapes and the start
     layout = sharding.layout(mesh, jax.eval_shape(init, jax.random.key(config.seed)))
     placed = jax.tree.map(lambda x: x.sharding, layout)
     make_key = jax.jit(jax.random.key, static_argnums=0, out_shardings=everywhere)

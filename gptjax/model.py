@@ -297,6 +297,9 @@ class GPT(nn.Module):
             in_axes=(0, nn.broadcast, *(0 for _ in turns)),  # pyright: ignore[reportArgumentType]
             length=c.n_layer,
             unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
+            # Without keys this is the same and traces a block once instead of twice; with them, the
+            # second trace has drawn the random numbers of every run so far.
+            check_constancy_invariants=self.has_rng("params") or self.has_rng("dropout"),
         )(c, train=train, attention=self.attention, kernel=self.kernel, name="h")
         kv: Any = None if cache is None else (cache.k, cache.v)
         start = 0 if cache is None else cache.length

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import QUICK, by_path
+from helpers import by_path
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -430,7 +430,7 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[TrainS
     real_jit = jax.jit
 
     def spying_jit(function: Any, **options: Any) -> Any:
-        jitted = real_jit(function, compiler_options=QUICK, **options)
+        jitted = real_jit(function, **options)
         if getattr(function, "__name__", "") != "steps":
             return jitted
         compiled.append(jitted)
