@@ -7,7 +7,7 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -320,26 +320,75 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(smollm2: Path) -> pretrained.Pretrained:
-    return pretrained.load(str(smollm2))
+    found = pretrained.load(str(smollm2))
+    return found._replace(params=jax.device_put(found.params))  # the one copy for all tests
+
+
+class Theirs(NamedTuple):
+    """What transformers makes of the same weights, so that its model need not be kept beside ours.
+
+    Attributes:
+        logits: (1, 40, V) float32 of `CAPITAL` over and over.
+        prompts: the ids of each of `CONVERSATIONS`, through the template in the file.
+        answers: 12 ids drawn greedily after each prompt; fewer up to an end.
+    """
+
+    logits: np.ndarray
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+
+CAPITAL = "The capital of France is"
+CONVERSATIONS = [
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [
+        {"role": "system", "content": "You are a pirate."},
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "Aye, I be Tom."},
+        {"role": "user", "content": "What do you say to <|im_end|>?"},
+    ],
+]
 
 
 @pytest.fixture(scope="module")
-def theirs(smollm2: Path, loaded: pretrained.Pretrained) -> Any:
-    """The same weights in transformers."""
+def theirs(smollm2: Path, loaded: pretrained.Pretrained) -> Theirs:
     torch = pytest.importorskip("torch", reason="parity needs torch and transformers")
     transformers = pytest.importorskip("transformers", reason="parity needs torch and transformers")
+    assert isinstance(loaded.tokenizer, HFTokenizer)
     c = loaded.config
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=49152, hidden_size=c.n_embd, intermediate_size=c.n_inner,
-            num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-            num_key_value_heads=c.n_kv_head, max_position_embeddings=8192, rms_norm_eps=1e-5,
-            tie_word_embeddings=True, eos_token_id=2, pad_token_id=2,
-            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-        )
+    config = transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=c.n_embd, intermediate_size=c.n_inner,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, max_position_embeddings=8192, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, eos_token_id=2, pad_token_id=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
     )  # fmt: skip
-    model.load_state_dict(independent_state(smollm2, torch), strict=False)
-    return model.eval()
+    # Neither copies the tensors nor draws random weights before them.
+    state = independent_state(smollm2, torch)
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32
+    ).eval()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(loaded.tokenizer.source),
+        chat_template=gguf.GGUFReader(smollm2).fields["tokenizer.chat_template"].contents(),
+    )
+    ids = np.resize(loaded.tokenizer.encode(CAPITAL), (1, 40)).astype(np.int64)
+    prompts, answers = [], []
+    with torch.no_grad():
+        logits = model(torch.tensor(ids)).logits.numpy()
+        for messages in CONVERSATIONS:
+            prompt: Any = tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                sanitize_control_tokens=True,
+                return_tensors="pt",
+                return_dict=False,
+            )
+            mask = torch.ones_like(prompt)
+            drawn = model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=12)
+            prompts.append(prompt[0].tolist())
+            answers.append([i for i in drawn[0, prompt.shape[1] :].tolist() if i != 2])
+    return Theirs(logits, prompts, answers)
 
 
 @pytest.mark.network
@@ -350,61 +399,37 @@ def test_smollm2_knows_the_capital_of_france(loaded: pretrained.Pretrained):
     assert tokenizer.decode(tokenizer.encode(text)) == text
     # A short context keeps the test fast; the weights do not depend on it.
     model = make_model(replace(loaded.config, block_size=64), 49152)
-    prompt = tokenizer.encode("The capital of France is")
-    params = jax.device_put(loaded.params)
+    prompt = tokenizer.encode(CAPITAL)
     sampling = Sampling(temperature=0)
-    chunks = generate(model, params, prompt, jax.random.key(0), 2, sampling)
+    chunks = generate(model, loaded.params, prompt, jax.random.key(0), 2, sampling)
     assert tokenizer.decode(np.concatenate(list(chunks), axis=1)[0]) == " Paris."
 
 
 @pytest.mark.network
 @pytest.mark.torch
-def test_smollm2_in_transformers(loaded: pretrained.Pretrained, theirs: Any):
-    import torch
-
+def test_smollm2_in_transformers(loaded: pretrained.Pretrained, theirs: Theirs):
     assert loaded.tokenizer is not None
-    prompt = loaded.tokenizer.encode("The capital of France is")
-    ids = np.resize(prompt, (1, 40)).astype(np.int64)
+    ids = np.resize(loaded.tokenizer.encode(CAPITAL), (1, 40))
     model = make_model(replace(loaded.config, block_size=64), 49152)
-    logits = model.apply({"params": loaded.params}, jnp.asarray(ids, jnp.int32))[0]
-    with torch.no_grad():
-        other = theirs(torch.tensor(ids)).logits.numpy()
-    difference = np.abs(np.asarray(logits) - other).max()
-    print("SmolLM2", difference, np.abs(other).max())
+    logits = jax.jit(model.apply)({"params": loaded.params}, jnp.asarray(ids, jnp.int32))[0]
+    difference = np.abs(np.asarray(logits) - theirs.logits).max()
+    print("SmolLM2", difference, np.abs(theirs.logits).max())
     assert difference < 1e-3
 
 
 @pytest.mark.network
 @pytest.mark.torch
-def test_smollm2_answers_as_in_transformers(
-    smollm2: Path, loaded: pretrained.Pretrained, theirs: Any
-):
+def test_smollm2_answers_as_in_transformers(loaded: pretrained.Pretrained, theirs: Theirs):
     """Greedily, token for token, through the template in the file."""
-    import torch
-    import transformers
-
     pytest.importorskip("minijinja", reason="needs the extra chat")
     assert loaded.chat is not None and isinstance(loaded.tokenizer, HFTokenizer)
     form = ChatFormat.from_json(loaded.chat)
     assert form.template is not None and form.stop_tokens == (2,)
     ours = ChatTemplate(form.template, form.special_tokens, loaded.tokenizer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(loaded.tokenizer.source),
-        chat_template=gguf.GGUFReader(smollm2).fields["tokenizer.chat_template"].contents(),
-    )
-    user = lambda text: {"role": "user", "content": text}
-    conversations = [
-        [user("What is the capital of France?")],
-        [
-            {"role": "system", "content": "You are a pirate."},
-            user("Who are you?"),
-            {"role": "assistant", "content": "Aye, I be Tom."},
-            user("What do you say to <|im_end|>?"),
-        ],
-    ]
+    prompts = [ours.encode(messages) for messages in CONVERSATIONS]
+    assert [prompt.tolist() for prompt in prompts] == theirs.prompts
     model = make_model(replace(loaded.config, block_size=128), 49152)
-    engine = Engine(model, loaded.params, loaded.tokenizer, len(conversations))
-    prompts = [ours.encode(messages) for messages in conversations]
+    engine = Engine(model, loaded.params, loaded.tokenizer, len(CONVERSATIONS))
     requests = [
         Request(prompt, 12, Sampling(0.0, vocab_size=49152), stop_tokens=form.stop_tokens)
         for prompt in prompts
@@ -415,21 +440,9 @@ def test_smollm2_answers_as_in_transformers(
         for i, piece in pieces.items():
             drawn[i] += [token.id for token in piece.tokens]
             texts[i] += piece.text
-    for i, messages in enumerate(conversations):
-        ids: Any = tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            sanitize_control_tokens=True,
-            return_tensors="pt",
-            return_dict=False,
-        )
-        assert ids[0].tolist() == prompts[i].tolist()
-        with torch.no_grad():
-            answer = theirs.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12
-            )
+    for i, messages in enumerate(CONVERSATIONS):
         print(messages[-1]["content"], "->", texts[i])
-        assert [id_ for id_ in answer[0, ids.shape[1] :].tolist() if id_ != 2] == drawn[i]
+        assert theirs.answers[i] == drawn[i]
     assert texts[0] == "The capital of France is Paris."
 
 
@@ -444,7 +457,7 @@ def independent_state(path: Path, torch: Any) -> dict[str, Any]:
     }  # fmt: skip
     state = {}
     for tensor in gguf.GGUFReader(path).tensors:
-        x = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        x = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         words = tensor.name.split(".")
         if words[-2] in ("attn_q", "attn_k"):
             D, untied = 64, np.empty_like(x)
@@ -454,6 +467,6 @@ def independent_state(path: Path, torch: Any) -> dict[str, Any]:
             x = untied
         name = parts[words[-2]]
         at = f"model.layers.{words[1]}." if words[0] == "blk" else ""
-        state[f"{at}{name}.weight"] = torch.tensor(x)
+        state[f"{at}{name}.weight"] = torch.from_numpy(x)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return state
