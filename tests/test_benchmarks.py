@@ -1,6 +1,8 @@
 """Tests of the benchmarks: each command end to end at a tiny size, and its arithmetic."""
 
 import json
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +53,27 @@ def results(path: Path, name: str) -> Any:
 def text(tmp_path: Path, play: str) -> str:
     (tmp_path / "play.txt").write_text(play)
     return str(tmp_path / "play.txt")
+
+
+class Here:
+    """A `measure.Side` that needs no process: one that starts takes seconds to import its side."""
+
+    def __init__(self, make: Callable[..., Callable[..., Any]], *args: Any):
+        make, args = pickle.loads(pickle.dumps((make, args)))  # as the way to a process asks
+        self._function = make(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        return pickle.loads(pickle.dumps(self._function(*pickle.loads(pickle.dumps(args)))))
+
+    def wait(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def sides_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without processes, which `test_step` has, and the tests of failing sides."""
+    monkeypatch.setattr(measure, "Side", Here)
 
 
 def test_scaling(
@@ -118,6 +141,7 @@ def test_sides_with_different_losses_are_not_compared():
         step.check_losses({"gptjax": same, "plain": [4.17, float("nan")]}, 1e-4)
 
 
+@pytest.mark.usefixtures("sides_here")
 @pytest.mark.torch
 def test_sampling(tmp_path: Path):
     pytest.importorskip("transformers")
@@ -160,7 +184,10 @@ def test_startup(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch):
         assert all(seconds >= 0 for seconds in parts.values())
 
 
-def test_growth(tmp_path: Path):
+@pytest.mark.usefixtures("sides_here")
+def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small = replace(growth.BASE.model, n_layer=1, n_embd=32)
+    monkeypatch.setattr(growth, "BASE", replace(growth.BASE, model=small))
     out = tmp_path / "growth.json"
     growth.main(f"--axes batch --points 2 --rounds 1 --seconds 0 --out {out}".split())
     rows = results(out, "growth")
@@ -190,6 +217,7 @@ def test_slopes():
     assert growth.slopes(xs, [5.0, 5.0, 10.0]) == pytest.approx((1.0, 0.5))
 
 
+@pytest.mark.usefixtures("sides_here")
 @pytest.mark.torch
 def test_time_to_loss(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("torch")
@@ -340,6 +368,7 @@ def test_checks(tmp_path: Path):
     assert row["preset"] == "tiny" and len(row["wall"]) == len(row["cpu"]) == 2
 
 
+@pytest.mark.usefixtures("sides_here")
 def test_feed(tmp_path: Path):
     pytest.importorskip("grain", reason="needs the extra text")
     out = tmp_path / "feed.json"
@@ -366,7 +395,15 @@ def test_unchecked_removes_the_checks():
         assert optax.tree.norm(jax.numpy.ones(3)) == 0
 
 
-def test_ablation(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.usefixtures("sides_here")
+def test_ablation(
+    tmp_path: Path,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    small = replace(ablation.CLASSIC.model, n_layer=1, n_embd=32)
+    monkeypatch.setattr(ablation, "CLASSIC", replace(ablation.CLASSIC, model=small))
     out = tmp_path / "ablation.json"
     ablation.main(f"--options recall --steps 2 --seeds 1 --text {text} --out {out}".split())
     rows = results(out, "ablation")
