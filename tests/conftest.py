@@ -1,5 +1,7 @@
 """Shared test setup: numerical settings, compilation cache, and texts."""
 
+import ctypes
+import functools
 import gc
 import hashlib
 import itertools
@@ -12,7 +14,9 @@ import hypothesis
 import jax
 import pytest
 
+from gptjax import training
 from gptjax.text import corpora
+from gptjax.tools import replay, verify
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # tests must not open windows
 
@@ -46,12 +50,31 @@ hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("gptjax")
 
 
+# Large arrays return to the system at once when they are freed: glibc would soon keep those of up
+# to 32 MB (-3: M_MMAP_THRESHOLD).
+LIBC = ctypes.CDLL(None)
+if hasattr(LIBC, "mallopt"):
+    LIBC.mallopt(-3, 2**20)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_file() -> Iterator[None]:
-    """Free what a file has compiled and traced: a worker's memory is that of its largest file."""
-    yield
+    """Keep what a file has traced and compiled for as long as the file, and no longer.
+
+    Runs and replays that ask for equal functions share one tracing of them: what is shared is pure,
+    and follows from the arguments alone. That a process of its own comes to the same bits is left
+    to the tests that start one. A worker's memory is that of its largest file.
+    """
+    assemble = functools.lru_cache(4)(training.assemble)  # each holds compiled programs
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (training, replay, verify):
+            patch.setattr(module, "assemble", assemble)
+        yield
+    assemble.cache_clear()
     jax.clear_caches()
     gc.collect()
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)  # else a gigabyte of small pieces is kept
 
 
 SHAKESPEARE = "tiny_shakespeare"

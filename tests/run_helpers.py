@@ -1,13 +1,12 @@
 """Helpers of the tests that train: run folders, signals, refusals, a model of one's own."""
 
-import functools
 import io
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,11 @@ import numpy as np
 import pytest
 from helpers import by_path
 
-from gptjax import training
 from gptjax.cli.main import main
 from gptjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig
 from gptjax.console import Report
 from gptjax.errors import UserError
 from gptjax.runs import samples
-from gptjax.tools import replay, verify
 
 QUIET = Report(quiet=True)
 CONFIG = Config(
@@ -46,20 +43,6 @@ def message(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         function(*args, **kwargs)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def shared_programs() -> Iterator[None]:
-    """Runs and replays of one file that ask for equal functions share one tracing of them.
-
-    What is shared is pure, and follows from the arguments alone. That a process of its own comes
-    to the same bits is left to the tests that start one.
-    """
-    assemble = functools.lru_cache(4)(training.assemble)  # each holds compiled programs
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (training, replay, verify):
-            patch.setattr(module, "assemble", assemble)
-        yield
 
 
 def text_file(folder: Path, text: str) -> DataConfig:

@@ -25,7 +25,6 @@ from run_helpers import (
     contents,
     message,
     records,
-    shared_programs,  # noqa: F401
     text_file,
 )
 
@@ -43,8 +42,6 @@ from gptjax.runs.run import Run
 from gptjax.tools.replay import replay
 from gptjax.tools.verify import verify
 from gptjax.training import train
-
-pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture(scope="module")

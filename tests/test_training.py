@@ -28,7 +28,6 @@ from run_helpers import (
     assert_same_run,
     message,
     records,
-    shared_programs,  # noqa: F401
 )
 
 from gptjax import assembly, training
@@ -48,8 +47,6 @@ from gptjax.step import NORMS
 from gptjax.text import corpora
 from gptjax.text.tokenizers import IdTokenizer
 from gptjax.training import train
-
-pytestmark = pytest.mark.usefixtures("shared_programs")
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = replace(
