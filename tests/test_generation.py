@@ -1,5 +1,6 @@
 """Tests of generation with many streams: each as it is alone, and ended where it should be."""
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from helpers import random_params
 from run_helpers import message
 
 from gptjax.config import ModelConfig
+from gptjax.generation import decoding
 from gptjax.generation.engine import Engine
 from gptjax.generation.requests import Completion, Piece, Reply, Request, check
 from gptjax.generation.slots import NewTokens, Slots, Stream
@@ -83,6 +85,32 @@ def test_a_loop_of_fixed_length_draws_the_same(gpt: tuple[Any, Any]):
     fixed._slots._on_gpu = True
     for ours, theirs in zip(served(fixed, REQUESTS), expected, strict=True):
         same(ours, theirs)
+
+
+@core
+def test_a_lone_stream_is_decoded_by_itself(gpt: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
+    """In a warm engine; here in the second slot, until another joins it."""
+    expected, warm = served(engine(gpt), REQUESTS), engine(gpt)
+    warm.warm_up()
+    sizes: list[int] = []
+    decode = decoding.decode
+    counted = lambda *args, **how: sizes.append(len(args[3].left)) or decode(*args, **how)
+    monkeypatch.setattr(decoding, "decode", counted)
+    numbers = {warm.add(REQUESTS[i]): i for i in (1, 2)}
+    pieces: dict[int, list[Piece]] = defaultdict(list)
+
+    def step(seconds: float | None = None) -> None:
+        for number, piece in warm.step(seconds).items():
+            pieces[numbers[number]].append(piece)
+
+    for _ in range(10):  # a token each: the first one ends after 7
+        step(0.0)
+    numbers[warm.add(REQUESTS[5])] = 5
+    while warm.free < 3:
+        step()
+    for i, parts in pieces.items():
+        same(Completion.of(parts), expected[i])
+    assert sizes[:11] == [3] * 7 + [1] * 3 + [3] and sizes[-1] == 1
 
 
 @core

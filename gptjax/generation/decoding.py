@@ -140,6 +140,13 @@ def prefill(model: nn.Module, params: Any, text: jax.Array, length: jax.Array) -
     return State(context, logits[:, 0])
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def take(model: nn.Module, state: State, slot: jax.Array) -> State:
+    """The state of the one slot at place `slot` of many."""
+    read = jax.lax.dynamic_slice_in_dim
+    return jax.tree.map(lambda x, axis: read(x, slot, 1, axis), state, slot_axes(model))
+
+
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def insert(model: nn.Module, state: State, row: State, slot: jax.Array) -> State:
     """Put the state of one slot at place `slot` of many."""
