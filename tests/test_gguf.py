@@ -457,7 +457,8 @@ def independent_state(path: Path, torch: Any) -> dict[str, Any]:
     }  # fmt: skip
     state = {}
     for tensor in gguf.GGUFReader(path).tensors:
-        x = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        x = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        x = np.require(x, np.float32, "W")  # torch asks for writable arrays
         words = tensor.name.split(".")
         if words[-2] in ("attn_q", "attn_k"):
             D, untied = 64, np.empty_like(x)
