@@ -270,8 +270,8 @@ def write_config(
         "pad_token_id": None,  # a smollm3's default is beyond a small vocabulary
         "dtype": "float32",
     }
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     if kind == "gpt2":
+        names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
         return {
             "n_layer": c.n_layer,
             "n_head": c.n_head,
@@ -295,7 +295,7 @@ def write_config(
         "max_position_embeddings": c.block_size,
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_base,
-        "hidden_act": "silu" if gemma is None else names[c.activation],
+        "hidden_act": "silu",
         **shared,
     }
     if c.rope_scaling is not None:
@@ -306,7 +306,9 @@ def write_config(
             scaling["original_max_position_embeddings"] = int(c.rope_scaling[3])
         values["rope_scaling"] = scaling
     if gemma is not None:
-        values |= hf_gemma.give(kind, c, gemma) | {"hidden_activation": values.pop("hidden_act")}
+        del values["hidden_act"]
+        first = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.activation)
+        values |= {"hidden_activation": first, **hf_gemma.give(kind, c, gemma)}
     if kind == "mistral":
         values["sliding_window"] = c.window
     if kind in WINDOWED:
