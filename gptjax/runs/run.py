@@ -85,9 +85,14 @@ class Run:
                 break
         for place, text in copies(self.directory, CONFIG):
             try:
-                stored = config_json.from_json(text).config
+                stored, parts = config_json.from_json(text)
             except UserError as error:
                 raise Damaged(f"{place} is damaged: {error}") from None
+            if parts != self.parts:
+                raise Damaged(
+                    f"{self.directory / CONFIG} is damaged: it says parts={self.parts}, and the "
+                    f"checkpoints were made with parts={parts}; an intact copy is {place}"
+                )
             changed = differences(stored, self.config)
             for name, (old, new) in changed.items():
                 if _is_fixed(name) and name not in TEXTS:  # a text may have moved
