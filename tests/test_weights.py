@@ -184,7 +184,7 @@ IMPORTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"num_key_value_heads": 4, "num_hidden_layers": 3, "no_rope_layers": [1, 1, 0]},
         {},
     ),
-    # Layers differ in what they see, for their windows are shorter than the text.
+    # The text is longer than the windows, so that layers differ in what they see.
     "gemma2": (
         "Gemma2",
         {

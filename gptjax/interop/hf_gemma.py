@@ -20,7 +20,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # what holds where a file says nothing
     for kind in CLASSES
 }
 DEFAULTS["gemma2"] |= {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
-LAYERS = 2**12  # at most, for a pattern makes a flag of each
+LAYERS = 2**12  # at most, because a pattern makes a flag of each
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
