@@ -216,6 +216,14 @@ def nanogpt(command: GpuCommand) -> list[Row]:
     steps = 10 if command.toy else 2500
     words = [sys.executable, "train.py", "config/train_shakespeare_char.py"]
     words += [f"--max_iters={steps}", "--eval_iters=20", f"--eval_interval={steps}"]
+    if command.toy:
+        words += [
+            "--device=cpu",
+            "--compile=False",
+            "--n_layer=1",
+            "--n_embd=48",
+            "--block_size=16",
+        ]
     done = subprocess.run(words, cwd=command.nanogpt, capture_output=True, text=True)
     measure.console.print(done.stdout[-3000:], markup=False)
     if done.returncode:

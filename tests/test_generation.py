@@ -1,5 +1,6 @@
 """Tests of generation with many streams: each as it is alone, and ended where it should be."""
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from helpers import random_params
 from run_helpers import message
 
 from gptjax.config import ModelConfig
+from gptjax.generation import decoding
 from gptjax.generation.engine import Engine
 from gptjax.generation.requests import Completion, Piece, Reply, Request, check
 from gptjax.generation.slots import NewTokens, Slots, Stream
@@ -48,6 +50,12 @@ def served(engine: Engine, requests: list[Request]) -> list[Completion]:
     return [Completion.of(parts) for parts in pieces]
 
 
+def same(ours: Completion, theirs: Completion) -> None:
+    assert ours.text == theirs.text and ours.finish == theirs.finish
+    for a, b in zip(ours.tokens, theirs.tokens, strict=True):
+        assert a.id == b.id and a.logprob == pytest.approx(b.logprob, abs=1e-5)
+
+
 REQUESTS = [
     Request(np.array([1, 2, 3]), 20, GREEDY),
     Request(np.array([4]), 7, HOT, seed=1, alternatives=4),
@@ -65,12 +73,44 @@ def test_each_reply_is_what_it_is_alone(gpt: tuple[Any, Any]):
     together = served(engine(gpt), REQUESTS)
     for request, reply in zip(REQUESTS, together, strict=True):
         (alone,) = served(engine(gpt, 1), [request])
-        assert [token.id for token in reply.tokens] == [token.id for token in alone.tokens]
-        assert reply.text == alone.text and reply.finish == alone.finish == "length"
-        assert len(reply.tokens) == request.max_new_tokens
-        for ours, theirs in zip(reply.tokens, alone.tokens, strict=True):
-            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
-            assert len(ours.alternatives) == request.alternatives
+        same(reply, alone)
+        assert reply.finish == "length" and len(reply.tokens) == request.max_new_tokens
+        assert {len(token.alternatives) for token in reply.tokens} == {request.alternatives}
+
+
+@core
+def test_a_loop_of_fixed_length_draws_the_same(gpt: tuple[Any, Any]):
+    """As on a GPU: streams end in the middle of it, and find their window full."""
+    expected, fixed = served(engine(gpt), REQUESTS), engine(gpt)
+    fixed._slots._on_gpu = True
+    for ours, theirs in zip(served(fixed, REQUESTS), expected, strict=True):
+        same(ours, theirs)
+
+
+@core
+def test_a_lone_stream_is_decoded_by_itself(gpt: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch):
+    """In a warm engine; here in the second slot, until another joins it."""
+    expected, warm = served(engine(gpt), REQUESTS), engine(gpt)
+    warm.warm_up()
+    sizes: list[int] = []
+    decode = decoding.decode
+    counted = lambda *args, **how: sizes.append(len(args[3].left)) or decode(*args, **how)
+    monkeypatch.setattr(decoding, "decode", counted)
+    numbers = {warm.add(REQUESTS[i]): i for i in (1, 2)}
+    pieces: dict[int, list[Piece]] = defaultdict(list)
+
+    def step(seconds: float | None = None) -> None:
+        for number, piece in warm.step(seconds).items():
+            pieces[numbers[number]].append(piece)
+
+    for _ in range(10):  # a token each: the first one ends after 7
+        step(0.0)
+    numbers[warm.add(REQUESTS[5])] = 5
+    while warm.free < 3:
+        step()
+    for i, parts in pieces.items():
+        same(Completion.of(parts), expected[i])
+    assert sizes[:11] == [3] * 7 + [1] * 3 + [3] and sizes[-1] == 1
 
 
 @core

@@ -93,7 +93,8 @@ sampling = stacked([Sampling(vocab_size=50257)], V)
 streams = (np.zeros((1, 2), np.uint32), integers(1), integers(1), integers(1, 1), sampling, None)
 streams = decoding.Streams(*streams)
 given = absent((*jax.eval_shape(start), streams, integers()))
-program = hlo.Program(decoding.decode.trace(model, *given).lower().compile().as_text())
+traced = decoding.decode.trace(model, *given, fixed=True)
+program = hlo.Program(traced.lower().compile().as_text())
 [(loop, _)] = program.executed("while")
 once = program.traffic()
 [body] = [name for name in loop.called if program.computations[name][-1].opcode == "tuple"]
@@ -102,6 +103,7 @@ print(json.dumps({
     "traffic": program.traffic() - once,
     "conditionals": len(program.executed("conditional")),
     "whiles": len(program.executed("while")),
+    "iterations known": "known_trip_count" in loop.attributes,
 }))
 """
 
@@ -153,3 +155,4 @@ def test_a_token_on_an_h100_reads_the_weights_once():
     weights = 2 * (50304 * 768 + 2 * 12 * 768**2)
     assert weights <= found["traffic"] <= 1.35 * weights
     assert found["whiles"] == 1 and found["conditionals"] == 0
+    assert found["iterations known"]  # else the host reads before each token whether to stop

@@ -157,6 +157,38 @@ def test_a_tpu_program_is_parsed():
     assert program.traffic() == 48 * a_round + 48 * (1 + 4 + 4)  # and the comparison
 
 
+GPU = """\
+HloModule jit_f, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused_scatter (p: f32[64,4], q: s32[2,1], r: f32[8]) -> f32[64,4] {
+  %p = f32[64,4]{1,0} parameter(0)
+  %q = s32[2,1]{1,0} parameter(1)
+  %r = f32[8]{0} parameter(2)
+  %rows = f32[2,4]{1,0} bitcast(%r)
+  ROOT %scatter = f32[64,4]{1,0} scatter(%p, %q, %rows), to_apply=%add
+}
+
+ENTRY %main (table: f32[64,4], ids: s32[2,1], rows: f32[2,4]) -> f32[64,4] {
+  %table = f32[64,4]{1,0} parameter(0)
+  %ids = s32[2,1]{1,0} parameter(1)
+  %rows = f32[2,4]{1,0} parameter(2)
+  %one = f32[64,4]{1,0} scatter(%table, %ids, %rows), to_apply=%add
+  ROOT %two = f32[64,4]{1,0} fusion(%one, %ids, %rows), kind=kInput, calls=%fused_scatter
+}
+"""
+
+
+def test_a_scatter_moves_its_rows_and_not_the_table():
+    """Two of 16 bytes each, read and written, with the two ids and the rows that are added."""
+    assert Program(GPU).traffic() == 2 * (2 * 32 + 8 + 32)
+
+
 def test_traffic_without_loops_equals_xlas_cost_analysis():
     """For matmuls, whose operands and results XLA counts too."""
 

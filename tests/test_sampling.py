@@ -372,16 +372,16 @@ def test_padding_rows_are_not_generated():
 def test_a_session_compiles_once(model_class: type[nn.Module]):
     """Prompts, lengths, keys and settings of any value run the programs of the first calls."""
     model, params = gpt(8, model_class)
-    programs: tuple[Any, ...] = (decoding.prefill, decoding.merge, decoding.insert, decoding.decode)
-    compiled = lambda: [program._cache_size() for program in programs]
+    names = "prefill", "merge", "insert", "take", "decode"
+    compiled = lambda: [getattr(decoding, name)._cache_size() for name in names]
     jax.clear_caches()
     slots = Slots(model, params, 2)
     slots.warm_up()
     assert not slots.busy
     # Half a window and a whole one for one slot or both; both slots at once, from two rows or
-    # one; one slot; the loop with and without cuts, penalties, and alternatives.
+    # one; one slot; the loop for one or both with and without cuts, penalties, and alternatives.
     warm = compiled()
-    assert warm == [4, 2, 1, 8]
+    assert warm == [4, 2, 1, 1, 16]
     for length, n in itertools.product((1, 4, 5, 8, 40), (1, 7, 33)):
         prompt = list(range(length)) if length < V else [0] * length
         sampling = Sampling(1 / n, top_k=[None, 3][n % 2], top_p=[None, 0.9][length % 2])

@@ -140,6 +140,13 @@ def prefill(model: nn.Module, params: Any, text: jax.Array, length: jax.Array) -
     return State(context, logits[:, 0])
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def take(model: nn.Module, state: State, slot: jax.Array) -> State:
+    """The state of the one slot at place `slot` of many."""
+    read = jax.lax.dynamic_slice_in_dim
+    return jax.tree.map(lambda x, axis: read(x, slot, 1, axis), state, slot_axes(model))
+
+
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def insert(model: nn.Module, state: State, row: State, slot: jax.Array) -> State:
     """Put the state of one slot at place `slot` of many."""
@@ -157,7 +164,9 @@ def merge(model: nn.Module, state: State, rows: State, chosen: jax.Array) -> Sta
     return jax.tree.map(leaf, state, rows, slot_axes(model))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "alternatives"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("model", "alternatives", "fixed"), donate_argnames="state"
+)
 def decode(
     model: nn.Module,
     params: Any,
@@ -165,11 +174,22 @@ def decode(
     streams: Streams,
     n: jax.Array | int,
     alternatives: bool = False,
+    fixed: bool = False,
 ) -> tuple[State, Drawn]:
     """Draw up to n <= CHUNK tokens of each stream.
 
     A stream ends with a token of its `stops`, with its last token, or for now with one that finds
     the window full: its slot is prefilled before it is decoded again.
+
+    Args:
+        model: of the contract in `model.py`.
+        params: prepared.
+        state: of the slots; donated.
+        streams: in the slots.
+        n: the loop ends after so many tokens, or with the last stream.
+        alternatives: whether to report the most likely tokens at each place.
+        fixed: the loop always takes CHUNK steps in place of n: a host does not have to ask a GPU
+            before each token whether it is the last.
     """
     B, (vocab_size, seen) = len(streams.left), (streams.sampling.vocab_size, streams.seen)
     stream_keys = jax.random.wrap_key_data(jnp.asarray(streams.keys))
@@ -190,9 +210,12 @@ def decode(
         state, full = _read(model, params, state, token, runs & ~ends)
         return i + 1, runs & ~ends & ~full, state, drawn, seen
 
-    start = jnp.int32(0), streams.left > 0, state, drawn, seen
-    _, _, state, drawn, _ = jax.lax.while_loop(lambda c: (c[0] < n) & c[1].any(), body, start)
-    return state, drawn
+    carry = jnp.int32(0), streams.left > 0, state, drawn, seen
+    if fixed:
+        carry = jax.lax.fori_loop(0, CHUNK, lambda _, carry: body(carry), carry)
+    else:
+        carry = jax.lax.while_loop(lambda c: (c[0] < n) & c[1].any(), body, carry)
+    return carry[2], carry[3]
 
 
 def _read(

@@ -110,6 +110,9 @@ class Slots:
         self._table_size = _logits.eval_shape(model, params).shape[-1]  # traced once
         self._idle = Sampling(vocab_size=vocab_size)
         self._state = decoding.blank(model, size, self._table_size)
+        device = next(iter(jax.tree.leaves(self._params)[0].devices()))
+        self._on_gpu = device.platform == "gpu"
+        self._warm = False
         self._streams: Streams | None = None  # as the device gets them; None: to be made
 
     @property
@@ -141,21 +144,17 @@ class Slots:
         self._streams = None
 
     def step(self, n: int = CHUNK) -> dict[int, NewTokens]:
-        """Draw up to n <= CHUNK tokens of each stream; 1 or more of each. Streams that have ended
-        leave their slots."""
+        """Draw up to n <= CHUNK tokens of each stream, or on a GPU up to CHUNK; 1 or more of each.
+        Streams that have ended leave their slots."""
         self._prefill({i: s for i, s in enumerate(self._slots) if s is not None and s.waits})
         running = {i: s for i, s in enumerate(self._slots) if s is not None}
-        alternatives = any(slot.stream.alternatives for slot in running.values())
         n = min(n, max(slot.stream.max_new_tokens - slot.drawn for slot in running.values()))
-        self._state, drawn = decoding.decode(
-            self._model, self._params, self._state, self._settings(running), n, alternatives
-        )
-        drawn = jax.device_get(drawn)
-        return {i: self._take(i, slot, drawn) for i, slot in running.items()}
+        drawn = self._decode(running, n)
+        return {i: self._take(i, slot, drawn[i]) for i, slot in running.items()}
 
     def warm_up(self) -> None:
-        """Compile what a step can need: every width, for one slot or all; the loop with and without
-        cuts, penalties and biases, and alternatives. Slots are to be free."""
+        """Compile what a step can need: every width, for one slot or all; the loop for one or all,
+        with and without cuts, penalties and biases, and alternatives. Slots are to be free."""
         size, key = len(self._slots), jax.random.key(0)
         S = self._model.config.block_size
         widths = {decoding.width(self._model, n): n for n in range(1, S + 1)}
@@ -169,8 +168,9 @@ class Slots:
                 self.step(1)
         for top_k, penalty, alternatives in product((None, 1), (None, 1.0), (False, True)):
             how = replace(self._idle, top_k=top_k, repetition_penalty=penalty)
-            self.add(Stream(text, key, 1, how, (), alternatives))
-            self.step(1)
+            for self._warm in (False, True):  # the whole batch, and a lone stream by itself
+                self.add(Stream(text, key, 1, how, (), alternatives))
+                self.step(1)
 
     def _prefill(self, waiting: dict[int, _Slot]) -> None:
         """Read the texts of slots: one at a time, or of all slots at once if most of them wait. A
@@ -205,6 +205,24 @@ class Slots:
         chosen = np.isin(np.arange(len(self._slots)), slots)
         self._state = decoding.merge(self._model, self._state, rows, chosen)
 
+    def _decode(self, running: dict[int, _Slot], n: int) -> dict[int, decoding.Drawn]:
+        """What is drawn for each slot. Idle slots are computed too, so a lone stream is decoded by
+        itself, once that is compiled."""
+        model, state, streams = self._model, self._state, self._settings(running)
+        alternatives = any(slot.stream.alternatives for slot in running.values())
+        first = min(running)
+        lone = self._warm and len(running) == 1 < len(self._slots)
+        if lone:
+            state = decoding.take(model, state, first)
+            streams = jax.tree.map(lambda x: x[first : first + 1], streams)
+        state, drawn = decoding.decode(
+            model, self._params, state, streams, n, alternatives, fixed=self._on_gpu
+        )
+        self._state = decoding.insert(model, self._state, state, first) if lone else state
+        drawn = jax.device_get(drawn)
+        row = lambda i: jax.tree.map(lambda x: x[0 if lone else i], drawn)
+        return {i: row(i) for i in running}
+
     def _settings(self, running: dict[int, _Slot]) -> Streams:
         """The streams as the device gets them, with the counts of now."""
         size, known = len(self._slots), self._streams
@@ -237,8 +255,8 @@ class Slots:
 
     def _take(self, i: int, slot: _Slot, drawn: decoding.Drawn) -> NewTokens:
         """What was drawn for slot i."""
-        count = int((drawn.tokens[i] >= 0).sum())
-        tokens, S = drawn.tokens[i, :count], self._model.config.block_size
+        count = int((drawn.tokens >= 0).sum())
+        tokens, S = drawn.tokens[:count], self._model.config.block_size
         slot.ids += tokens.tolist()
         slot.seen.update(tokens.tolist())
         slot.drawn += count
@@ -250,13 +268,8 @@ class Slots:
             slot.ids, slot.length = slot.ids[-S:], S
         elif slot.length > S:  # the window is full and its positions are fixed: read half again
             slot.ids, slot.waits = slot.ids[-max(1, S // 2) :], True
-        return NewTokens(
-            tokens,
-            drawn.logprobs[i, :count],
-            None if drawn.ids is None else drawn.ids[i, :count],
-            None if drawn.id_logprobs is None else drawn.id_logprobs[i, :count],
-            ended,
-        )
+        logprobs, *others = (None if x is None else x[:count] for x in drawn[1:])
+        return NewTokens(tokens, logprobs, *others, ended)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -19,6 +19,7 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "opt-barrier", "partition-id", "replica-id", "iota", "async-start"),
 }
+IN_PLACE = "dynamic-update-slice", "scatter"  # write into the buffer of their first operand
 ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(
@@ -186,6 +187,8 @@ class Program:
                 return 2 * result
             case "dynamic-update-slice":
                 return 2 * given[1]
+            case "scatter":  # in place too: it reads, and writes, what the updates are added to
+                return given[1] + 3 * given[2]
             case "fusion" if i.called and i.called[0] in self.computations:
                 return self._fusion(self.computations[i.called[0]], given, result)
             case "custom-call" if not any(given):  # allocates a buffer, filled later
@@ -213,7 +216,7 @@ class Program:
                     part = read(user.name)
                 elif user.opcode in ("dynamic-slice", "slice", "gather"):
                     part = _bytes(user.shape) if user.operands[0] == name else None
-                elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                elif user.opcode in IN_PLACE and user.operands[0] == name:
                     part = 0
                 else:
                     part = None
@@ -230,8 +233,11 @@ class Program:
         root = body[-1]
         while root.opcode in ("bitcast", "convert", "copy") and root.operands[0] in made:
             root = made[root.operands[0]]
-        if root.opcode == "dynamic-update-slice":
-            result = min(result, _bytes(shapes.get(root.operands[1], "")))
+        match root.opcode:
+            case "dynamic-update-slice":
+                result = min(result, _bytes(shapes.get(root.operands[1], "")))
+            case "scatter":
+                result = min(result, 2 * _bytes(shapes.get(root.operands[2], "")))
         return moved + result
 
 
