@@ -37,7 +37,8 @@ def take(kind: str, values: dict[str, Any]) -> tuple[GemmaConfig, dict[str, Any]
     local = _local(kind, values)
     window = settings.positive_int(values, "sliding_window", *(() if any(local) else (None,)))
     settings.only(values, "use_bidirectional_attention", False)
-    activation = values.pop("hidden_activation", None) or "gelu_pytorch_tanh"
+    activation = values.pop("hidden_activation", None)
+    activation = "gelu_pytorch_tanh" if activation is None else activation
     if (other := values.pop("hidden_act", None)) not in (None, activation):
         raise UserError(f"hidden_act={other!r} contradicts hidden_activation={activation!r}")
     if kind == "gemma3_text":  # transformers would ignore it
@@ -86,7 +87,8 @@ def _local(kind: str, values: dict[str, Any]) -> tuple[bool, ...]:
         known = isinstance(types, list) and all(x in (LOCAL, GLOBAL) for x in types)
         if not known or len(types) != n_layer:
             raise UserError(
-                f"layer_types={types!r} is not a list of {n_layer} times {LOCAL!r} or {GLOBAL!r}"
+                f"layer_types={types!r:.200} is not a list of {n_layer} times {LOCAL!r} or "
+                f"{GLOBAL!r}"
             )
         return tuple(x == LOCAL for x in types)
     if noted != period or (kind == "gemma2" and period != PERIODS[kind]):
@@ -101,11 +103,12 @@ def _local(kind: str, values: dict[str, Any]) -> tuple[bool, ...]:
 
 def _local_rope_base(values: dict[str, Any]) -> float:
     """The local layers' rotary base; the settings of the other layers are left as a Llama's."""
-    each = values.pop("rope_parameters", None) or {}
+    each = values.pop("rope_parameters", None)
+    each = {} if each is None else each
     if not isinstance(each, dict) or each.keys() - {LOCAL, GLOBAL}:
         raise UserError(
-            f"rope_parameters={each!r} is not an object with the rotary settings of {LOCAL!r} and "
-            f"{GLOBAL!r}"
+            f"rope_parameters={each!r:.200} is not an object with the rotary settings of "
+            f"{LOCAL!r} and {GLOBAL!r}"
         )
     scaling = values.get("rope_scaling")
     if isinstance(scaling, dict) and "rope_type" not in scaling and "type" in scaling:

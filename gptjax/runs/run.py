@@ -89,9 +89,10 @@ class Run:
             except UserError as error:
                 raise Damaged(f"{place} is damaged: {error}") from None
             if parts != self.parts:
+                names = dict(sorted(parts.items() ^ self.parts.items()))
                 raise Damaged(
-                    f"{self.directory / CONFIG} is damaged: it says parts={self.parts}, and the "
-                    f"checkpoints were made with parts={parts}; an intact copy is {place}"
+                    f"{self.directory / CONFIG} is damaged: of the parts that the checkpoints were "
+                    f"made with it says otherwise: {', '.join(names)}; an intact copy is {place}"
                 )
             changed = differences(stored, self.config)
             for name, (old, new) in changed.items():
