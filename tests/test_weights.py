@@ -962,7 +962,8 @@ def test_odd_tensors_of_a_checkpoint_are_refused(spoil: Any, message: str, tmp_p
 def test_tensors_without_strides_cannot_fill_the_memory(tmp_path: Path):
     torch = pytest.importorskip("torch", reason="needs torch")
     sizes: Any = {"n_layer": 2, "n_head": 1, "n_embd": 2**16, "block_size": 16, "vocab_size": 2**14}
-    shapes = dict(hf._wanted(ModelConfig(**sizes)))
+    config = ModelConfig(**sizes)
+    shapes = dict(hf._wanted(hf._table(config), config))
     state = {
         name: torch.ones(1).expand(shape[::-1] if name.endswith(nanogpt.TRANSPOSED) else shape)
         for name, shape in shapes.items()
