@@ -27,6 +27,7 @@ from gptjax.interop import hf, hf_config, hf_tokenizer, pretrained
 from gptjax.interop.export import export
 from gptjax.interop.gemma import Gemma, GemmaConfig
 from gptjax.interop.import_ import import_model
+from gptjax.layers import cast
 from gptjax.model import GPT
 from gptjax.parallel import sharding
 from gptjax.runs import parts
@@ -113,6 +114,15 @@ def test_local_layers_see_a_window_and_the_others_everything(model: Gemma, param
         seen = (back >= 0) & ((back < WINDOW) | (not local))
         np.testing.assert_array_equal(weights[layer] > 0, np.broadcast_to(seen, (2, 4, 20, 20)))
     close(weights.sum(-1), np.ones((3, 2, 4, 20)))
+
+
+def test_weights_that_were_cast_before_give_the_same_embeddings(params: Any):
+    """Sampling casts once, training in every step."""
+    model = Gemma(replace(CONFIG, dtype="bfloat16"), V, gemma=GEMMA2)
+    embed = lambda params: model.apply({"params": params}, TOKENS, None, method="embed")[0]
+    found = embed(params)
+    np.testing.assert_array_equal(found, embed(cast(params, "bfloat16")), strict=True)
+    assert found.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
