@@ -347,6 +347,12 @@ def test_a_fine_tuned_run_resumes_repeats_and_seeds_another(
         show(str(place / "tuned"), settings, "here", None)
 
 
+def test_weights_are_not_planned_as_the_preset_that_they_replace(folder: Path):
+    settings, _ = starting_point("finetune")
+    text = message(show, "finetune", replace(settings, init=str(folder)), "here", None)
+    assert text.startswith("a plan takes the model's sizes from the config, and those of --init")
+
+
 def test_what_is_trained_is_chosen_by_name():
     optim = OptimConfig(kind="muon", lora_rank=2)
     shapes = lambda o: (
