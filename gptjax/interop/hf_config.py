@@ -160,7 +160,7 @@ def read_config(values: Mapping[str, Any]) -> Described:
     if kind == "gemma3":
         raise UserError(
             "model_type='gemma3' is a model of texts and images, which is not supported; save its "
-            "text part alone, a 'gemma3_text', with transformers' Gemma3ForCausalLM"
+            "text part alone, a 'gemma3_text', with transformers, as docs/weights.md shows"
         )
     if not isinstance(kind, str) or kind not in CLASSES:
         names = ", ".join(map(repr, CLASSES))
