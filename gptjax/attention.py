@@ -41,15 +41,20 @@ def attention_weights(
 
     Source: Vaswani et al. 2017, equation 1; lecture, "self-attention".
     """
-    if (share := q.shape[2] // k.shape[2]) > 1:
-        k = jnp.repeat(k, share, axis=2)
-    scores = jnp.einsum("BTHD,BSHD->BHTS", q, k, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(q.shape[-1])
+    scores = attention_scores(q, k)
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     return jax.nn.softmax(scores, axis=-1)
+
+
+def attention_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q k^T / sqrt(D): (B, H, T, S) float32 of (B, T, H, D) queries and (B, S, G, D) keys."""
+    if (share := q.shape[2] // k.shape[2]) > 1:
+        k = jnp.repeat(k, share, axis=2)
+    scores = jnp.einsum("BTHD,BSHD->BHTS", q, k, preferred_element_type=jnp.float32)
+    return scores / math.sqrt(q.shape[-1])
 
 
 def weighted_values(weights: jax.Array, v: jax.Array) -> jax.Array:

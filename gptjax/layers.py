@@ -121,6 +121,14 @@ def rotate(x: jax.Array, start: jax.Array | int, rates: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """x squashed smoothly into +-cap; None: x.
+
+    Source: Gemma 2's report, section 2.
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def row_major(x: jax.Array) -> jax.Array:
     """(B, T, C) that stays in this order: with learned positions XLA would put the batch last on
     GPUs, and transpose in every block."""

@@ -51,6 +51,7 @@ from gptjax.layers import (
     rotary_rates,
     rotate,
     row_major,
+    soft_cap,
 )
 
 Model = nn.Module | Callable[[ModelConfig, int], nn.Module]  # or a function that makes one
@@ -83,7 +84,7 @@ class CausalSelfAttention(nn.Module):
         x: jax.Array,  # (B, T, C)
         cache: tuple[jax.Array, jax.Array] | None = None,  # k, v: (B, G, S, D)
         start: jax.Array | int = 0,  # position of x's first token; (B, 1, 1, 1): of each row
-        turns: jax.Array | None = None,  # () bool: whether this layer rotates; None: they all do
+        rates: jax.Array | None = None,  # (D / 2,) of this layer's rotation; None: the config's
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
         H, G, D = c.n_head, c.n_kv_head or c.n_head, c.head_size
@@ -102,7 +103,7 @@ class CausalSelfAttention(nn.Module):
         elif c.qk_norm:
             q, k = rms(q, c.norm_eps), rms(k, c.norm_eps)
         if c.position == "rotary":
-            rates = rotary_rates(c) if turns is None else rotary_rates(c) * turns
+            rates = rotary_rates(c) if rates is None else rates
             q, k = rotate(q, start, rates), rotate(k, start, rates)
         if cache is None:
             y = self.attend(q, k, v, 0)
@@ -134,22 +135,19 @@ class CausalSelfAttention(nn.Module):
         return (self.kernel or causal_attention)(q, k, v)
 
     def weigh(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        start: jax.Array | int,
-        bias: jax.Array | None = None,
+        self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | int, bias: Any = None
     ) -> jax.Array:
-        """`attend`, the general way: holds all (B, H, T, S) weights, drops some of them while
-        training, and adds a bias, broadcast to them, to the scores."""
-        c = self.config
-        mask = causal_mask(q.shape[1], k.shape[1], start, c.window)
-        weights = attention_weights(q, k, mask, bias)
+        """`attend`, the general way: `read` by all (B, H, T, S) weights, whose scores have a bias
+        added that is broadcast to them."""
+        mask = causal_mask(q.shape[1], k.shape[1], start, self.config.window)
+        return self.read(attention_weights(q, k, mask, bias), v)
+
+    def read(self, weights: jax.Array, v: jax.Array) -> jax.Array:
+        """The values by all (B, H, T, S) weights, some of which are dropped while training."""
         if self._keeps_weights():
             self.sow("attention", "weights", weights)
-        if c.dropped_attention:  # else no module, so that no other's random masks depend on it
-            weights = nn.Dropout(c.dropped_attention, deterministic=not self.train)(weights)
+        if p := self.config.dropped_attention:  # else no module: no other's random masks change
+            weights = nn.Dropout(p, deterministic=not self.train)(weights)
         return weighted_values(weights, v)
 
     def _keeps_weights(self) -> bool:
@@ -174,10 +172,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Communication, then computation, each added to the residual stream (pre-norm).
-
-    It is called with the last argument only if model.nope_every is set.
-    """
+    """Communication, then computation, each added to the residual stream (pre-norm)."""
 
     config: ModelConfig
     train: bool = False
@@ -190,11 +185,11 @@ class Block(nn.Module):
         x: jax.Array,
         cache: tuple[jax.Array, jax.Array] | None = None,
         start: jax.Array | int = 0,
-        *turns: jax.Array,
+        *layer: jax.Array,  # of this one, from `GPT.stack`
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         c = self.config
         attn: Any = self.attention(c, train=self.train, kernel=self.kernel, name="attn")
-        y, cache = attn(norm(c, "ln_1")(x), cache, start, *turns)
+        y, cache = attn(norm(c, "ln_1")(x), cache, start, *layer)
         x = x + y
         x = x + MLP(c, train=self.train, name="mlp")(norm(c, "ln_2")(x))
         return x, cache
@@ -282,30 +277,35 @@ class GPT(nn.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """The stack of blocks: (B, T, C) to (B, T, C), and the cache with the new positions."""
         c = self.config
+        if c.nope_every is None:
+            return self.stack(x, cache, train)
+        turns = jnp.arange(1, c.n_layer + 1) % c.nope_every > 0
+        return self.stack(x, cache, train, turns[:, None] * rotary_rates(c)[None])
+
+    def stack(
+        self, x: jax.Array, cache: KVCache | None, train: bool, *layers: jax.Array, **fields: Any
+    ) -> tuple[jax.Array, KVCache | None]:
+        """`blocks`, each with further arguments, of (L, ...) arrays, and fields, equal in all."""
+        c = self.config
         block: Any = self.block
         if c.remat:
             keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             policy = keep if c.remat_saves == "dots" else None
             block = nn.remat(block, prevent_cse=False, policy=policy)
-        turns = ()
-        if c.nope_every is not None:
-            turns = (jnp.arange(1, c.n_layer + 1) % c.nope_every > 0,)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0, "attention": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, *(0 for _ in turns)),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast, *(0 for _ in layers)),  # pyright: ignore[reportArgumentType]
             length=c.n_layer,
             unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
-            # Without keys this is the same and traces a block once instead of twice; with them, the
-            # second trace has drawn the random numbers of every run so far.
+            # A second trace, from which with keys the random numbers of every run so far follow.
             check_constancy_invariants=self.has_rng("params") or self.has_rng("dropout"),
-        )(c, train=train, attention=self.attention, kernel=self.kernel, name="h")
-        kv: Any = None if cache is None else (cache.k, cache.v)
-        start = 0 if cache is None else cache.length
+        )(c, train=train, attention=self.attention, kernel=self.kernel, name="h", **fields)
+        kv, start = (None, 0) if cache is None else ((cache.k, cache.v), cache.length)
         if not isinstance(start, int) and start.ndim:
             start = start[:, None, None, None]
-        x, kv = blocks(x, kv, start, *turns)
+        x, kv = blocks(x, kv, start, *layers)
         if cache is not None:
             cache = cache._replace(k=kv[0], v=kv[1], length=cache.length + x.shape[1])
         return x, cache
@@ -318,10 +318,7 @@ class GPT(nn.Module):
             logits = jnp.tensordot(x.reshape(-1, c.n_embd), table.T, 1).reshape(*x.shape[:2], -1)
         else:
             logits = self.lm_head(x)
-        logits = logits.astype(jnp.float32)
-        if c.softcap is not None:  # Gemma 2, section 2
-            logits = c.softcap * jnp.tanh(logits / c.softcap)
-        return logits
+        return soft_cap(logits.astype(jnp.float32), c.softcap)
 
     @nn.nowrap
     def init_cache(self, batch: int) -> KVCache:

@@ -117,6 +117,7 @@ def train(
         report.say(pretrained.origin(config, loaded))
         config, params = pretrained.fit(config, loaded)
         tokenizer, chat = loaded.tokenizer, loaded.chat
+        model = model or loaded.model
     dataset = None
     if batches is None:
         opened = partial(_open, config, run, tokenizer, report, special_tokens)
@@ -130,7 +131,7 @@ def train(
         pretrained.check_tokenizer(loaded, tokenizer)
 
     # Functions
-    model = model or (parts.lecture_model(run) if run else None)
+    model = model or (parts.known_model(run) if run else None)
     setup = assemble(
         config,
         tokenizer.vocab_size,
@@ -312,5 +313,5 @@ def _say_next(job: Job) -> None:
     if job.trace.folder is not None:
         job.report.say(f"traced some steps: xprof --logdir {quote(str(job.trace.folder))}")
     config = f" --config {quote(run.parts['config'])}" if "config" in run.parts else ""
-    if "model" not in run.parts or config or parts.lecture_model(run):
+    if "model" not in run.parts or config or parts.known_model(run):
         job.report.say(f"next: python sample.py {run_flag(run.directory)}{config}")

@@ -20,7 +20,7 @@ LAYERS = {
     "config presets": "a run is described by plain data",
     "text runs": "texts and a run's files need no jax, so that a command answers at once",
     "track": "trackers and warnings know a run by its files alone",
-    "attention layers model lecture.models": "a network knows nothing of training or devices",
+    "attention layers model lecture.models interop.gemma": "a network knows no training or devices",
     "parallel": "meshes, kernels and processes serve training and sampling alike",
     "plan.chips plan.hlo plan.estimate plan.room": "what a run takes, known before it is made",
     "batches loss optim step sampling": "pure functions, to be used without a run",

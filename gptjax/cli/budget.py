@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptjax.cli.flags import given
-from gptjax.cli.recipe import changes, fitted, lecture_model
+from gptjax.cli.recipe import changes, fitted, other_model
 from gptjax.config import Config
 from gptjax.errors import UserError, above_zero
 
@@ -119,11 +119,7 @@ def vocab_size(command: "TrainCommand", directory: Path | None) -> int:
         from gptjax.runs.run import Run
 
         run = Run(directory)
-    if (
-        run.parts.get("model")
-        if run
-        else lecture_model(command.config) or (recipe and recipe.model)
-    ):
+    if run.parts.get("model") if run else other_model(command.config) or (recipe and recipe.model):
         raise UserError(
             "--flops is for the config's own GPT, and this run trains another model, whose FLOPs "
             "are not known; give --tokens or --steps"

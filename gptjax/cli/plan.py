@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 from gptjax.cli.flags import INLINE, POSITIONAL, given, parse, peek
-from gptjax.cli.recipe import Recipe, fitted, lecture_model, starting_point
+from gptjax.cli.recipe import Recipe, fitted, other_model, starting_point
 from gptjax.config import Config
 from gptjax.errors import UserError
 
@@ -25,14 +25,22 @@ def show(name: str, settings: Config, devices: str, recipe: Recipe | None) -> No
     """Print the plan of a config; jax is imported here.
 
     Raises:
-        UserError: see `gptjax.plan.plan.plan`; or a preset or file with a model of its own.
+        UserError: see `gptjax.plan.plan.plan`; a preset, file or run with a model of its own; or
+            weights, whose model may have other sizes than the config.
     """
-    if lecture_model(name):
+    if other_model(name):
         raise UserError(f"only a GPT can be planned, and {name} trains none")
     if recipe and recipe.model:
         raise UserError(
             f"only the config's own GPT can be planned, and {recipe.path} defines a model; give a "
             f"config of the same size"
+        )
+    start = recipe.config if recipe else starting_point(name)[0]
+    if settings.init is not None and settings.init != start.init:
+        raise UserError(
+            f"a plan takes the model's sizes from the config, and those of --init {settings.init} "
+            f"come with its weights; import it (gptjax import), and plan the run that this makes "
+            f"with --config"
         )
     # The CUDA plug-in, loaded to compile, need not say that there is no GPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

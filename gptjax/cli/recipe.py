@@ -30,6 +30,7 @@ from gptjax.runs.config_json import Stored
 SPEEDRUN = "fast", "record"  # once presets, now config files in examples/speedrun/
 PARTS = "model", "optimizer", "loss_fn", "batches", "metrics"
 _LECTURE = set(LECTURE_MODELS.values())  # models that come with gptjax
+_GEMMA = "Gemma {"  # how the record of one begins; its settings come with the weights of `init`
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def starting_point(config: str) -> tuple[Config, Recipe | None]:
         )
     if (run := stored(config)) is not None:
         own = {name: part for name, part in run.parts.items() if part not in _LECTURE}
+        if own.get("model", "").startswith(_GEMMA) and run.config.init is not None:
+            del own["model"]
         if own:
             what = ", ".join(f"{name} {part}" for name, part in own.items() if name != "config")
             raise UserError(
@@ -144,7 +147,13 @@ def stored(config: str) -> Stored | None:
 
 
 def lecture_model(config: str) -> str | None:
-    """The lecture's model that a preset, or a run of one, trains; None: a GPT, or one's own."""
+    """The lecture's model that a preset, or a run of one, trains; None: a GPT, or another one."""
+    model = other_model(config)
+    return model if model in _LECTURE else None
+
+
+def other_model(config: str) -> str | None:
+    """The model that a preset or a run trains; None: the config's GPT, or what a file defines."""
     if config in LECTURE_MODELS:
         return LECTURE_MODELS[config]
     run = stored(config)

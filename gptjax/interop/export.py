@@ -17,6 +17,7 @@ import safetensors.numpy
 from gptjax.errors import UserError
 from gptjax.generation.chat import ChatFormat
 from gptjax.interop import hf_chat, hf_tokenizer
+from gptjax.interop.gemma import Gemma
 from gptjax.interop.hf import to_tensors
 from gptjax.interop.hf_config import write_config
 from gptjax.model import GPT, Model
@@ -49,7 +50,9 @@ def export(
     run = Run(directory)
     rows = run.config.model.vocab_size or run.tokenizer.vocab_size
     config = replace(run.config.model, vocab_size=rows)
-    about = write_config(config, run.tokenizer.end_of_text)
+    made = parts.run_model(run, model)
+    gemma = made.gemma if isinstance(made, Gemma) else None
+    about = write_config(config, run.tokenizer.end_of_text, gemma)
     if bos := special_tokens.of(run.tokenizer)[0].tolist():
         about["bos_token_id"] = bos[-1]
     files = hf_tokenizer.write(run.tokenizer, config.block_size)
@@ -59,8 +62,7 @@ def export(
         about["eos_token_id"] = list(form.stop_tokens) or about["eos_token_id"]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something already; give a folder that is new or empty")
-    made = parts.run_model(run, model)
-    if _shapes(made) != _shapes(GPT(config, rows)):
+    if gemma is None and _shapes(made) != _shapes(GPT(config, rows)):
         raise UserError(
             f"{directory} was trained with the model {type(made).__name__}, whose parameters are "
             f"not those of gptjax's GPT; only these can be exported"
@@ -74,7 +76,7 @@ def export(
         for name, content in files.items():
             (folder / name).write_bytes(content)
         # The metadata tell transformers how the tensors are laid out.
-        tensors = to_tensors(params, config)
+        tensors = to_tensors(params, config, gemma)
         safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         write_atomically(folder / "config.json", json.dumps(about, indent=2) + "\n")
     except (OSError, safetensors.SafetensorError) as error:

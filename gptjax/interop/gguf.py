@@ -80,7 +80,7 @@ def read(path: Path) -> Source:
         settings.setdefault("vocab_size", len(values.get("tokenizer.ggml.tokens", ())))
         settings["tie_word_embeddings"] = "lm_head.weight" not in tensors
         rotated = settings.pop("rope.dimension_count", None)
-        config = hf_config.read_config(settings)
+        config, _ = hf_config.read_config(settings)
         if STRETCH in tensors:
             config = _stretched(config, np.array(tensors.pop(STRETCH).data, np.float64))
         if rotated not in (None, config.head_size):

@@ -1,5 +1,5 @@
 """Convert weights from and to transformers' names and layouts: one table for GPT-2, one for Llama
-and the families that share its names.
+and the families that share its names, one for Gemma.
 
 Axis letters as in `model.py`; P is block_size. Needs neither torch nor transformers.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.generation.chat import ChatFormat
+from gptjax.interop.gemma import GemmaConfig
 from gptjax.interop.hf_config import family, kv_heads
 from gptjax.layers import rotary_rates
 from gptjax.text.tokenizers import Tokenizer
@@ -27,6 +28,7 @@ class Leaf(NamedTuple):
     ours: str  # axes of the leaf, without the layer axis
     theirs: str  # axes of the tensor; those in brackets are flattened into one
     names: tuple[str, ...]  # {} is the layer; several tensors are stacked along the axis 3 or 2
+    more: float = 0.0  # by which ours is larger
 
 
 # GPT-2's Conv1D stores a matrix as (in, out), as we do.
@@ -73,6 +75,23 @@ LLAMA = (
     Leaf("ln_f/scale", "C", "C", ("model.norm.weight",)),
     Leaf("lm_head/kernel", "C V", "V C", ("lm_head.weight",)),
 )
+_NORMS = {
+    "h/ln_1": f"{_H}.input_layernorm",
+    "h/ln_1_post": f"{_H}.post_attention_layernorm",
+    "h/ln_2": f"{_H}.pre_feedforward_layernorm",
+    "h/ln_2_post": f"{_H}.post_feedforward_layernorm",
+    "h/attn/q_norm": f"{_H}.self_attn.q_norm",
+    "h/attn/k_norm": f"{_H}.self_attn.k_norm",
+    "ln_f": "model.norm",
+}
+GEMMA = (  # whose norms multiply by 1 + their weight
+    *(leaf for leaf in LLAMA if not leaf.path.endswith("/scale")),
+    *(
+        Leaf(f"{path}/scale", axis, axis, (f"{name}.weight",), 1.0)
+        for path, name in _NORMS.items()
+        for axis in ("D" if "attn" in path else "C",)
+    ),
+)
 # Tensors that some files hold beside the weights; a model has them in another form.
 CONSTANTS = re.compile(
     r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
@@ -92,6 +111,7 @@ class Source(NamedTuple):
         size: of the file or files that hold the tensors, in bytes.
         tokenizer: None: the format has none.
         chat: chat template and stop tokens; None: there are none.
+        gemma: what it has beside its config, if it is a Gemma.
     """
 
     config: ModelConfig
@@ -100,6 +120,7 @@ class Source(NamedTuple):
     size: int
     tokenizer: Tokenizer | None
     chat: ChatFormat | None = None
+    gemma: GemmaConfig | None = None
 
 
 def to_params(source: Source) -> dict[str, Any]:
@@ -114,14 +135,15 @@ def to_params(source: Source) -> dict[str, Any]:
     """
     config, params = source.config, {}
     _check(source)
-    for leaf in _table(config):
+    for leaf in _table(config, source.gemma):
         axes, order = _axes(leaf, config)
 
-        def read(name: str, axes: Any = axes, order: Any = order) -> np.ndarray:
+        def read(name: str, leaf: Leaf = leaf, axes: Any = axes, order: Any = order) -> np.ndarray:
             flat = [size for group in axes for size in group]
             x = np.asarray(source.read(name), np.float32)
             if not np.isfinite(x).all():
                 raise UserError(f"the tensor {name} has non-finite values")
+            x = x + np.float32(leaf.more) if leaf.more else x
             return x.reshape(flat).transpose(order)
 
         layers = []
@@ -136,18 +158,22 @@ def to_params(source: Source) -> dict[str, Any]:
     return params
 
 
-def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
+def to_tensors(
+    params: Mapping[str, Any], config: ModelConfig, gemma: GemmaConfig | None = None
+) -> dict[str, np.ndarray]:
     """Convert our parameters to transformers' tensors, by name: the inverse of `to_params`.
 
     Args:
         params: the parameter tree of `model.py`; missing biases are exported to GPT-2 as zeros.
         config: the model's, with vocab_size.
+        gemma: what it has beside that, if it is a Gemma.
 
     Returns:
         float32 arrays that share no memory.
     """
-    wanted, tensors = dict(_wanted(config, whole=True)), {}
-    for leaf in _table(config, whole=True):
+    table, tensors = _table(config, gemma, whole=True), {}
+    wanted = dict(_wanted(table, config))
+    for leaf in table:
         _, order = _axes(leaf, config)
         value: Any = params
         for key in leaf.path.split("/"):
@@ -159,6 +185,7 @@ def to_tensors(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.n
                     continue
                 x: Any = np.asarray(value[layer] if _stacked(leaf) else value, np.float32)
                 x = x if len(names) == 1 else x.take(place, _stack_axis(leaf))
+                x = x - np.float32(leaf.more) if leaf.more else x
                 x = x.transpose(np.argsort(order)).reshape(wanted[name])
                 tensors[name] = np.array(x, order="C")
     return tensors
@@ -191,7 +218,8 @@ def _check(source: Source) -> None:
     to find one that is missing, so time and memory are bounded by the file.
     """
     found = source.shapes
-    wanted = dict(islice(_wanted(source.config), len(found) + 64))
+    table = _table(source.config, source.gemma)
+    wanted = dict(islice(_wanted(table, source.config), len(found) + 64))
     for name in sorted(wanted):
         if name not in found:
             raise UserError(f"the tensor {name} is missing")
@@ -214,10 +242,10 @@ def _check_constant(name: str, source: Source) -> None:
     x, last = np.asarray(source.read(name)), name.rpartition(".")[2]
     match last:
         case "weight":  # a tied head
-            [table] = next(_names(_table(source.config)[0], source.config))
+            [table] = next(_names(_table(source.config, source.gemma)[0], source.config))
             if not np.array_equal(x, source.read(table)):
                 use = "to use it, set tie_word_embeddings to false, or else delete the tensor"
-                if family(source.config) == "gpt2":
+                if family(source.config, source.gemma) == "gpt2":
                     use = "no other GPT-2 is supported, so delete the tensor or tie it"
                 raise UserError(
                     f"{name} differs from {table}, and the config says that they are tied; {use}"
@@ -236,23 +264,20 @@ def _check_constant(name: str, source: Source) -> None:
         )
 
 
-def _wanted(config: ModelConfig, whole: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each tensor of transformers.
-
-    Args:
-        config: the model's, with vocab_size.
-        whole: include GPT-2's biases even if the model has none.
-    """
-    for leaf in _table(config, whole):
+def _wanted(table: list[Leaf], config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor of transformers; the config has a vocab_size."""
+    for leaf in table:
         shape = tuple(math.prod(group) for group in _axes(leaf, config)[0])
         for names in _names(leaf, config):
             yield from ((name, shape) for name in names)
 
 
-def _table(config: ModelConfig, whole: bool = False) -> list[Leaf]:
+def _table(
+    config: ModelConfig, gemma: GemmaConfig | None = None, whole: bool = False
+) -> list[Leaf]:
     """The rows of its family's table that a model has; `whole`: with all of GPT-2's biases."""
     c = config
-    is_gpt2 = family(c) == "gpt2"
+    is_gpt2 = family(c, gemma) == "gpt2"
     absent = {"c_q", "c_kv"} if kv_heads(c) == c.n_head else {"c_attn"}
     if c.tie_head:
         absent |= {"lm_head"}
@@ -268,7 +293,7 @@ def _table(config: ModelConfig, whole: bool = False) -> list[Leaf]:
                 return False
         return absent.isdisjoint(parts)
 
-    return list(filter(has, GPT2 if is_gpt2 else LLAMA))
+    return list(filter(has, GPT2 if is_gpt2 else LLAMA if gemma is None else GEMMA))
 
 
 def _axes(leaf: Leaf, config: ModelConfig) -> tuple[list[list[int]], list[int]]:

@@ -6,37 +6,44 @@ mistral  a llama with a sliding window, or with heads of another size
 qwen2    a llama with biases for queries, keys and values
 qwen3    a llama with heads of another size and scaled QK-norm
 smollm3  a llama with layers without rotary positions
+gemma2, gemma3_text  see gemma.py and hf_gemma.py
 
 A `config.json` is read key by key: each key is understood, or known to leave the logits as they
 are (`NEUTRAL`), or refused. So a setting that we have not heard of is never ignored.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.interop import hf_gemma
 from gptjax.interop import hf_settings as settings
+from gptjax.interop.gemma import GemmaConfig
 from gptjax.interop.hf_settings import WINDOWED
 
-Family = Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3"]
-CLASSES: dict[Family, str] = {  # of transformers
+Family = Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text"]
+CLASSES: dict[str, str] = {  # of transformers
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    **hf_gemma.CLASSES,
 }
 # What holds where a file says nothing, if not the same as in a llama.
-DEFAULTS: dict[Family, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "smollm3": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    **hf_gemma.DEFAULTS,
 }
+ROPE_BASES = {"smollm3": 2e6, "gemma3_text": 1e6}  # others than 1e4
 
 ACTIVATIONS = {  # transformers' names to ours
     "gelu_pytorch_tanh": "gelu",
@@ -77,13 +84,24 @@ NEUTRAL = frozenset(
     encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
     forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups
     num_beams num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
-    return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    return_dict_in_generate suppress_tokens temperature top_k top_p typical_p cache_implementation
     """.split()
 )
 
 
-def family(config: ModelConfig) -> Family:
+class Described(NamedTuple):
+    """A model: its config, and what a Gemma has beside that; None: it is no Gemma."""
+
+    config: ModelConfig
+    gemma: GemmaConfig | None
+
+
+def family(config: ModelConfig, gemma: GemmaConfig | None = None) -> Family:
     """The model family that can represent our model.
+
+    Args:
+        config: the model's.
+        gemma: what it has beside that, if it is a Gemma.
 
     Raises:
         UserError: none can; names the option that is in the way.
@@ -91,7 +109,13 @@ def family(config: ModelConfig) -> Family:
     c = config
     kind: Family = "gpt2"
     wanted: dict[str, Any] = {"softcap": None}
-    if c.position == "rotary":
+    if gemma is not None:
+        kind = "gemma3_text" if c.qk_norm else "gemma2"
+        wanted = {"position": "rotary", "norm": "rms", "bias": False, "qk_norm_scale": c.qk_norm}
+        wanted |= {"window": None, "nope_every": None}
+        if c.attn_bias or c.activation == "swiglu":
+            wanted |= {"attn_bias": None, "activation": "gelu"}
+    elif c.position == "rotary":
         if c.nope_every is not None:
             kind = "smollm3"
         elif c.qk_norm:
@@ -125,7 +149,7 @@ def family(config: ModelConfig) -> Family:
     return kind
 
 
-def read_config(values: Mapping[str, Any]) -> ModelConfig:
+def read_config(values: Mapping[str, Any]) -> Described:
     """Convert the values of a `config.json` to our config.
 
     Raises:
@@ -133,29 +157,32 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     """
     values = dict(values)  # each key is taken out as it is understood
     kind = values.pop("model_type", None)
+    if kind == "gemma3":
+        raise UserError(
+            "model_type='gemma3' is a model of texts and images, which is not supported; save its "
+            "text part alone, a 'gemma3_text', with transformers, as docs/weights.md shows"
+        )
     if not isinstance(kind, str) or kind not in CLASSES:
         names = ", ".join(map(repr, CLASSES))
         raise UserError(f"model_type={kind!r} is not supported; expected one of {names}")
     for key, value in (SHARED_ONLY | (GPT2_ONLY if kind == "gpt2" else LLAMA_ONLY)).items():
         settings.only(values, key, value)
     values = DEFAULTS[kind] | values
+    gemma, own = hf_gemma.take(kind, values) if kind in hf_gemma.CLASSES else (None, {})
     config = _read_gpt2(values) if kind == "gpt2" else _read_llama(kind, values)
+    if gemma is not None:
+        activation = _activation("hidden_activation", own["activation"])
+        config = replace(config, softcap=own["softcap"], activation=activation)
     for key, value in values.items():
         if key not in NEUTRAL and value is not None:
             raise UserError(
                 f"{key}={value!r} is not a setting of a {kind} that is understood; delete it from "
                 f"the file if it does not change the model"
             )
-    return config
+    return Described(config, gemma)
 
 
 def _read_gpt2(values: dict[str, Any]) -> ModelConfig:
-    activation = values.pop("activation_function", "gelu_new")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        names = ", ".join(map(repr, ACTIVATIONS))
-        raise UserError(
-            f"activation_function={activation!r} is not supported; expected one of {names}"
-        )
     return ModelConfig(
         n_layer=settings.positive_int(values, "n_layer"),
         n_head=settings.positive_int(values, "n_head"),
@@ -164,18 +191,32 @@ def _read_gpt2(values: dict[str, Any]) -> ModelConfig:
         block_size=settings.positive_int(values, "n_positions"),
         vocab_size=settings.positive_int(values, "vocab_size"),
         norm_eps=settings.number(values, "layer_norm_epsilon", 1e-5),
-        activation=ACTIVATIONS[activation],  # pyright: ignore[reportArgumentType]
+        activation=_activation(
+            "activation_function", values.pop("activation_function", "gelu_new")
+        ),
     )
 
 
-def _read_llama(kind: Family, values: dict[str, Any]) -> ModelConfig:
+def _activation(key: str, value: Any) -> Any:
+    """Our name of an activation.
+
+    Raises:
+        UserError: we have none.
+    """
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        names = ", ".join(map(repr, ACTIVATIONS))
+        raise UserError(f"{key}={value!r} is not supported; expected one of {names}")
+    return ACTIVATIONS[value]
+
+
+def _read_llama(kind: str, values: dict[str, Any]) -> ModelConfig:
     if (activation := values.pop("hidden_act", "silu")) not in ("silu", "swish"):
         raise UserError(f"hidden_act={activation!r} is not supported; expected 'silu'")
     n_layer = settings.positive_int(values, "num_hidden_layers")
     block_size = settings.positive_int(values, "max_position_embeddings")
     nope_every = settings.nope_every(values, n_layer) if kind == "smollm3" else None
     window = settings.window(kind, values, n_layer, block_size)
-    base, scaling = settings.rope(values, block_size, 2e6 if kind == "smollm3" else 1e4)
+    base, scaling = settings.rope(values, block_size, ROPE_BASES.get(kind, 1e4))
     n_head = settings.positive_int(values, "num_attention_heads")
     n_embd = settings.positive_int(values, "hidden_size")
     head_dim = settings.positive_int(values, "head_dim", None)
@@ -192,8 +233,8 @@ def _read_llama(kind: Family, values: dict[str, Any]) -> ModelConfig:
         attn_bias=True if kind == "qwen2" else None,
         norm="rms",
         norm_eps=settings.number(values, "rms_norm_eps", 1e-6),
-        qk_norm=kind == "qwen3",
-        qk_norm_scale=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "gemma3_text"),
+        qk_norm_scale=kind in ("qwen3", "gemma3_text"),
         position="rotary",
         rope_base=base,
         rope_scaling=scaling,
@@ -204,18 +245,21 @@ def _read_llama(kind: Family, values: dict[str, Any]) -> ModelConfig:
     )
 
 
-def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
+def write_config(
+    config: ModelConfig, end_of_text: int | None, gemma: GemmaConfig | None = None
+) -> dict[str, Any]:
     """Convert our config to the values of a `config.json`.
 
     Args:
         config: the model's, with vocab_size.
         end_of_text: the tokenizer's id of it; None: it has none.
+        gemma: what the model has beside its config, if it is a Gemma.
 
     Raises:
         UserError: no family can represent the model.
     """
     c = config
-    kind = family(c)
+    kind = family(c, gemma)
     shared = {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
@@ -255,12 +299,16 @@ def write_config(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
         **shared,
     }
     if c.rope_scaling is not None:
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        scaling: dict[str, Any] = dict(zip(names, c.rope_scaling, strict=False))
+        numbers = ("factor", "low_freq_factor", "high_freq_factor")
+        scaling: dict[str, Any] = dict(zip(numbers, c.rope_scaling, strict=False))
         scaling["rope_type"] = "linear" if len(c.rope_scaling) == 1 else "llama3"
         if len(c.rope_scaling) == 4:  # transformers wants an integer
             scaling["original_max_position_embeddings"] = int(c.rope_scaling[3])
         values["rope_scaling"] = scaling
+    if gemma is not None:
+        del values["hidden_act"]
+        first = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == c.activation)
+        values |= {"hidden_activation": first, **hf_gemma.give(kind, c, gemma)}
     if kind == "mistral":
         values["sliding_window"] = c.window
     if kind in WINDOWED:

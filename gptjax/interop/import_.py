@@ -11,7 +11,7 @@ from gptjax.assembly import assemble
 from gptjax.errors import UserError
 from gptjax.interop import pretrained
 from gptjax.presets import PRESETS
-from gptjax.runs import folders
+from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.run import Run
 from gptjax.text.sources import read_text
@@ -64,9 +64,10 @@ def import_model(
         optim=replace(asked.optim, freeze=".*"),
     )
     config, params = pretrained.fit(asked, model)
-    state = assemble(config, tokenizer.vocab_size).start(params)
+    setup = assemble(config, tokenizer.vocab_size, model=model.model)
+    state, own = setup.start(params), parts.describe(model=setup.model)
     with folders.locked(directory):
-        run = Run.create(directory, config, tokenizer, chat=model.chat)
+        run = Run.create(directory, config, tokenizer, own, model.chat)
         checkpoints = Checkpoints(run.checkpoints_path)
         checkpoints.save(0, state, FIRST, run.texts)
         checkpoints.finish_save()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,10 @@ import safetensors
 from gptjax.config import OF_A_LOADED_MODEL, Config, ModelConfig
 from gptjax.errors import UserError, optional_import
 from gptjax.interop import gguf, hf_chat, hf_tokenizer, nanogpt
+from gptjax.interop.gemma import Gemma, GemmaConfig
 from gptjax.interop.hf import Source, add, to_params
 from gptjax.interop.hf_config import read_config
+from gptjax.model import Model
 from gptjax.runs import folders, parts
 from gptjax.runs.checkpoint import Checkpoints
 from gptjax.runs.files import read_file, unique_json
@@ -50,6 +53,7 @@ class Pretrained(NamedTuple):
         params: the parameter tree of `model.py`, numpy float32.
         tokenizer: None: it has none (nanoGPT).
         chat: the text of a run's chat.json; None: there is nothing to say in it.
+        gemma: what the model has beside its config, if it is a Gemma.
     """
 
     name: str
@@ -57,6 +61,12 @@ class Pretrained(NamedTuple):
     params: Any
     tokenizer: Tokenizer | None
     chat: str | None = None
+    gemma: GemmaConfig | None = None
+
+    @property
+    def model(self) -> Model | None:
+        """What makes the model of its config; None: it is the config's."""
+        return self.gemma and partial(Gemma, gemma=self.gemma)
 
 
 def load(name: str) -> Pretrained:
@@ -102,7 +112,7 @@ def load(name: str) -> Pretrained:
                 f"vocabulary size {vocab_size}"
             )
         chat = source.chat and source.chat.to_json()
-        return Pretrained(name, source.config, to_params(source), tokenizer, chat)
+        return Pretrained(name, source.config, to_params(source), tokenizer, chat, source.gemma)
 
 
 def on_hub(name: str) -> tuple[str, ...]:
@@ -185,7 +195,7 @@ def read_folder(folder: Path) -> Source:
     """
     values = _json(folder / "config.json")
     with _naming(folder / "config.json"):
-        config = read_config(values)
+        config, gemma = read_config(values)
     index, parts = folder / "model.safetensors.index.json", {}
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} has an adapter beside the weights; merge it into them first")
@@ -223,7 +233,8 @@ def read_folder(folder: Path) -> Source:
     read = lambda name: where[name][0].get_tensor(where[name][1])
     size = sum((folder / name).stat().st_size for name in names)
     tokenizer = hf_tokenizer.read(folder)
-    return Source(config, shapes, read, size, tokenizer, hf_chat.read(folder, tokenizer))
+    chat = hf_chat.read(folder, tokenizer)
+    return Source(config, shapes, read, size, tokenizer, chat, gemma)
 
 
 def _safetensors(path: Path) -> Any:
@@ -281,7 +292,8 @@ def _load_run(name: str) -> Pretrained:
     params = jax.tree.map(np.asarray, params)
     vocab_size = run.config.model.vocab_size or run.tokenizer.vocab_size
     config = replace(run.config.model, vocab_size=vocab_size)
-    return Pretrained(name, config, params, run.tokenizer, run.chat)
+    gemma = model.gemma if isinstance(model, Gemma) else None
+    return Pretrained(name, config, params, run.tokenizer, run.chat, gemma)
 
 
 def _is_run(folder: Path) -> bool:

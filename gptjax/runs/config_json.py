@@ -63,7 +63,7 @@ def from_json(text: str) -> Stored:
         values["model"], parts = _from_format_1(values["model"])
     if not isinstance(parts, dict) or not all(isinstance(x, str) for x in parts.values()):
         raise UserError(f"parts: expected an object of strings, got {parts!r}")
-    return Stored(_build(Config, values, ""), parts)
+    return Stored(build(Config, values, ""), parts)
 
 
 def _from_format_1(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -85,8 +85,13 @@ def _from_format_1(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str
     return model, parts
 
 
-def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    """Make the dataclass `cls` from plain JSON values, checking every key and type."""
+def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    """Make the dataclass `cls` from plain JSON values, checking every key and type.
+
+    Raises:
+        UserError: names the key, after `prefix`, that is unknown, or whose value is of another
+            type or out of range.
+    """
     hints = typing.get_type_hints(cls)
     if unknown := sorted(values.keys() - hints.keys()):
         raise UserError(f"unknown key {prefix + unknown[0]!r}; known: {', '.join(hints)}")
@@ -95,7 +100,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
         if is_dataclass(hints[name]):
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{name}: expected an object, got {value!r}")
-            checked[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
+            checked[name] = build(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
         else:
             checked[name] = _check(f"{prefix}{name}", value, hints[name])
     return cls(**checked)

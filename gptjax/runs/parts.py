@@ -5,6 +5,7 @@ config's, and whose; loading the run then takes that part from the caller, or re
 """
 
 import dataclasses
+import json
 import re
 import shlex
 from functools import partial
@@ -14,8 +15,11 @@ import flax.linen as nn
 
 from gptjax.assembly import make_model
 from gptjax.errors import UserError
+from gptjax.interop.gemma import Gemma, GemmaConfig
 from gptjax.lecture.models import STAGES
 from gptjax.model import GPT, Model
+from gptjax.runs import config_json
+from gptjax.runs.files import Damaged, unique_json
 from gptjax.runs.run import Run
 
 STANDARD = ("config", "vocab_size", "kernel", "parent", "name")  # fields that name no part
@@ -77,15 +81,35 @@ def run_model(run: Run, model: Model | None = None) -> nn.Module:
     Raises:
         UserError: the run needs a model of the caller's, or another one.
     """
-    model = model or lecture_model(run)
+    model = model or known_model(run)
     made = make_model(run.config.model, run.tokenizer.vocab_size, model)
     check(run, describe(model=made), ("model",))
     return made
 
 
-def lecture_model(run: Run) -> Model | None:
-    """The lecture's model that a run was trained with, if it was one; such need not be given."""
-    return STAGES.get(run.parts.get("model", ""))
+def known_model(run: Run) -> Model | None:
+    """The model that a run was trained with, if it is not the config's but comes with gptjax: one
+    of the lecture's, or a Gemma. Such need not be given.
+
+    Raises:
+        UserError: the record of a Gemma is damaged.
+    """
+    name, _, settings = run.parts.get("model", "").partition(" ")
+    if name != Gemma.__name__ or not settings:
+        return STAGES.get(run.parts.get("model", ""))
+    try:
+        values = unique_json(settings)
+        names = {field.name for field in dataclasses.fields(GemmaConfig)}
+        if not isinstance(values, dict) or values.keys() != names:
+            raise ValueError(f"expected an object with {', '.join(sorted(names))}")
+        gemma = config_json.build(GemmaConfig, values, "")
+        if len(gemma.local) != run.config.model.n_layer:
+            raise ValueError(f"local has {len(gemma.local)} values, one for each layer expected")
+    except (ValueError, RecursionError, UserError) as error:
+        raise Damaged(
+            f"{run.directory}/config.json is damaged: the settings of its {name}: {error}"
+        ) from None
+    return partial(Gemma, gemma=gemma)
 
 
 def _describe_one(part: Any) -> str | None:
@@ -108,6 +132,8 @@ def _describe_module(model: nn.Module) -> str | None:
     }
     if type(model) is GPT and not values:
         return None
+    if type(model) is Gemma and values.keys() == {"gemma"}:
+        return f"Gemma {json.dumps(dataclasses.asdict(model.gemma))}"
     name = type(model).__qualname__.rpartition("<locals>.")[2]
     if not values:
         return name

@@ -85,9 +85,15 @@ class Run:
                 break
         for place, text in copies(self.directory, CONFIG):
             try:
-                stored = config_json.from_json(text).config
+                stored, parts = config_json.from_json(text)
             except UserError as error:
                 raise Damaged(f"{place} is damaged: {error}") from None
+            if parts != self.parts:
+                names = dict(sorted(parts.items() ^ self.parts.items()))
+                raise Damaged(
+                    f"{self.directory / CONFIG} is damaged: of the parts that the checkpoints were "
+                    f"made with it says otherwise: {', '.join(names)}; an intact copy is {place}"
+                )
             changed = differences(stored, self.config)
             for name, (old, new) in changed.items():
                 if _is_fixed(name) and name not in TEXTS:  # a text may have moved

@@ -69,7 +69,7 @@ def replay(
     setup_of = lambda batch_at: assemble(
         config,
         vocab_size,
-        model=model or parts.lecture_model(run),
+        model=model or parts.known_model(run),
         optimizer=optimizer,
         loss_fn=loss_fn,
         batch_at=batch_at,
