@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from helpers import by_path, close, quick_jit, random_params, random_tokens
-from run_helpers import QUIET, message, shared_programs  # noqa: F401
+from run_helpers import QUIET, message
 
 from gptjax.assembly import assemble
 from gptjax.cli.plan import show
@@ -312,7 +312,6 @@ def test_an_imported_run_opens_by_itself(folder: Path, imported: Path, tmp_path:
     jax.tree.map(lambda a, b: close(a, b, 1e-7), again.params, expected.params)
 
 
-@pytest.mark.usefixtures("shared_programs")
 def test_a_fine_tuned_run_resumes_repeats_and_seeds_another(
     imported: Path, play: str, monkeypatch: pytest.MonkeyPatch
 ):
