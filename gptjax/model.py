@@ -299,7 +299,7 @@ class GPT(nn.Module):
             in_axes=(0, nn.broadcast, *(0 for _ in layers)),  # pyright: ignore[reportArgumentType]
             length=c.n_layer,
             unroll=c.n_layer if c.n_layer <= UNROLL_UP_TO else 1,
-            # A second trace, from which with keys the random numbers of every run so far follow.
+            # Checked, the block is traced twice; with keys the second trace draws their numbers.
             check_constancy_invariants=self.has_rng("params") or self.has_rng("dropout"),
         )(c, train=train, attention=self.attention, kernel=self.kernel, name="h", **fields)
         kv, start = (None, 0) if cache is None else ((cache.k, cache.v), cache.length)

@@ -268,8 +268,8 @@ class Slots:
             slot.ids, slot.length = slot.ids[-S:], S
         elif slot.length > S:  # the window is full and its positions are fixed: read half again
             slot.ids, slot.waits = slot.ids[-max(1, S // 2) :], True
-        logprobs, *others = (None if x is None else x[:count] for x in drawn[1:])
-        return NewTokens(tokens, logprobs, *others, ended)
+        ids, id_logprobs = (None if x is None else x[:count] for x in drawn[2:])
+        return NewTokens(tokens, drawn.logprobs[:count], ids, id_logprobs, ended)
 
 
 @functools.partial(jax.jit, static_argnames="model")
