@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -57,24 +57,43 @@ if hasattr(LIBC, "mallopt"):
     LIBC.mallopt(-3, 2**20)
 
 
+MEMORY = 1_700_000_000  # bytes of a worker from which on it keeps no programs between tests
+STATM = Path("/proc/self/statm")  # of Linux
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _programs_of_one_file() -> Iterator[None]:
-    """Keep what a file has traced and compiled for as long as the file, and no longer.
+def _programs_of_one_file() -> Iterator[Callable[[], None]]:
+    """Keep what a file has traced and compiled for as long as the file, and no longer; or until it
+    is forgotten by a call.
 
     Runs and replays that ask for equal functions share one tracing of them: what is shared is pure,
     and follows from the arguments alone. That a process of its own comes to the same bits is left
     to the tests that start one. A worker's memory is that of its largest file.
     """
     assemble = functools.lru_cache(4)(training.assemble)  # each holds compiled programs
+
+    def forget() -> None:
+        assemble.cache_clear()
+        jax.clear_caches()
+        gc.collect()
+        if hasattr(LIBC, "malloc_trim"):
+            LIBC.malloc_trim(0)  # else a gigabyte of small pieces is kept
+
     with pytest.MonkeyPatch.context() as patch:
         for module in (training, replay, verify):
             patch.setattr(module, "assemble", assemble)
-        yield
-    assemble.cache_clear()
-    jax.clear_caches()
-    gc.collect()
-    if hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)  # else a gigabyte of small pieces is kept
+        yield forget
+    forget()
+
+
+@pytest.fixture(autouse=True)
+def _memory(_programs_of_one_file: Callable[[], None]) -> Iterator[None]:
+    """Forget them earlier where they grow large."""
+    yield
+    if STATM.exists():
+        resident = int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if resident > MEMORY:
+            _programs_of_one_file()
 
 
 SHAKESPEARE = "tiny_shakespeare"
