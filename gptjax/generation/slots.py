@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax.generation import decoding
@@ -147,7 +148,7 @@ class Slots:
         """Draw up to n <= CHUNK tokens of each stream, or on a GPU up to CHUNK; 1 or more of each.
         Streams that have ended leave their slots."""
         self._prefill({i: s for i, s in enumerate(self._slots) if s is not None and s.waits})
-        running = {i: s for i, s in enumerate(self._slots) if s is not None}
+        running = self._running()
         n = min(n, max(slot.stream.max_new_tokens - slot.drawn for slot in running.values()))
         drawn = self._decode(running, n)
         return {i: self._take(i, slot, drawn[i]) for i, slot in running.items()}
@@ -155,22 +156,27 @@ class Slots:
     def warm_up(self) -> None:
         """Compile what a step can need: every width, for one slot or all; the loop for one or all,
         with and without cuts, penalties and biases, and alternatives. Slots are to be free."""
-        size, key = len(self._slots), jax.random.key(0)
-        S = self._model.config.block_size
-        widths = {decoding.width(self._model, n): n for n in range(1, S + 1)}
-        text = np.zeros(1, int)
-        for length in widths.values():
-            text = np.zeros(length, int)
-            different = [np.append(text[1:], i % self._table_size) for i in range(size)]
-            for prompts in ([text], different, [text] * size):
-                for prompt in prompts:
-                    self.add(Stream(prompt, key, 1, self._idle))
-                self.step(1)
+        model, key, text = self._model, jax.random.key(0), np.zeros(1, int)
+        self.add(Stream(text, key, 1, self._idle))
+        self.step(1)
+        row, rows = decoding.take(model, self._state, 0), jax.tree.map(jnp.copy, self._state)
+        self._merge(row, [0])
+        self._merge(rows, [0])
+        self._state = decoding.insert(model, self._state, row, 0)
+        # What reads texts is not run: long ones in every slot take their time.
+        for width in {decoding.width(model, n) for n in range(1, model.config.block_size + 1)}:
+            for texts in {1, len(self._slots)}:
+                padded, lengths = np.zeros((texts, width), np.int32), np.ones(texts, np.int32)
+                decoding.prefill.lower(model, self._params, padded, lengths).compile()
         for top_k, penalty, alternatives in product((None, 1), (None, 1.0), (False, True)):
             how = replace(self._idle, top_k=top_k, repetition_penalty=penalty)
             for self._warm in (False, True):  # the whole batch, and a lone stream by itself
-                self.add(Stream(text, key, 1, how, (), alternatives))
-                self.step(1)
+                at = self.add(Stream(text, key, 1, how, (), alternatives))
+                self._decode(self._running(), 1)
+                self.remove(at)
+
+    def _running(self) -> dict[int, _Slot]:
+        return {i: slot for i, slot in enumerate(self._slots) if slot is not None}
 
     def _prefill(self, waiting: dict[int, _Slot]) -> None:
         """Read the texts of slots: one at a time, or of all slots at once if most of them wait. A
