@@ -147,7 +147,7 @@ class Slots:
     def step(self, n: int = CHUNK) -> dict[int, NewTokens]:
         """Draw up to n <= CHUNK tokens of each stream, or on a GPU up to CHUNK; 1 or more of each.
         Streams that have ended leave their slots."""
-        self._prefill({i: s for i, s in enumerate(self._slots) if s is not None and s.waits})
+        self._prefill({i: slot for i, slot in self._running().items() if slot.waits})
         running = self._running()
         n = min(n, max(slot.stream.max_new_tokens - slot.drawn for slot in running.values()))
         drawn = self._decode(running, n)
